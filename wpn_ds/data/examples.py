@@ -1,0 +1,105 @@
+"""Records as token segments with numbered answers: what the plan, the bank and the objective index into."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from wpn_ds.data.records import ForgetRecord, RetainRecord
+from wpn_ds.data.tokens import Segment, encode_pair, encode_text
+from wpn_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer read after its prompt. ``answer_id`` numbers (example, answer); ``text_id`` numbers distinct texts."""
+
+    segment: Segment
+    answer_id: int
+    text_id: int
+
+
+@dataclass(frozen=True)
+class ForgetExample:
+    wanted: tuple[Answer, ...]
+    unwanted: tuple[Answer, ...]
+
+
+@dataclass(frozen=True)
+class Truncation:
+    prompts: int = 0
+    answers: int = 0
+
+
+@dataclass
+class ExampleSet:
+    """Everything that one split holds, tokenised once; every rank holds the same."""
+
+    forget: list[ForgetExample] = field(default_factory=list)
+    retain: list[Segment] = field(default_factory=list)
+
+    @property
+    def answers(self) -> list[Answer]:
+        """All answers in the order of their ``answer_id``."""
+        return [answer for example in self.forget for answer in (*example.wanted, *example.unwanted)]
+
+    @property
+    def truncation(self) -> Truncation:
+        """How many segments lost the start of their prompt, or the end of their answer."""
+        segments = [answer.segment for answer in self.answers] + self.retain
+        return Truncation(sum(s.prompt_truncated for s in segments), sum(s.answer_truncated for s in segments))
+
+    def fingerprint(self) -> str:
+        """Hex digest of every token and span: the same digest means the same training data, byte for byte."""
+        digest = hashlib.sha256()
+        for example in self.forget:
+            for kind, answers in (("w", example.wanted), ("u", example.unwanted)):
+                for answer in answers:
+                    digest.update(f"{kind}{_describe(answer.segment)}".encode())
+            digest.update(b";")
+        for segment in self.retain:
+            digest.update(f"r{_describe(segment)}".encode())
+        return digest.hexdigest()
+
+
+def _describe(segment: Segment) -> str:
+    return f"{segment.prompt_start},{segment.answer_start}:{segment.ids}"
+
+
+def build_examples(
+    forget: Sequence[ForgetRecord],
+    retain: Sequence[RetainRecord],
+    tokenizer: Any,
+    template: str,
+    max_length: int,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+) -> ExampleSet:
+    """Tokenise both record lists.
+
+    Raises:
+        UserError: a plain-text retain record has fewer than two tokens (there is nothing to predict).
+    """
+    text_ids: dict[str, int] = {}
+    examples = ExampleSet()
+    next_id = 0
+    for record in progress(forget, "tokenising"):
+        sides = []
+        for texts in (record.chosen, record.rejected):
+            answers = []
+            for text in texts:
+                segment = encode_pair(record.prompt, text, tokenizer, template, max_length)
+                answers.append(Answer(segment, next_id, text_ids.setdefault(text.strip(), len(text_ids))))
+                next_id += 1
+            sides.append(tuple(answers))
+        examples.forget.append(ForgetExample(*sides))
+    for item in progress(retain, "tokenising"):
+        if item.prompt is None:
+            segment = encode_text(item.response, tokenizer, max_length)
+        else:
+            segment = encode_pair(item.prompt, item.response, tokenizer, template, max_length)
+        if segment.answer_length < 1:
+            raise UserError(f'{item.source}: field "text" has a single token, nothing to predict: remove the line')
+        examples.retain.append(segment)
+    return examples

@@ -1,0 +1,32 @@
+"""Best-fit-decreasing bin packing: which segments share a row."""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Sequence
+
+
+def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
+    """Indices of ``lengths`` grouped into rows of at most ``capacity`` tokens.
+
+    Best fit decreasing: the longest first, each into the fullest row that still takes it. The result depends only on
+    the arguments (ties go by index and by age of the row), so every rank computes the same rows.
+
+    Raises:
+        ValueError: a length exceeds ``capacity`` or is not positive.
+    """
+    rows: list[list[int]] = []
+    free: list[tuple[int, int]] = []  # (room left, row), sorted
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        length = lengths[index]
+        if not 0 < length <= capacity:
+            raise ValueError(f"segment {index} has {length} tokens; a row takes 1 to {capacity}")
+        at = bisect_left(free, (length, -1))
+        if at < len(free):
+            room, row = free.pop(at)
+        else:
+            room, row = capacity, len(rows)
+            rows.append([])
+        rows[row].append(index)
+        insort(free, (room - length, row))
+    return rows

@@ -1,0 +1,195 @@
+"""Which examples a step takes, and the rows and micro-batches in which the ranks compute them.
+
+Everything here is a pure function of the data, the seed and the step, so all ranks agree without talking, a resumed
+run takes up the same order, and another number of ranks or another micro-batch budget changes the layout but never
+the step's examples or their global counts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from enum import IntEnum
+from functools import lru_cache
+
+import numpy as np
+
+from wpn_ds.data.examples import ExampleSet
+from wpn_ds.data.packing import pack
+from wpn_ds.data.tokens import Segment
+
+
+class Role(IntEnum):
+    """What a segment is for."""
+
+    WANTED = 0
+    UNWANTED = 1
+    RETAIN = 2
+    DEAD = 3
+
+
+@dataclass(frozen=True)
+class Item:
+    """One segment in a plan. ``index`` is its place among the plan's items of the same role."""
+
+    segment: Segment
+    role: Role
+    index: int
+
+
+Row = tuple[Item, ...]
+MicroBatch = tuple[Row, ...]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How segments become rows; none of it changes a result.
+
+    Attributes:
+        row_length: most tokens in a row.
+        tokens_per_micro_batch: most tokens, padding included, in a rank's micro-batch (at least one row is taken).
+        packed: several segments share a row; otherwise every segment has a row of its own.
+        world_size: number of ranks.
+    """
+
+    row_length: int
+    tokens_per_micro_batch: int
+    packed: bool
+    world_size: int
+
+    def micro_batches(self, items: Sequence[Item]) -> list[list[MicroBatch]]:
+        """``[rank][k]``: the micro-batches of every rank, the same number for each.
+
+        Ranks that ran different numbers of forwards would hang ZeRO-3, so micro-batches are split until they divide
+        evenly, and what then is missing is filled with dead rows.
+        """
+        groups = self._groups(self._rows(items))
+        while len(groups) % self.world_size and any(len(group) > 1 for group in groups):
+            largest = max(range(len(groups)), key=lambda g: (len(groups[g]) > 1, _padded_tokens(groups[g]), -g))
+            group = groups.pop(largest)
+            groups += [group[: len(group) // 2], group[len(group) // 2 :]]
+        groups.sort(key=lambda group: -_padded_tokens(group))
+        groups += [(dead_row(),)] * (-len(groups) % self.world_size or (0 if groups else self.world_size))
+        return [groups[rank :: self.world_size] for rank in range(self.world_size)]
+
+    def _rows(self, items: Sequence[Item]) -> list[Row]:
+        if not self.packed:
+            return [(item,) for item in items]
+        rows = []
+        # Retain segments don't share rows with others: the KL term's reference model then reads only their rows.
+        for part in ([i for i in items if i.role is not Role.RETAIN], [i for i in items if i.role is Role.RETAIN]):
+            rows += [
+                tuple(part[k] for k in sorted(bin_)) for bin_ in pack([len(i.segment) for i in part], self.row_length)
+            ]
+        return rows
+
+    def _groups(self, rows: Iterable[Row]) -> list[MicroBatch]:
+        groups: list[MicroBatch] = []
+        current: list[Row] = []
+        for row in sorted(rows, key=row_tokens, reverse=True):
+            if current and row_tokens(current[0]) * (len(current) + 1) > self.tokens_per_micro_batch:
+                groups.append(tuple(current))
+                current = []
+            current.append(row)
+        return [*groups, tuple(current)] if current else groups
+
+
+def dead_row() -> Row:
+    """A row that is computed but counts for nothing."""
+    return (Item(Segment((0,), 0, 1), Role.DEAD, -1),)
+
+
+def row_tokens(row: Row) -> int:
+    return sum(len(item.segment) for item in row)
+
+
+def _padded_tokens(group: MicroBatch) -> int:
+    return len(group) * max(row_tokens(row) for row in group)
+
+
+@lru_cache(maxsize=4)
+def example_order(seed: int, epoch: int, n: int) -> tuple[int, ...]:
+    """A permutation of ``range(n)`` that depends on nothing but its arguments."""
+    return tuple(np.random.default_rng([seed, epoch]).permutation(n).tolist())
+
+
+def step_indices(step: int, per_step: int, n: int, seed: int) -> list[int]:
+    """The examples of optimizer step ``step`` (from 0): the next ``per_step`` of the endless sequence of epochs."""
+    places = range(step * per_step, (step + 1) * per_step)
+    return [example_order(seed, place // n, n)[place % n] for place in places] if n else []
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """One optimizer step, as every rank sees it.
+
+    Attributes:
+        example: [n_wanted] the example (its place in the step) of every wanted answer: the N-pair's pairs.
+        unwanted_example: [n_unwanted] the same for unwanted answers.
+        wanted_ids, unwanted_ids: their ``answer_id``: rows of the bank.
+        negative_mask: [n_wanted, n_unwanted] True where the unwanted answer is a negative of the pair under
+            ``--wpn_negatives step``: its text is not one of the example's wanted texts.
+        own_mask: the same for ``own``: the unwanted answer is also the example's own.
+        wanted_texts: per pair, the ``text_id`` of all of its example's wanted answers (masks the bank's negatives).
+        counts: global number of the items that each mean is over: pairs, nll tokens, unwanted tokens, retain tokens.
+        tokens: real tokens of all ranks' rows.
+        padded_tokens: the same with padding and dead rows.
+        micro_batches: [rank][k].
+    """
+
+    example: np.ndarray
+    unwanted_example: np.ndarray
+    wanted_ids: np.ndarray
+    unwanted_ids: np.ndarray
+    negative_mask: np.ndarray
+    own_mask: np.ndarray
+    wanted_texts: tuple[frozenset[int], ...]
+    counts: dict[str, int]
+    tokens: int
+    padded_tokens: int
+    micro_batches: list[list[MicroBatch]]
+
+
+def plan_step(
+    examples: ExampleSet,
+    forget_indices: Sequence[int],
+    retain_indices: Sequence[int],
+    layout: Layout,
+    *,
+    with_unwanted: bool,
+) -> StepPlan:
+    """Lay out one step. ``with_unwanted``: the unwanted answers are forwarded too (not so under frozen targets)."""
+    chosen = [examples.forget[i] for i in forget_indices]
+    wanted = [(e, answer) for e, example in enumerate(chosen) for answer in example.wanted]
+    unwanted = [(e, answer) for e, example in enumerate(chosen) for answer in example.unwanted]
+    retain = [examples.retain[i] for i in retain_indices]
+    items = [Item(answer.segment, Role.WANTED, k) for k, (_, answer) in enumerate(wanted)]
+    if with_unwanted:
+        items += [Item(answer.segment, Role.UNWANTED, k) for k, (_, answer) in enumerate(unwanted)]
+    items += [Item(segment, Role.RETAIN, k) for k, segment in enumerate(retain)]
+
+    texts = [frozenset(answer.text_id for answer in example.wanted) for example in chosen]
+    example = np.array([e for e, _ in wanted], dtype=np.int64)
+    unwanted_example = np.array([e for e, _ in unwanted], dtype=np.int64)
+    by_example = np.array([[a.text_id not in t for _, a in unwanted] for t in texts], dtype=bool)
+    negative_mask = by_example.reshape(len(chosen), len(unwanted))[example]
+    micro_batches = layout.micro_batches(items)
+    flat = [micro_batch for rank in micro_batches for micro_batch in rank]
+    return StepPlan(
+        example=example,
+        unwanted_example=unwanted_example,
+        wanted_ids=np.array([answer.answer_id for _, answer in wanted], dtype=np.int64),
+        unwanted_ids=np.array([answer.answer_id for _, answer in unwanted], dtype=np.int64),
+        negative_mask=negative_mask,
+        own_mask=negative_mask & (example[:, None] == unwanted_example[None, :]),
+        wanted_texts=tuple(texts[e] for e, _ in wanted),
+        counts={
+            "pairs": len(wanted),
+            "nll": sum(answer.segment.answer_length for _, answer in wanted),
+            "unwanted": sum(answer.segment.answer_length for _, answer in unwanted),
+            "retain": sum(segment.answer_length for segment in retain),
+        },
+        tokens=sum(len(item.segment) for item in items),
+        padded_tokens=sum(_padded_tokens(micro_batch) for micro_batch in flat),
+        micro_batches=micro_batches,
+    )
