@@ -54,7 +54,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = {
-            f.name: value.to(device, non_blocking=True)
+            f.name: value.to(device)
             for f in fields(self)
             if isinstance(value := getattr(self, f.name), Tensor | Batch)
         }

@@ -1,0 +1,118 @@
+"""Models, data and cases of the gradient test, shared by the processes that compute and the one that compares."""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+from pathlib import Path
+
+import torch
+from transformers import GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM
+
+from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
+from wpn_ds.data.tokens import Segment
+
+VOCABULARY = 96
+WINDOW = 8  # of GPT-Neo's local layers; many segments below are longer
+WEIGHTS = {"npair": 0.7, "nll": 1.3, "retain": 2.0}
+BASE = {
+    "stage": 3,
+    "targets": "reference",
+    "packed": True,
+    "several": True,
+    "checkpointing": False,
+    "pooling": "weighted",
+    "scoring": "cosine",
+    "negatives": "step",
+    "retain_loss": "kl",
+    "temperature": 0.2,
+}
+
+
+def case(**changes) -> dict:
+    return {**BASE, **changes}
+
+
+#: The matrix: every combination for ZeRO-3.
+MATRIX = [
+    case(targets=targets, packed=packed, several=several, checkpointing=checkpointing)
+    for targets, packed, several, checkpointing in itertools.product(
+        ("reference", "live"), (True, False), (False, True), (False, True)
+    )
+]
+#: One change at a time: other stages, and every other setting of the objective.
+VARIATIONS = [
+    *(case(stage=stage) for stage in (0, 1, 2)),
+    *(case(stage=stage, targets="live", packed=False) for stage in (0, 2)),
+    case(targets="detached"),
+    case(pooling="mean"),
+    case(pooling="last", targets="live"),
+    case(scoring="dot", temperature=20.0),
+    case(scoring="likelihood", targets="live", negatives="own", temperature=1.0),
+    case(scoring="likelihood", targets="live", negatives="own", temperature=1.0, several=False),
+    case(negatives="own"),
+    case(negatives="bank"),
+    case(retain_loss="nll"),
+]
+
+
+def name_of(case: dict) -> str:
+    changed = {k: v for k, v in case.items() if BASE[k] != v}
+    return ",".join(f"{k}={v}" for k, v in changed.items()) or "base"
+
+
+def objective_key(case: dict) -> str:
+    """What of a case the plain reference depends on."""
+    return json.dumps({k: case[k] for k in ("targets", "pooling", "scoring", "negatives", "retain_loss", "temperature")})
+
+
+def make_model(family: str, folder: Path, seed: int) -> None:
+    """A random model with weights large enough that every term has a gradient to speak of."""
+    torch.manual_seed(seed)
+    common = {"vocab_size": VOCABULARY, "hidden_size": 32, "max_position_embeddings": 96}
+    special = {"bos_token_id": 1, "eos_token_id": 2}
+    if family == "gpt_neo":
+        layers = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4}
+        lm = GPTNeoForCausalLM(GPTNeoConfig(**common, **layers, **special, window_size=WINDOW, intermediate_size=64))
+    else:
+        odd = {"word_embed_proj_dim": 16, "do_layer_norm_before": False} if family == "opt-350m" else {
+            "word_embed_proj_dim": 32
+        }
+        layers = {"num_hidden_layers": 2, "ffn_dim": 64, "num_attention_heads": 4, "pad_token_id": 1}
+        lm = OPTForCausalLM(OPTConfig(**common, **layers, **odd, **(special | {"bos_token_id": 2})))
+    with torch.no_grad():
+        for parameter in lm.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.05)
+    lm.save_pretrained(folder)
+
+
+def make_examples() -> ExampleSet:
+    """Uneven segments, several answers, an unwanted text that is another example's wanted one, text-like retain."""
+    rng = random.Random(0)
+
+    def ids(n: int) -> tuple[int, ...]:
+        return tuple(rng.randrange(4, VOCABULARY) for _ in range(n))
+
+    examples, texts = ExampleSet(), {}
+    counts = itertools.count()
+    shared = ids(9)
+
+    def answers(prompt: tuple[int, ...], tails: list[tuple[int, ...]]) -> tuple[Answer, ...]:
+        return tuple(
+            Answer(Segment((2, *prompt, *tail, 2), 1, 1 + len(prompt)), next(counts), texts.setdefault(tail, len(texts)))
+            for tail in tails
+        )
+
+    for n_prompt, wanted, unwanted in (
+        (3, [ids(12), shared], [ids(5)]),
+        (14, [ids(2)], [ids(7), ids(19)]),
+        (6, [ids(20)], [shared, ids(3)]),
+        (9, [ids(4), ids(1), ids(8)], [ids(11)]),
+        (1, [ids(6)], [ids(6), ids(2), ids(13)]),
+    ):
+        prompt = ids(n_prompt)
+        examples.forget.append(ForgetExample(answers(prompt, wanted), answers(prompt, unwanted)))
+    for n, start in ((17, 5), (4, 1), (24, 10)):
+        examples.retain.append(Segment((2, *ids(n), 2), 1, start))
+    return examples

@@ -1,0 +1,91 @@
+"""The method written down plainly, in fp64 and one sequence at a time, independently of the package's own code."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+
+def sequence(lm, ids) -> tuple[Tensor, Tensor]:
+    """([n, d] states that the head receives, [n, V] log-probabilities) of one sequence read alone."""
+    tokens = torch.tensor([list(ids)])
+    hidden = lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
+    return hidden, torch.log_softmax(lm.lm_head(hidden), -1)
+
+
+def weights(n: int, kind: str) -> Tensor:
+    if kind == "mean":
+        return torch.full((n,), 1 / n, dtype=torch.float64)
+    if kind == "last":
+        return torch.eye(n, dtype=torch.float64)[-1]
+    return torch.tensor([2 * t / (n * (n + 1)) for t in range(1, n + 1)], dtype=torch.float64)
+
+
+def pooled(hidden: Tensor, start: int, stop: int, kind: str) -> Tensor:
+    return (weights(stop - start, kind)[:, None] * hidden[start:stop]).sum(0)
+
+
+def objective(lm, start_lm, reference_lm, examples, retain, settings) -> dict[str, Tensor]:
+    """The loss parts of one step over ``examples`` (ForgetExample) and ``retain`` (Segment), and their total.
+
+    ``start_lm`` gives reference targets, ``reference_lm`` the KL's reference distribution.
+    """
+    kind, scoring, tau = settings["pooling"], settings["scoring"], settings["temperature"]
+    answers = []  # (example, is wanted, text id, anchor, vector, weighted score, own log-probabilities)
+    for e, example in enumerate(examples):
+        for wanted, side in ((True, example.wanted), (False, example.unwanted)):
+            for answer in side:
+                segment = answer.segment
+                hidden, logp = sequence(lm, segment.ids)
+                own = torch.stack([logp[t - 1, segment.ids[t]] for t in range(segment.answer_start, len(segment.ids))])
+                target_hidden = hidden
+                if settings["targets"] == "reference":
+                    with torch.no_grad():
+                        target_hidden = sequence(start_lm, segment.ids)[0]
+                elif settings["targets"] == "detached":
+                    target_hidden = hidden.detach()
+                answers.append(
+                    (
+                        e,
+                        wanted,
+                        answer.text_id,
+                        pooled(hidden, segment.prompt_start, segment.answer_start, kind),
+                        pooled(target_hidden, segment.answer_start, len(segment.ids), kind),
+                        (weights(len(own), kind) * own).sum(),
+                        own,
+                    )
+                )
+
+    def score(anchor: Tensor, answer) -> Tensor:
+        if scoring == "likelihood":
+            return answer[5]
+        if scoring == "dot":
+            return anchor @ answer[4]
+        return anchor @ answer[4] / anchor.norm() / answer[4].norm()
+
+    pairs = []
+    for e, wanted, _, anchor, *_rest in answers:
+        if not wanted:
+            continue
+        positive = next(a for a in answers if a[3] is anchor)
+        wanted_texts = {a[2] for a in answers if a[0] == e and a[1]}
+        negatives = [a for a in answers if not a[1] and a[2] not in wanted_texts]
+        if settings["negatives"] == "own":
+            negatives = [a for a in negatives if a[0] == e]
+        gaps = [torch.exp((score(anchor, n) - score(anchor, positive)) / tau) for n in negatives]
+        pairs.append(torch.log1p(torch.stack(gaps).sum()))
+    nll = torch.cat([a[6] for a in answers if a[1]])
+    retained = []
+    for segment in retain:
+        _, logp = sequence(lm, segment.ids)
+        if settings["retain_loss"] == "kl":
+            with torch.no_grad():
+                _, reference = sequence(reference_lm, segment.ids)
+            token = (reference.exp() * (reference - logp)).sum(-1)
+            retained.append(token[segment.answer_start - 1 : -1])
+        else:
+            ids = torch.tensor(segment.ids[segment.answer_start :])
+            retained.append(-logp[segment.answer_start - 1 : -1].gather(1, ids[:, None]).squeeze(1))
+    parts = {"npair": torch.stack(pairs).mean(), "nll": -nll.mean(), "retain": torch.cat(retained).mean()}
+    parts["total"] = sum(settings["weights"][name] * value for name, value in parts.items())
+    return parts

@@ -1,0 +1,41 @@
+"""Starting real distributed runs from tests."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+
+
+def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
+    env = {k: v for k, v in os.environ.items() if k not in {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_PORT"}}
+    bin_folder = str(Path(sys.executable).parent)
+    env |= {
+        "PYTHONPATH": str(ROOT),
+        "PATH": bin_folder + os.pathsep + env["PATH"],  # ninja, for DeepSpeed's just-in-time builds
+        "OMP_NUM_THREADS": "1",
+        "HF_HUB_OFFLINE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    return env | dict(extra or {})
+
+
+def launch(
+    ranks: int, program: Sequence[str], *, port: int, timeout: float = 600, env: Mapping[str, str] | None = None
+) -> subprocess.CompletedProcess[str]:
+    """``deepspeed --num_accelerators RANKS PROGRAM...`` to its end; its output is in ``stdout``."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    return subprocess.run(
+        [*command, "--master_port", str(port), *program],
+        cwd=ROOT,
+        env=environment(env),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        check=False,
+    )

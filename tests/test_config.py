@@ -1,0 +1,345 @@
+"""Flags, YAML and defaults become one checked Config."""
+
+from __future__ import annotations
+
+import dataclasses
+import subprocess
+import sys
+import types
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from wpn_ds.config import Config, ObjectiveConfig, _groups, _settings, parse_args
+from wpn_ds.errors import UserError
+
+DEEPSPEED = ["--deepspeed", "ds_configs/zero3.json"]
+
+
+def parse(*argv: str, base: dict[str, Any] | None = None) -> Config:
+    return parse_args([*DEEPSPEED, *argv], base)
+
+
+def error(*argv: str, base: dict[str, Any] | None = None) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(*argv, base=base)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+@pytest.fixture
+def recipe(tmp_path: Path) -> Any:
+    def write(text: str) -> str:
+        path = tmp_path / "recipe.yaml"
+        path.write_text(text, encoding="utf-8")
+        return str(path)
+
+    return write
+
+
+# Valid values of every setting; what holds between settings is kept by the narrow ranges.
+RANGES: dict[str, st.SearchStrategy[Any]] = {
+    "dropout": st.floats(0, 0.99),
+    "adam_beta1": st.floats(0, 0.99),
+    "adam_beta2": st.floats(0, 0.99),
+    "max_length": st.integers(2, 512),
+    "tokens_per_micro_batch": st.integers(1024, 10**9),
+    "prompt_template": st.text().filter(lambda text: "{prompt}" not in text).map(lambda text: text + "{prompt}"),
+    "retain_file": st.lists(st.text(min_size=1), min_size=1, max_size=3),
+    "dataset_name": st.none(),
+    "resume_from_checkpoint": st.none(),
+    "wpn_weight": st.floats(0.5, 100),
+    "wpn_scoring": st.sampled_from(["cosine", "dot"]),
+    "wpn_negatives": st.sampled_from(["auto", "step", "own"]),
+}
+
+
+def values_of(kind: Any) -> st.SearchStrategy[Any]:
+    if typing.get_origin(kind) is Literal:
+        return st.sampled_from(typing.get_args(kind))
+    if isinstance(kind, types.UnionType):
+        return st.none() | values_of(typing.get_args(kind)[0])
+    return {
+        bool: st.booleans(),
+        int: st.integers(1, 10**20),
+        float: st.floats(1e-12, 1e12),
+        str: st.text(min_size=1),
+        list[str]: st.lists(st.text(min_size=1), max_size=3),
+    }[kind]
+
+
+FLAT = st.fixed_dictionaries(
+    {},
+    optional={
+        name: RANGES.get(name, values_of(setting.type)) for name, setting in _settings().items() if not setting.hidden
+    },
+)
+
+
+@settings(max_examples=60, deadline=None)
+@given(FLAT)
+def test_what_to_flat_says_comes_back_unchanged_through_yaml_and_from_flat(values: dict[str, Any]) -> None:
+    config = Config.from_flat(values)
+    flat = config.to_flat()
+    assert {name: flat[name] for name in values} == values
+    assert Config.from_flat(yaml.safe_load(yaml.safe_dump(flat, allow_unicode=True))) == config
+
+
+@settings(max_examples=60, deadline=None)
+@given(FLAT)
+def test_a_run_yaml_given_as_config_makes_the_same_resolved_run(
+    tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
+) -> None:
+    config = Config.from_flat({"output_dir": "out", "deepspeed": "d.json"} | values)
+    if config.training.deepspeed is None or config.training.output_dir is None:
+        return
+    config = config.resolved()
+    path = tmp_path_factory.mktemp("run") / "run.yaml"
+    path.write_text(yaml.safe_dump(config.to_flat()), encoding="utf-8")
+    again = parse_args(["--config", str(path)])
+    assert again.resolved().to_flat() == config.to_flat()
+    assert again.explicit == set(config.to_flat())
+
+
+@settings(max_examples=60, deadline=None)
+@given(FLAT)
+def test_a_flag_says_the_same_as_the_yaml_value(values: dict[str, Any]) -> None:
+    # A dash in front, an empty list and a None can't be written as a flag; \n in a flag is a line break.
+    skip = ("-", "prompt_template")
+    argv = []
+    expected = {}
+    for name, value in values.items():
+        texts = value if isinstance(value, list) else [str(value)]
+        if value is None or not texts or name == skip[1] or any(text.startswith(skip[0]) for text in texts):
+            continue
+        argv += [f"--{name}", *texts]
+        expected[name] = value
+    needed = {"deepspeed": "d.json", "output_dir": "out"} | expected
+    config = parse_args([*argv, *(f"--{name}={needed[name]}" for name in needed if name not in expected)])
+    assert config == dataclasses.replace(Config.from_flat(needed), explicit=frozenset(needed))
+
+
+def test_flags_win_over_the_file_the_file_over_the_recipe_the_recipe_over_defaults(recipe: Any) -> None:
+    path = recipe("seed: 2\nmax_length: 20\n")
+    config = parse("--config", path, "--seed", "3", base={"seed": 1, "max_length": 10, "warmup_steps": 5})
+    assert (config.training.seed, config.data.max_length, config.training.warmup_steps) == (3, 20, 5)
+    assert config.training.learning_rate == 1e-5
+    assert config.explicit == {"seed", "max_length", "deepspeed"}
+
+
+def test_numbers_that_yaml_reads_as_text_are_numbers(recipe: Any) -> None:
+    assert isinstance(yaml.safe_load("1e-5"), str)
+    config = parse("--config", recipe("learning_rate: 1e-5\nmax_steps: 1e3\nseed: 12345678901234567891\n"))
+    assert config.training.learning_rate == 1e-5
+    assert config.training.max_steps == 1000
+    assert config.training.seed == 12345678901234567891
+
+
+@pytest.mark.parametrize(
+    ("argv", "value"), [(["--packing", "false"], False), (["--packing=True"], True), (["--packing"], True), ([], True)]
+)
+def test_a_boolean_is_a_bare_flag_or_takes_a_word(argv: list[str], value: bool) -> None:
+    assert parse(*argv).data.packing is value
+
+
+def test_lists_take_several_values_and_repeated_flags_add_up(recipe: Any) -> None:
+    argv = ["--train_file", "a", "b", "--train_file", "c", "--output_dir", "o"]
+    assert parse(*argv).data.train_file == ["a", "b", "c"]
+    assert parse("--config", recipe("train_file: a.jsonl\n")).data.train_file == ["a.jsonl"]
+
+
+@pytest.mark.parametrize("flag", ["--local_rank=1", "--local-rank=1"])
+def test_the_launchers_local_rank_is_read_and_kept_out_of_the_run_file(flag: str) -> None:
+    config = parse(flag)
+    assert config.training.local_rank == 1
+    assert config.replace(seed=7).training.local_rank == 1
+    assert "local_rank" not in config.to_flat()
+    assert "local_rank" not in config.explicit
+
+
+def test_a_backslash_n_in_a_template_flag_is_a_line_break() -> None:
+    assert parse("--prompt_template", r"Q: {prompt}\nA:").data.prompt_template == "Q: {prompt}\nA:"
+
+
+@pytest.mark.parametrize(
+    ("argv", "parts"),
+    [
+        (["--learnig_rate", "1"], ["--learnig_rate", "did you mean --learning_rate?"]),
+        (["--learning-rate=1"], ["unknown flag --learning-rate;", "did you mean --learning_rate?"]),
+        (["--learn", "1"], ["unknown flag --learn"]),
+        (["--xyzzy"], ["unknown flag --xyzzy", "--help"]),
+        (["stray"], ["unexpected argument 'stray'"]),
+        (["--seed", "x"], ["--seed must be a whole number, got 'x'"]),
+        (["--seed", "1.5"], ["--seed must be a whole number"]),
+        (["--seed"], ["--seed", "expected one argument"]),
+        (["--learning_rate", "nan"], ["--learning_rate must be a number"]),
+        (["--learning_rate", "0"], ["--learning_rate must be greater than 0"]),
+        (["--packing", "maybe"], ["--packing must be true or false, got 'maybe'"]),
+        (["--retain_loss", "nil"], ["--retain_loss must be one of kl, nll", "did you mean nll?"]),
+        (["--dropout", "1"], ["--dropout must be at least 0 and below 1"]),
+        (["--max_grad_norm", "-1"], ["--max_grad_norm must be at least 0"]),
+        (["--prompt_template", "no place"], ["--prompt_template", "{prompt}"]),
+        (["--train_file", "a", "--dataset_name", "b"], ["--train_file", "--dataset_name"]),
+        (["--max_length", "8192"], ["--tokens_per_micro_batch 4096", "--max_length 8192"]),
+        (["--model_name_or_path", "facebook/opt-125m"], ["--output_dir is missing"]),
+        (["--train_file", "a", "--retain_batch_size", "4"], ["--retain_batch_size 4", "--retain_file"]),
+        (["--train_file", "a", "--wpn_weight", "0", "--nll_weight", "0"], ["retain", "--retain_file"]),
+        (["--overwrite_output_dir", "--resume_from_checkpoint", "auto"], ["--overwrite_output_dir", "--resume_from"]),
+        (["--config", "missing.yaml"], ["--config missing.yaml: No such file"]),
+        (["--config", "."], ["--config .: Is a directory"]),
+        (["--deepspeed"], ["--deepspeed: expected one argument", "ds_configs/zero3.json"]),
+    ],
+)
+def test_a_mistaken_flag_is_one_line_that_names_it(argv: list[str], parts: list[str]) -> None:
+    message = error(*argv)
+    assert all(part in message for part in parts), message
+
+
+@pytest.mark.parametrize(
+    ("text", "parts"),
+    [
+        ("seed: 1\nlearnig_rate: 1\n", [":2: learnig_rate is not a setting", "did you mean learning_rate?"]),
+        ("local_rank: 1\n", [":1: local_rank is not a setting"]),
+        ("\nseed: [1]\n", [":2: seed must be a whole number, got [1]"]),
+        ("seed: true\n", [":1: seed must be a whole number, got True"]),
+        ("seed: null\n", [":1: seed must be a whole number, got None"]),
+        ("packing: 3\n", [":1: packing must be true or false"]),
+        ("model_revision: 12345\n", [":1: model_revision must be a text, got 12345: put it in quotation marks"]),
+        ("train_file: {a: b}\n", [":1: train_file must be a list of texts"]),
+        ("wpn_pooling: [mean]\n", [":1: wpn_pooling must be one of weighted, mean, last"]),
+        ("seed: 1\nseed: 2\n", [":2: seed is given twice, first in line 1"]),
+        ("seed: 1\n  x: [\n", [":2: not YAML"]),
+        ("seed: \x07\n", ["not YAML"]),
+        ("- seed\n", ["name: value"]),
+    ],
+)
+def test_a_mistake_in_the_yaml_file_names_file_line_and_key(recipe: Any, text: str, parts: list[str]) -> None:
+    path = recipe(text)
+    message = error("--config", path)
+    assert path in message
+    assert all(part in message for part in parts), message
+
+
+def test_a_yaml_file_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    path = tmp_path / "latin.yaml"
+    path.write_bytes(b"output_dir: caf\xe9\n")
+    assert f"{path}: not UTF-8 at byte 15" in error("--config", str(path))
+
+
+def test_an_empty_yaml_file_changes_nothing(recipe: Any) -> None:
+    assert parse("--config", recipe("# nothing\n")) == parse()
+
+
+def test_deepspeed_is_required_and_the_error_names_a_file() -> None:
+    with pytest.raises(UserError, match=r"--deepspeed is missing: .*ds_configs/zero3\.json"):
+        parse_args([])
+
+
+@pytest.mark.parametrize("scoring", ["cosine", "dot", "likelihood"])
+@pytest.mark.parametrize("targets", ["auto", "reference", "detached", "live"])
+@pytest.mark.parametrize("negatives", ["auto", "step", "own", "bank"])
+def test_exactly_the_combinations_that_make_sense_resolve(scoring: Any, targets: Any, negatives: Any) -> None:
+    if scoring == "likelihood":
+        sensible = targets in ("auto", "live") and negatives in ("auto", "own")
+    else:
+        sensible = negatives != "bank" or targets in ("auto", "reference")
+    if not sensible:
+        with pytest.raises(UserError, match=r"^--wpn_\w+ \w+ \w+ (with )?--wpn_"):
+            ObjectiveConfig(wpn_scoring=scoring, wpn_targets=targets, wpn_negatives=negatives)
+        return
+    resolved = ObjectiveConfig(wpn_scoring=scoring, wpn_targets=targets, wpn_negatives=negatives).resolved()
+    auto = ("live", "own") if scoring == "likelihood" else ("reference", "step")
+    assert resolved.wpn_targets == (auto[0] if targets == "auto" else targets)
+    assert resolved.wpn_negatives == (auto[1] if negatives == "auto" else negatives)
+    assert resolved.wpn_temperature == {"cosine": 0.05, "dot": 1.0, "likelihood": 1.0}[scoring]
+    assert resolved.resolved() == resolved
+
+
+@pytest.mark.parametrize("name", ["wpn_weight", "nll_weight", "retain_weight"])
+def test_weights_may_be_0_but_not_all_and_none_below(name: str) -> None:
+    others = dict.fromkeys(["wpn_weight", "nll_weight", "retain_weight"], 0.0)
+    assert ObjectiveConfig(**{**others, name: 1.0})
+    with pytest.raises(UserError, match="are all 0"):
+        ObjectiveConfig(**others)
+    with pytest.raises(UserError, match=f"--{name} must be at least 0"):
+        ObjectiveConfig(**{name: -1.0})
+
+
+def test_a_temperature_is_kept_when_given_and_positive() -> None:
+    assert ObjectiveConfig(wpn_temperature=0.5).resolved().wpn_temperature == 0.5
+    with pytest.raises(UserError, match="--wpn_temperature must be greater than 0"):
+        ObjectiveConfig(wpn_temperature=0.0)
+
+
+def test_the_demo_resolves_to_its_own_folder_and_a_model_of_ones_own_to_output_dir() -> None:
+    demo = parse().resolved()
+    assert demo.training.output_dir == "runs/demo/unlearned"
+    assert demo.logging.logging_dir == str(Path("runs/demo/unlearned/runs"))
+    own = parse("--model_name_or_path", "m", "--output_dir", "out", "--logging_dir", "logs").resolved()
+    assert (own.training.output_dir, own.logging.logging_dir) == ("out", "logs")
+    assert own.resolved() == own
+
+
+@pytest.mark.parametrize(
+    ("argv", "size"),
+    [
+        ([], 32),
+        (["--train_file", "f"], 0),
+        (["--train_file", "f", "--retain_file", "r", "--global_batch_size", "8"], 8),
+        (["--retain_batch_size", "5"], 5),
+        (["--retain_batch_size", "0"], 0),
+    ],
+)
+def test_the_retain_batch_is_as_large_as_the_other_one_unless_there_is_nothing_to_retain(
+    argv: list[str], size: int
+) -> None:
+    assert parse(*argv).resolved().training.retain_batch_size == size
+
+
+def test_replace_checks_again_and_keeps_what_was_explicit() -> None:
+    config = parse("--seed", "1").replace(learning_rate=2e-5)
+    assert (config.training.seed, config.training.learning_rate) == (1, 2e-5)
+    assert config.explicit == {"seed", "deepspeed"}
+    with pytest.raises(UserError, match="--learning_rate must be greater than 0"):
+        config.replace(learning_rate=0)
+    with pytest.raises(UserError, match="sed is not a setting; did you mean seed"):
+        config.replace(sed=0)
+
+
+def test_help_has_every_flag_with_its_sentence_and_default_in_five_groups(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "400")
+    with pytest.raises(SystemExit) as caught:
+        parse_args(["--help"])
+    assert caught.value.code == 0
+    text = capsys.readouterr().out
+    positions = [text.index(f"\n{group}:\n") for group in _groups()]
+    assert positions == sorted(positions) and len(positions) == 5
+    for name, setting in _settings().items():
+        assert (f"--{name} " in text) is not setting.hidden
+        if not setting.hidden:
+            assert len(setting.doc.split()) >= 3 and setting.doc.endswith((".", ")."))
+            assert setting.doc in text
+    assert "--global_batch_size INT" in text and "(default: 32)" in text
+    assert "local" not in text.replace("local folder", "")
+
+
+def test_no_two_groups_share_a_name() -> None:
+    names = [entry.name for kind in _groups().values() for entry in dataclasses.fields(kind)]
+    assert len(names) == len(set(names))
+
+
+def test_settings_are_read_without_torch_deepspeed_or_transformers() -> None:
+    code = (
+        "import sys, wpn_ds.config, wpn_ds.ds_json\n"
+        "wpn_ds.config.parse_args(['--deepspeed', 'x.json'])\n"
+        "print([name for name in ('torch', 'deepspeed', 'transformers', 'numpy') if name in sys.modules])"
+    )
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"

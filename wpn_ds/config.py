@@ -1,0 +1,589 @@
+"""The settings of a run: five small dataclasses, filled from defaults, a recipe, a YAML file and flags, in that order.
+
+A field's name is its flag and its YAML key, the string under it is its `--help`. This module imports neither torch,
+deepspeed nor transformers, so `--help` and a mistyped flag answer at once.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import difflib
+import functools
+import inspect
+import json
+import math
+import sys
+import textwrap
+import types
+import typing
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal, NoReturn
+
+import yaml
+
+from wpn_ds.errors import UserError
+
+DEMO_OUTPUT_DIR = "runs/demo/unlearned"
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The model that is trained."""
+
+    model_name_or_path: str | None = None
+    """Model to unlearn: a Hugging Face hub name or a local folder; without it, the small planted model of the demo."""
+
+    tokenizer_name: str | None = None
+    """Tokenizer, if it is not the model's own."""
+
+    model_revision: str | None = None
+    """Branch, tag or commit of the model on the hub."""
+
+    trust_remote_code: bool = False
+    """Run modelling code that comes with the model; only for sources that you trust."""
+
+    allow_key_mismatch: bool = False
+    """Go on when the checkpoint lacks weights or has extra ones, instead of stopping."""
+
+    dropout: float = 0.0
+    """Dropout of every layer, in place of the value in the model's own configuration (OPT's is 0.1)."""
+
+    attention: Literal["auto", "sdpa", "eager"] = "auto"
+    """Attention implementation; auto takes the fastest one that keeps packed texts apart exactly."""
+
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more time, the same gradient."""
+
+    bf16: bool = False
+    """Compute in bfloat16 with fp32 master weights; without it, everything is fp32."""
+
+    def __post_init__(self) -> None:
+        _require(self, "dropout", 0 <= self.dropout < 1, "at least 0 and below 1")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """What is forgotten, what is kept, and how text becomes tokens."""
+
+    train_file: list[str] = field(default_factory=list)
+    """JSONL files of {"prompt", "chosen", "rejected"}; without them and --dataset_name, the embedded demo set."""
+
+    dataset_name: str | None = None
+    """Data set with such records in place of --train_file: a hub name or a local folder."""
+
+    dataset_split: str = "train"
+    """Split of --dataset_name."""
+
+    retain_file: list[str] = field(default_factory=list)
+    """JSONL files of {"prompt", "response"} or {"text"} that the model shall go on saying."""
+
+    validation_file: list[str] = field(default_factory=list)
+    """JSONL files like --train_file on which the losses are measured but not trained."""
+
+    prompt_template: str = "Question: {prompt}\nAnswer:"
+    """Text around a prompt, where {prompt} stands for it; on the command line \\n means a line break."""
+
+    max_length: int = 1024
+    """Tokens of a packed row, and so the most tokens of one prompt with its answer."""
+
+    packing: bool = True
+    """Put several texts into one row; turn it off for models that fail the packing self-check."""
+
+    def __post_init__(self) -> None:
+        _require(self, "max_length", self.max_length >= 2, "at least 2")
+        _require(self, "prompt_template", self.prompt_template.count("{prompt}") == 1, "a text with one {prompt} in it")
+        if self.train_file and self.dataset_name is not None:
+            raise UserError("--train_file and --dataset_name both name the training data: give one of them")
+
+    @property
+    def embedded(self) -> bool:
+        """True if the training data are the package's own demo set (which brings its retain data along)."""
+        return not self.train_file and self.dataset_name is None
+
+    @property
+    def has_retain(self) -> bool:
+        """True if there are retain data: the user's, or those of the demo set."""
+        return bool(self.retain_file) or self.embedded
+
+
+@dataclass(frozen=True)
+class ObjectiveConfig:
+    """The loss: wpn_weight x N-pair + nll_weight x NLL(wanted answers) + retain_weight x retain term."""
+
+    objective: Literal["wpn"] = "wpn"
+    """Unlearning objective: wpn, the weighted positional N-pair loss."""
+
+    wpn_weight: float = 1.0
+    """Weight of the N-pair term; 0 leaves it out."""
+
+    nll_weight: float = 1.0
+    """Weight of the likelihood of the wanted answers; 0 leaves it out."""
+
+    retain_loss: Literal["kl", "nll"] = "kl"
+    """Retain term: kl to the starting model (a second, frozen copy, sharded too), or plain nll."""
+
+    retain_weight: float = 1.0
+    """Weight of the retain term; 0 leaves it out."""
+
+    wpn_pooling: Literal["weighted", "mean", "last"] = "weighted"
+    """How a span's token vectors become one: weights that grow with the position, equal ones, or the last token."""
+
+    wpn_scoring: Literal["cosine", "dot", "likelihood"] = "cosine"
+    """Score of a prompt and an answer: similarity of pooled vectors, or the answer's weighted log-likelihood."""
+
+    wpn_temperature: float | None = None
+    """Temperature of the scores; without it, 0.05 for cosine and 1.0 for dot and likelihood."""
+
+    wpn_targets: Literal["auto", "reference", "detached", "live"] = "auto"
+    """Answer vectors: of the frozen start, the current model without or with gradient; auto: reference, or live for
+    likelihood."""
+
+    wpn_negatives: Literal["auto", "step", "own", "bank"] = "auto"
+    """Unwanted answers in the contrast: the step's, the prompt's own, or the data set's; auto: step, or own for
+    likelihood."""
+
+    def __post_init__(self) -> None:
+        for name in ("wpn_weight", "nll_weight", "retain_weight"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
+        if self.wpn_weight == self.nll_weight == self.retain_weight == 0:
+            raise UserError("--wpn_weight, --nll_weight and --retain_weight are all 0: nothing would be trained")
+        if self.wpn_temperature is not None:
+            _require(self, "wpn_temperature", self.wpn_temperature > 0, "greater than 0")
+        if self.wpn_scoring == "likelihood":
+            for name, only in (("wpn_targets", "live"), ("wpn_negatives", "own")):
+                if getattr(self, name) not in ("auto", only):
+                    raise UserError(
+                        f"--wpn_scoring likelihood works with --{name} {only}, not with {getattr(self, name)}: "
+                        f"leave --{name} out"
+                    )
+        if self.wpn_negatives == "bank" and self.wpn_targets not in ("auto", "reference"):
+            raise UserError(
+                f"--wpn_negatives bank needs --wpn_targets reference, not {self.wpn_targets}: "
+                "the vectors of the whole data set are computed once, by the starting model"
+            )
+
+    def resolved(self) -> ObjectiveConfig:
+        """The same settings without `auto` and None."""
+        likelihood = self.wpn_scoring == "likelihood"
+        targets, negatives, temperature = self.wpn_targets, self.wpn_negatives, self.wpn_temperature
+        if targets == "auto":
+            targets = "live" if likelihood else "reference"
+        if negatives == "auto":
+            negatives = "own" if likelihood else "step"
+        if temperature is None:
+            temperature = 0.05 if self.wpn_scoring == "cosine" else 1.0
+        return dataclasses.replace(self, wpn_targets=targets, wpn_negatives=negatives, wpn_temperature=temperature)
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """Steps, batches, optimizer and DeepSpeed."""
+
+    output_dir: str | None = None
+    """Folder for the model, checkpoints and reports; required with a model of your own (demo: runs/demo/unlearned)."""
+
+    max_steps: int | None = None
+    """Optimizer steps to run; without it, --num_train_epochs decides."""
+
+    num_train_epochs: float = 1.0
+    """Passes over the training data."""
+
+    global_batch_size: int = 32
+    """Training examples of one optimizer step, over all ranks together."""
+
+    retain_batch_size: int | None = None
+    """Retain examples of one optimizer step, over all ranks; without it, as many as --global_batch_size."""
+
+    tokens_per_micro_batch: int = 4096
+    """Tokens of a rank's forward pass: the memory knob, which never changes the result."""
+
+    learning_rate: float = 1e-5
+    """Highest learning rate of the schedule."""
+
+    lr_scheduler_type: Literal["linear", "cosine", "constant", "constant_with_warmup", "deepspeed"] = "linear"
+    """Course of the learning rate after the warm-up (constant has none); deepspeed: the scheduler of the JSON."""
+
+    warmup_steps: int = 0
+    """Optimizer steps over which the learning rate rises from 0."""
+
+    weight_decay: float = 0.0
+    """Weight decay of the optimizer."""
+
+    adam_beta1: float = 0.9
+    """AdamW's decay of the gradient's mean."""
+
+    adam_beta2: float = 0.999
+    """AdamW's decay of the squared gradient's mean."""
+
+    adam_epsilon: float = 1e-8
+    """AdamW's epsilon."""
+
+    max_grad_norm: float = 1.0
+    """Clip the gradient of all weights to this norm; 0 means no clipping."""
+
+    seed: int = 42
+    """Seed of the data order, dropout and everything else that is random."""
+
+    comm_timeout_minutes: float = 30.0
+    """How long a rank waits for the others before the run is given up."""
+
+    deepspeed: str | None = None
+    """Path of the DeepSpeed JSON file, for example ds_configs/zero3.json (required)."""
+
+    local_rank: int = field(default=-1, metadata={"hidden": True})
+    """Set by the deepspeed launcher."""
+
+    def __post_init__(self) -> None:
+        for name in ("global_batch_size", "tokens_per_micro_batch"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
+        for name in ("num_train_epochs", "learning_rate", "adam_epsilon", "comm_timeout_minutes"):
+            _require(self, name, getattr(self, name) > 0, "greater than 0")
+        for name in ("adam_beta1", "adam_beta2"):
+            _require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        if self.max_steps is not None:
+            _require(self, "max_steps", self.max_steps >= 1, "at least 1")
+        if self.retain_batch_size is not None:
+            _require(self, "retain_batch_size", self.retain_batch_size >= 0, "at least 0")
+
+
+@dataclass(frozen=True)
+class LoggingConfig:
+    """What is written when: metrics, checkpoints, evaluations."""
+
+    logging_steps: int = 1
+    """Optimizer steps between two lines of metrics."""
+
+    logging_dir: str | None = None
+    """Folder for TensorBoard; without it, runs/ in --output_dir."""
+
+    save_steps: int = 500
+    """Optimizer steps between two checkpoints; 0 means only one at the end."""
+
+    save_total_limit: int = 2
+    """Checkpoints to keep; older ones go once a newer one is complete."""
+
+    resume_from_checkpoint: str | None = None
+    """Go on from a checkpoint: its path, or auto for the newest complete one in --output_dir (none: start afresh)."""
+
+    eval_steps: int = 0
+    """Optimizer steps between two evaluations; 0 means only before and after training."""
+
+    sample_prompts: int = 4
+    """Prompts whose answers go to TensorBoard at each evaluation."""
+
+    sample_tokens: int = 48
+    """Most tokens of such an answer."""
+
+    peak_tflops: float | None = None
+    """Peak TFLOP/s of one device, for the MFU; without it, measured with a matrix product at the start."""
+
+    overwrite_output_dir: bool = False
+    """Start afresh in an --output_dir that already holds a run."""
+
+    def __post_init__(self) -> None:
+        for name in ("logging_steps", "save_total_limit", "sample_tokens"):
+            _require(self, name, getattr(self, name) >= 1, "at least 1")
+        for name in ("save_steps", "eval_steps", "sample_prompts"):
+            _require(self, name, getattr(self, name) >= 0, "at least 0")
+        if self.peak_tflops is not None:
+            _require(self, "peak_tflops", self.peak_tflops > 0, "greater than 0")
+        if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
+            raise UserError("--overwrite_output_dir starts afresh, --resume_from_checkpoint goes on: give one of them")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings of a run, checked one by one and against each other (`UserError` names the flag)."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    objective: ObjectiveConfig = field(default_factory=ObjectiveConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    logging: LoggingConfig = field(default_factory=LoggingConfig)
+    explicit: frozenset[str] = frozenset()
+    """Names that a flag or the YAML file gave: they may not be overruled in silence."""
+
+    def __post_init__(self) -> None:
+        objective, training = self.objective, self.training
+        if training.tokens_per_micro_batch < self.data.max_length:
+            raise UserError(
+                f"--tokens_per_micro_batch {training.tokens_per_micro_batch} is less than one row of --max_length "
+                f"{self.data.max_length}: raise the one or lower the other"
+            )
+        if training.retain_batch_size and not self.data.has_retain:
+            raise UserError(f"--retain_batch_size {training.retain_batch_size} without retain data: add --retain_file")
+        if objective.wpn_weight == objective.nll_weight == 0 and not self.data.has_retain:
+            raise UserError("only the retain term has a weight, but there are no retain data: add --retain_file")
+
+    @classmethod
+    def from_flat(cls, values: Mapping[str, Any], explicit: Iterable[str] = (), source: str = "settings") -> Config:
+        """A config from {name: value}, the inverse of `to_flat`; `source` names the origin of `values` in errors."""
+        return cls._build(values, {name: f"{source}: {name}" for name in values}, explicit)
+
+    @classmethod
+    def _build(cls, values: Mapping[str, Any], origins: Mapping[str, str], explicit: Iterable[str]) -> Config:
+        """`from_flat` with each value's own origin ("recipe.yaml:7: seed", "--seed") for the error message."""
+        known = _settings()
+        groups: dict[str, dict[str, Any]] = {name: {} for name in _groups()}
+        for name, value in values.items():
+            if name not in known:
+                raise UserError(f"{origins[name]} is not a setting{nearest(name, known)}")
+            setting = known[name]
+            groups[setting.group][name] = _convert(setting.type, value, origins[name])
+        return cls(**{group: kind(**groups[group]) for group, kind in _groups().items()}, explicit=frozenset(explicit))
+
+    def to_flat(self) -> dict[str, Any]:
+        """Every setting as {name: value} in plain YAML types, in the order of `--help`; what a run's run.yaml holds."""
+        return {
+            name: getattr(getattr(self, setting.group), name)
+            for name, setting in _settings().items()
+            if not setting.hidden
+        }
+
+    def replace(self, **values: Any) -> Config:
+        """A copy with some settings changed, by their flat names; checked again, `explicit` kept."""
+        hidden = {"local_rank": self.training.local_rank}
+        return Config.from_flat({**self.to_flat(), **hidden, **values}, explicit=self.explicit)
+
+    def resolved(self) -> Config:
+        """A copy without `auto` and without a None that stands for a computed default.
+
+        Call it after `resolve_deepspeed`, which may adopt the batch size of the JSON. Raises `UserError` without
+        `--output_dir` for a model of one's own.
+        """
+        output_dir = self.training.output_dir
+        if output_dir is None:
+            if self.model.model_name_or_path is not None:
+                raise UserError("--output_dir is missing: name the folder for the trained model and its reports")
+            output_dir = DEMO_OUTPUT_DIR
+        retain = self.training.retain_batch_size
+        if not self.data.has_retain:
+            retain = 0
+        elif retain is None:
+            retain = self.training.global_batch_size
+        logging_dir = self.logging.logging_dir
+        return dataclasses.replace(
+            self,
+            objective=self.objective.resolved(),
+            training=dataclasses.replace(self.training, output_dir=output_dir, retain_batch_size=retain),
+            logging=dataclasses.replace(
+                self.logging, logging_dir=str(Path(output_dir, "runs")) if logging_dir is None else logging_dir
+            ),
+        )
+
+
+def parse_args(argv: Sequence[str] | None = None, base: Mapping[str, Any] | None = None) -> Config:
+    """The settings of a training run from its command line.
+
+    argv: the arguments without the program's name, by default those of this process; `--config FILE` among them
+        names a YAML file of settings, whose paths are relative to the working folder.
+    base: settings of a recipe (the demo), over the defaults and under the YAML file and the flags; not `explicit`.
+
+    Raises `UserError` in one line for everything that is wrong, missing --deepspeed and --output_dir included.
+    """
+    given = _read_flags(sys.argv[1:] if argv is None else argv)
+    values = dict(base or {})
+    origins = {name: f"recipe: {name}" for name in values}
+    explicit: set[str] = set()
+    recipe = given.pop("config", None)
+    if recipe is not None:
+        for name, (value, line) in _read_yaml(recipe).items():
+            values[name], origins[name] = value, f"{recipe}:{line}: {name}"
+            explicit.add(name)
+    for name, value in given.items():
+        values[name], origins[name] = value, f"--{name}"
+        explicit.add(name)
+    config = Config._build(values, origins, explicit - {"local_rank"})
+    if config.training.deepspeed is None:
+        raise UserError("--deepspeed is missing: name a DeepSpeed JSON file, for example ds_configs/zero3.json")
+    config.resolved()  # a missing --output_dir is named now, not after the model is loaded
+    return config
+
+
+@dataclass(frozen=True)
+class _Setting:
+    """One field of one group, as flags, YAML and help see it."""
+
+    group: str
+    type: Any
+    default: Any
+    doc: str
+    hidden: bool
+
+
+def _groups() -> dict[str, Any]:
+    """The group dataclasses by their name in `Config`."""
+    hints = typing.get_type_hints(Config)
+    return {entry.name: hints[entry.name] for entry in dataclasses.fields(Config) if entry.name != "explicit"}
+
+
+@functools.cache
+def _settings() -> dict[str, _Setting]:
+    """Every setting by name, in the order of the source."""
+    settings = {}
+    for group, kind in _groups().items():
+        hints, docs = typing.get_type_hints(kind), _field_docs(kind)
+        for entry in dataclasses.fields(kind):
+            default = entry.default if entry.default is not dataclasses.MISSING else []
+            hidden = entry.metadata.get("hidden", False)
+            settings[entry.name] = _Setting(group, hints[entry.name], default, docs[entry.name], hidden)
+    return settings
+
+
+def _field_docs(kind: type) -> dict[str, str]:
+    """The string literal under each field of a dataclass, on one line."""
+    body = ast.parse(textwrap.dedent(inspect.getsource(kind))).body[0]
+    assert isinstance(body, ast.ClassDef)
+    docs = {}
+    for statement, below in zip(body.body, body.body[1:], strict=False):
+        if isinstance(statement, ast.AnnAssign) and isinstance(statement.target, ast.Name):
+            assert isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant), statement.target.id
+            docs[statement.target.id] = " ".join(str(below.value.value).split())
+    return docs
+
+
+def _require(group: object, name: str, holds: bool, wanted: str) -> None:
+    """Raise the one-line error of a setting that is out of its range."""
+    if not holds:
+        raise UserError(f"--{name} must be {wanted}, got {getattr(group, name)!r}")
+
+
+def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
+    """'; did you mean NAME?' if something known is close to `name`, else nothing."""
+    close = difflib.get_close_matches(name, list(known), n=1)
+    return f"; did you mean {prefix}{close[0]}?" if close else ""
+
+
+def _convert(kind: Any, value: Any, origin: str) -> Any:
+    """`value` (a flag's text, or what YAML made of it) as the type of a field, or a `UserError` that names `origin`."""
+    arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Literal:
+        if value in arguments:
+            return value
+        hint = nearest(str(value), arguments)
+        raise UserError(f"{origin} must be one of {', '.join(arguments)}, got {value!r}{hint}")
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        return None if value is None else _convert(arguments[0], value, origin)
+    if typing.get_origin(kind) is list:
+        values = [value] if isinstance(value, str) else value
+        if not isinstance(values, list | tuple):
+            raise UserError(f"{origin} must be a list of texts, got {value!r}")
+        return [_convert(arguments[0], entry, origin) for entry in values]
+    if kind is str:
+        if isinstance(value, str) and value:
+            return value
+        hint = "" if value is None or value == "" else ": put it in quotation marks"
+        raise UserError(f"{origin} must be a text, got {value!r}{hint}")
+    if kind is bool:
+        truth = {"true": True, "false": False}.get(str(value).lower())
+        if truth is None:
+            raise UserError(f"{origin} must be true or false, got {value!r}")
+        return truth
+    # Numbers: YAML reads 1e-5 as text (it wants 1.0e-5), so texts are parsed here as those of flags are.
+    wanted = "a whole number" if kind is int else "a number"
+    try:
+        if isinstance(value, bool) or not isinstance(value, str | int | float):
+            raise ValueError
+        number: int | float = _parse_number(value) if isinstance(value, str) else value
+        if not math.isfinite(number) or (kind is int and number != int(number)):
+            raise ValueError
+        return kind(number)
+    except (ValueError, OverflowError):
+        raise UserError(f"{origin} must be {wanted}, got {value!r}") from None
+
+
+def _parse_number(text: str) -> int | float:
+    """The number that a text spells; whole ones exactly, however many digits they have."""
+    try:
+        return int(text)
+    except ValueError:
+        return float(text)
+
+
+def _read_yaml(path: str) -> dict[str, tuple[Any, int]]:
+    """{key: (value, line)} of a YAML file of settings."""
+    try:
+        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        node = loader.get_single_node()
+        if node is None:
+            return {}
+        if not isinstance(node, yaml.MappingNode):
+            raise UserError(f"--config {path}: expected lines of 'name: value'")
+        settings: dict[str, tuple[Any, int]] = {}
+        for key_node, value_node in node.value:
+            key, line = str(key_node.value), key_node.start_mark.line + 1
+            if key in settings:
+                raise UserError(f"{path}:{line}: {key} is given twice, first in line {settings[key][1]}")
+            if key not in _settings() or _settings()[key].hidden:
+                raise UserError(f"{path}:{line}: {key} is not a setting{nearest(key, _settings())}")
+            settings[key] = (loader.construct_object(value_node, deep=True), line)
+        return settings
+    except OSError as error:
+        raise UserError(f"--config {path}: {error.strerror}") from None
+    except UnicodeDecodeError as error:
+        raise UserError(f"--config {path}: not UTF-8 at byte {error.start}") from None
+    except yaml.MarkedYAMLError as error:
+        line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
+        raise UserError(f"{path}{line}: not YAML: {error.problem}") from None
+    except yaml.YAMLError as error:
+        raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
+
+
+class _Parser(argparse.ArgumentParser):
+    """argparse whose errors are one line and no usage dump."""
+
+    def error(self, message: str) -> NoReturn:
+        if message.startswith("argument --deepspeed:"):
+            message += " (a DeepSpeed JSON file, for example ds_configs/zero3.json)"
+        raise UserError(message.removeprefix("argument "))
+
+
+def _parser() -> argparse.ArgumentParser:
+    """The flags, one a setting, grouped as the dataclasses are."""
+    parser = _Parser(
+        usage="deepspeed %(prog)s --deepspeed FILE.json [--config FILE.yaml] [--NAME VALUE ...]",
+        description="Unlearn harmful behaviour. Flags win over --config FILE, the file over the defaults.",
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML file with any of the names below as its keys.")
+    sections = {
+        group: parser.add_argument_group(group, (kind.__doc__ or "").strip()) for group, kind in _groups().items()
+    }
+    for name, setting in _settings().items():
+        kind = next((part for part in typing.get_args(setting.type) if part in (str, int, float)), setting.type)
+        options: dict[str, Any] = {"metavar": kind.__name__.upper() if isinstance(kind, type) else None}
+        if typing.get_origin(setting.type) is Literal:
+            options["metavar"] = "{" + ",".join(typing.get_args(setting.type)) + "}"
+        elif typing.get_origin(setting.type) is list:
+            options |= {"metavar": "FILE", "nargs": "+", "action": "extend"}
+        elif setting.type is bool:
+            options |= {"metavar": "BOOL", "nargs": "?", "const": True}
+        default = "" if setting.default in (None, []) else f" (default: {json.dumps(setting.default)})"
+        options["help"] = argparse.SUPPRESS if setting.hidden else (setting.doc + default).replace("%", "%%")
+        # The launcher of DeepSpeed writes --local_rank=N, torchrun --local-rank=N.
+        names = [f"--{name}", "--local-rank"] if name == "local_rank" else [f"--{name}"]
+        sections[setting.group].add_argument(*names, **options)
+    return parser
+
+
+def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
+    """{name: text, list of texts or True} of the flags that are there; --help prints and exits."""
+    parser = _parser()
+    namespace, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        name = unknown[0].split("=")[0]
+        if not name.startswith("-"):
+            raise UserError(f"unexpected argument {name!r}: settings are given as --name value")
+        hint = nearest(name.lstrip("-").replace("-", "_"), [*_settings(), "config"], "--")
+        raise UserError(f"unknown flag {name}{hint or '; --help lists all'}")
+    given = vars(namespace)
+    if "prompt_template" in given:
+        given["prompt_template"] = given["prompt_template"].replace("\\n", "\n")
+    return given

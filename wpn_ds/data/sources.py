@@ -1,0 +1,140 @@
+"""From files to (source, row) pairs. Whatever is wrong is collected, so that one error can list it all."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from wpn_ds.errors import UserError
+
+Row = dict[str, Any]
+
+_LISTED = 10
+_JSON_SPACE = re.compile(r"[ \t\n\r]*")
+_SURROGATE = re.compile("[\ud800-\udfff]")
+
+
+class DataError(UserError):
+    """Bad input data: a summary with the count, then up to ten lines that name file, line and field."""
+
+
+class Problems:
+    """Counts what is wrong and keeps the first ten."""
+
+    def __init__(self) -> None:
+        self.count = 0
+        self.first: list[str] = []
+        self.hint = ""
+
+    def add(self, source: str, problem: str, hint: str = "") -> None:
+        """Notes one problem at `source` ("file:line"); a `hint` is said once, for all."""
+        self.count += 1
+        self.hint = hint or self.hint
+        if len(self.first) < _LISTED:
+            self.first.append(f"{source}: {problem}")
+
+    def check(self, what: str) -> None:
+        """Raises DataError if anything was noted while reading `what`."""
+        if not self.count:
+            return
+        summary = f"{what}: {self.count} problem{'s' * (self.count > 1)}; mend or remove what is listed"
+        hint = f" ({self.hint})" if self.hint else ""
+        more = [f"... and {self.count - len(self.first)} more"] if self.count > len(self.first) else []
+        raise DataError("\n  ".join([summary + hint, *self.first, *more]))
+
+
+def json_type(value: Any) -> str:
+    """How a user would call the JSON type of `value`."""
+    names = {str: "a string", bool: "true or false", list: "a list", dict: "an object", type(None): "null"}
+    return names.get(type(value), "a number")
+
+
+def is_text(value: str) -> bool:
+    """Whether it can be encoded: a lone surrogate (a JSON escape such as \\ud800) can't."""
+    return not _SURROGATE.search(value)
+
+
+def file_rows(path: str | Path, problems: Problems) -> Iterator[tuple[str, Row]]:
+    """Yields ("path:line", object) for each line of a JSONL file, or for each element of a file that is one JSON array.
+
+    A byte order mark and blank lines are fine. A line that can't be used becomes a problem and is passed over.
+    """
+    count = problems.count
+    empty = True
+    try:
+        # surrogateescape keeps a bad byte as a lone surrogate, so that the line that holds it can be named
+        with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
+            for number, line in enumerate(file, 1):
+                if not line.strip():
+                    continue
+                is_array = empty and line.lstrip().startswith("[")
+                text = line + file.read() if is_array else line.rstrip()
+                for at, value in _values(path, number, text, is_array, problems):
+                    empty = False
+                    if isinstance(value, dict):
+                        yield f"{path}:{at}", value
+                    else:
+                        problems.add(f"{path}:{at}", f"must be a JSON object with named fields, not {json_type(value)}")
+                empty = empty and is_array
+    except IsADirectoryError:
+        problems.add(str(path), "is a folder: name the files in it, or give a data set's folder with --dataset_name")
+    except OSError as error:
+        problems.add(str(path), f"can't be read: {error.strerror}")
+    else:
+        if empty and problems.count == count:
+            problems.add(str(path), "is empty")
+
+
+def _values(path: str | Path, line: int, text: str, is_array: bool, problems: Problems) -> Iterator[tuple[int, Any]]:
+    """The JSON values of `text`, which begins at line `line`, each with the line where it begins."""
+    bad = _SURROGATE.search(text)
+    if bad:
+        byte, at = ord(bad[0]) - 0xDC00, line + text.count("\n", 0, bad.start())
+        problems.add(f"{path}:{at}", f"is not UTF-8 (byte 0x{byte:02x}): save the file as UTF-8")
+        return
+    repeated: list[str] = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> Row:
+        row = dict(pairs)
+        names = [name for name, _ in pairs]
+        repeated.extend(name for name in row if len(row) < len(names) and names.count(name) > 1)
+        return row
+
+    decoder = json.JSONDecoder(object_pairs_hook=unique)
+    counted = at = 0
+    try:
+        for at, value in _elements(decoder, text) if is_array else [(0, decoder.decode(text))]:
+            line, counted = line + text.count("\n", counted, at), at
+            if repeated:
+                problems.add(f"{path}:{line}", f"field {json.dumps(repeated[0])}: occurs twice in one object")
+                repeated.clear()
+            else:
+                yield line, value
+    except json.JSONDecodeError as error:
+        at = line + text.count("\n", counted, error.pos)
+        problems.add(f"{path}:{at}", f"bad JSON: {error.msg} (column {error.colno})")
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
+        problems.add(f"{path}:{line}", f"bad JSON: {error}")
+
+
+def _elements(decoder: json.JSONDecoder, text: str) -> Iterator[tuple[int, Any]]:
+    """(start, value) of each element of the JSON array that `text` is; json.loads would lose the positions."""
+
+    def skip(at: int) -> int:
+        return _JSON_SPACE.match(text, at).end()  # type: ignore[union-attr]  # it matches nothing too
+
+    at = skip(text.index("[") + 1)
+    closed = text[at : at + 1] == "]"
+    while not closed:
+        value, end = decoder.raw_decode(text, at)
+        yield at, value
+        end = skip(end)
+        closed = text[end : end + 1] == "]"
+        if not closed and text[end : end + 1] != ",":
+            raise json.JSONDecodeError("Expecting ',' delimiter", text, end)
+        at = end if closed else skip(end + 1)
+    if skip(at + 1) < len(text):
+        raise json.JSONDecodeError("Extra data", text, skip(at + 1))

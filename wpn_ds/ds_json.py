@@ -1,0 +1,455 @@
+"""The DeepSpeed JSON as people have it, made into the one that the engine is started with.
+
+"auto" values are filled from the flags, numbers in the file are adopted by the settings, and where a flag and the file
+say different things the run stops. Pure: imports neither torch nor deepspeed. What is said about DeepSpeed was read in
+0.19.8.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wpn_ds.config import Config, nearest
+from wpn_ds.errors import UserError
+
+_KNOWN_KEYS = """
+    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
+    optimizer scheduler gradient_clipping zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
+    bf16 bfloat16 fp16 torch_autocast data_types communication_data_type seq_parallel_communication_data_type
+    prescale_gradients gradient_predivide_factor gradient_allreduce_op disable_allgather activation_checkpointing
+    checkpoint datastates_ckpt aio compile data_efficiency dataloader_drop_last hybrid_engine pipeline
+    tensor_parallel expert_parallel data_parallel_size sequence_parallel_size use_data_before_expert_parallelism
+    weight_quantization vocabulary_size steps_per_print wall_clock_breakdown memory_breakdown dump_state
+    disable_python_gc log_level timers comms_logger flops_profiler autotuning tensorboard wandb csv_monitor
+    comet
+"""
+KNOWN_KEYS = frozenset(_KNOWN_KEYS.split())
+"""Top-level keys that DeepSpeed reads; it ignores any other one without a word."""
+
+OPTIMIZER_FLAGS: Mapping[str, frozenset[str]] = {
+    name: frozenset(keys.split())
+    for name, keys in {
+        "AdamW": "lr betas eps weight_decay",
+        "Adam": "lr betas eps weight_decay",
+        "Adamax": "lr betas eps weight_decay",
+        "NAdam": "lr betas eps weight_decay",
+        "RAdam": "lr betas eps weight_decay",
+        "Lion": "lr betas weight_decay",
+        "Adagrad": "lr eps weight_decay",
+        "Adadelta": "lr eps weight_decay",
+        "RMSprop": "lr eps weight_decay",
+        "SGD": "lr weight_decay",
+        "ASGD": "lr weight_decay",
+        "Rprop": "lr",
+    }.items()
+}
+"""Optimizers that work on ZeRO's flat shards, each with those of its parameters that have a flag. Others need whole
+matrices (Muon, Adafactor, Lamb), a closure (LBFGS) or sparse gradients (SparseAdam)."""
+
+_OPTIMIZER_SETTINGS: Mapping[str, tuple[str, Callable[[Config], float]]] = {
+    "lr": ("learning_rate", lambda config: config.training.learning_rate),
+    "eps": ("adam_epsilon", lambda config: config.training.adam_epsilon),
+    "weight_decay": ("weight_decay", lambda config: config.training.weight_decay),
+}
+"""The flag of an optimizer's parameter, and its value. `betas` has two flags."""
+
+_DEEPSPEED_OPTIMIZERS = ("AdamW", "Adam", "Lion", "Adagrad")  # DeepSpeed has its own; the rest is torch.optim's
+
+_SCHEDULER_FLAGS = {
+    "WarmupLR": ("warmup_max_lr", "warmup_num_steps"),
+    "WarmupDecayLR": ("warmup_max_lr", "warmup_num_steps", "total_num_steps"),
+    "WarmupCosineLR": ("warmup_num_steps", "total_num_steps"),
+}
+"""Parameters of DeepSpeed's schedulers that the flags fill when the file leaves them out: its own defaults (a learning
+rate of 0.001, 1000 steps) are nobody's wish."""
+
+# Places where "auto" is a word of DeepSpeed's own.
+_DEEPSPEED_AUTO = (
+    "pipeline",
+    "autotuning",
+    "expert_parallel",
+    "data_types.keep_in_fp32_modules",
+    "zero_optimization.zenflow",
+)
+
+
+@dataclass(frozen=True)
+class ResolvedDeepSpeed:
+    """What came of a DeepSpeed JSON."""
+
+    json: dict[str, Any]
+    """The configuration for `deepspeed.initialize`: no "auto" left, rows and accumulation in the engine's hands."""
+
+    config: Config
+    """The settings, with what the file says in place of what no flag said."""
+
+    notes: list[str]
+    """One line for each thing in the file that has another effect than its author may think."""
+
+
+def resolve_deepspeed(
+    path_or_dict: str | Path | Mapping[str, Any],
+    config: Config,
+    *,
+    world_size: int,
+    hidden_size: int,
+    device: str,
+    total_steps: int | None = None,
+) -> ResolvedDeepSpeed:
+    """Fill, check and complete a DeepSpeed configuration.
+
+    path_or_dict: the JSON file (or its content).
+    world_size: number of ranks; hidden_size: width of the model, from which bucket sizes follow as in transformers.
+    device: type of the accelerator, "cpu" or "cuda".
+    total_steps: optimizer steps of the run. Only a scheduler in the file needs them; while they are not known (the file
+        may bring the batch size from which they follow) "total_num_steps" stays "auto": call again, with the same
+        arguments, once they are.
+
+    Raises `UserError` for a file that can't be read, a key or value that can't be used, and a flag against the file.
+    """
+    source = _Source.read(path_or_dict)
+    work = _Resolution(source, config)
+    result, notes = source.json, work.notes
+    for key in result:
+        if key not in KNOWN_KEYS:
+            hint = nearest(key, KNOWN_KEYS) or ": DeepSpeed would ignore or refuse it; remove it"
+            raise source.error((key,), f"unknown key{hint}")
+    _refuse_what_breaks_the_step(source)
+
+    # Precision
+    if "bfloat16" in result:  # DeepSpeed's old name, which transformers does not know
+        result.setdefault("bf16", result.pop("bfloat16"))
+        source.rename("bfloat16", "bf16")
+    if source.section("fp16").get("enabled", False) == "auto":
+        result["fp16"]["enabled"] = False
+    if source.section("fp16").get("enabled", False) is not False:
+        raise source.error(("fp16", "enabled"), "fp16 overflows in this loss; use bf16 (--bf16) instead")
+    if "bf16" in result or config.model.bf16:
+        source.section("bf16", create=True).setdefault("enabled", "auto")
+        work.owned(("bf16", "enabled"), "bf16", lambda c: c.model.bf16, check=_is_bool)
+
+    # Batches: the engine plans rows and micro-batches and accumulates itself; one row a rank is what it tells DeepSpeed
+    if "train_batch_size" in result:
+        work.owned(("train_batch_size",), "global_batch_size", lambda c: c.training.global_batch_size, check=_is_count)
+    for key in ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if result.get(key, "auto") != "auto":
+            notes.append(f"{source.at((key,))} is not used: wpn_ds sizes micro-batches by --tokens_per_micro_batch")
+    result.setdefault("gradient_clipping", "auto")  # DeepSpeed clips at 1.0 without it
+    work.owned(("gradient_clipping",), "max_grad_norm", lambda c: c.training.max_grad_norm)
+
+    # Zero
+    zero = source.section("zero_optimization")
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise source.error(("zero_optimization", "stage"), "must be 0, 1, 2 or 3")
+    for key, size in {
+        "reduce_bucket_size": hidden_size * hidden_size,
+        "allgather_bucket_size": hidden_size * hidden_size,
+        "stage3_prefetch_bucket_size": int(0.9 * hidden_size * hidden_size),
+        "stage3_param_persistence_threshold": 10 * hidden_size,
+    }.items():
+        if zero.get(key) == "auto":
+            zero[key] = size
+
+    _resolve_optimizer(work, device=device)
+    _resolve_scheduler(work, total_steps=total_steps)
+    work.fill()
+    result.update(train_batch_size=world_size, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
+
+    if "activation_checkpointing" in result:
+        notes.append(f"{source.at(('activation_checkpointing',))} has no effect here: use --gradient_checkpointing")
+    for path in _autos(result):
+        dotted = ".".join(path)
+        waits = total_steps is None and dotted == "scheduler.params.total_num_steps"
+        if not waits and not any(f"{dotted}.".startswith(f"{own}.") for own in _DEEPSPEED_AUTO):
+            raise source.error(path, '"auto" has no meaning here: write a value or remove the key')
+    return ResolvedDeepSpeed(json=result, config=work.config, notes=notes)
+
+
+def for_loading(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A copy of a resolved configuration for `HfDeepSpeedConfig`.
+
+    It lacks `train_batch_size`: `zero.Init` checks it against a world size of 1.
+    """
+    return {key: copy.deepcopy(value) for key, value in config.items() if key != "train_batch_size"}
+
+
+def _refuse_what_breaks_the_step(source: _Source) -> None:
+    """Stop on values with which the gradient would not be the objective's."""
+    for key, needed, why in (
+        ("gradient_allreduce_op", "mean", "the losses are scaled for a mean over ranks"),
+        ("managed_gradient_accumulation", True, "the engine sets the accumulation boundary itself"),
+    ):
+        if source.json.get(key, needed) != needed:
+            raise source.error((key,), f"must be {json.dumps(needed)} or left out: {why}")
+
+
+def _resolve_optimizer(work: _Resolution, *, device: str) -> None:
+    """Complete the optimizer: AdamW from the flags where the file has none."""
+    source, result = work.source, work.source.json
+    result.setdefault("optimizer", {"type": "AdamW"})
+    optimizer, params = source.section("optimizer"), source.section("optimizer", "params", create=True)
+    _only(source, ("optimizer",), ("type", "params", "legacy_fusion"))
+    names = {name.lower(): name for name in OPTIMIZER_FLAGS}
+    given = optimizer.get("type")
+    name = names.get(str(given).lower(), "")
+    if not name or (name not in _DEEPSPEED_OPTIMIZERS and given != name):
+        hint = f"; did you mean {name}?" if name else nearest(str(given), OPTIMIZER_FLAGS)
+        raise source.error(
+            ("optimizer", "type"), f"must be one of {', '.join(OPTIMIZER_FLAGS)}{hint} (others can't work on shards)"
+        )
+    if "max_grad_norm" in params:
+        raise source.error(("optimizer", "params", "max_grad_norm"), "DeepSpeed wants it as gradient_clipping: move it")
+    adam = name in ("Adam", "AdamW")
+    for key in ("lr", "betas", "eps", "weight_decay"):
+        path = ("optimizer", "params", key)
+        if key not in OPTIMIZER_FLAGS[name]:
+            if key in params:
+                raise source.error(path, f"{name} has no {key}: remove it")
+            continue
+        if key in ("lr", "weight_decay") or adam:  # else the optimizer's own default may be another one than AdamW's
+            params.setdefault(key, "auto")
+        if key == "betas" and key in params:
+            work.betas(path)
+        elif key in params:
+            work.owned(path, *_OPTIMIZER_SETTINGS[key])
+
+    zero = source.section("zero_optimization")
+    offload = source.section("zero_optimization", "offload_optimizer")
+    offloaded = offload.get("device", "none") in ("cpu", "nvme") or zero.get("cpu_offload") is True
+    if adam and device == "cpu" and not offloaded:
+        # DeepSpeed's AdamW for the device would be compiled first, for a minute.
+        params.setdefault("torch_adam", True)
+    if name not in _DEEPSPEED_OPTIMIZERS:
+        result["zero_allow_untested_optimizer"] = True
+        if offloaded:
+            result["zero_force_ds_cpu_optimizer"] = False
+
+
+def _resolve_scheduler(work: _Resolution, *, total_steps: int | None) -> None:
+    """Complete the scheduler, if the file has one; the settings then name it as `deepspeed`."""
+    source, result, config = work.source, work.source.json, work.config
+    flag = config.training.lr_scheduler_type
+    if "scheduler" not in result:
+        if flag == "deepspeed":
+            raise UserError(
+                f"--lr_scheduler_type deepspeed, but {source.name} has no scheduler: add it or drop the flag"
+            )
+        return
+    scheduler, params = source.section("scheduler"), source.section("scheduler", "params", create=True)
+    _only(source, ("scheduler",), ("type", "params"))
+    if not isinstance(scheduler.get("type"), str):
+        raise source.error(("scheduler", "type"), "must be the name of a scheduler, for example WarmupDecayLR")
+    if "lr_scheduler_type" in config.explicit and flag != "deepspeed":
+        raise UserError(
+            f"--lr_scheduler_type {flag} but {source.at(('scheduler', 'type'))} is {scheduler['type']}: "
+            "remove the one or the other"
+        )
+    work.config = config.replace(lr_scheduler_type="deepspeed")
+    for key in _SCHEDULER_FLAGS.get(scheduler["type"], ()):
+        params.setdefault(key, "auto")
+    if params.get("warmup_min_lr") == "auto":
+        params["warmup_min_lr"] = 0
+    if "warmup_max_lr" in params:
+        work.owned(("scheduler", "params", "warmup_max_lr"), *_OPTIMIZER_SETTINGS["lr"])
+    if "warmup_num_steps" in params:
+        path = ("scheduler", "params", "warmup_num_steps")
+        # DeepSpeed refuses 0 warm-up steps.
+        work.owned(path, "warmup_steps", lambda c: max(1, c.training.warmup_steps), check=_is_count)
+    path = ("scheduler", "params", "total_num_steps")
+    if params.get("total_num_steps") == "auto" and total_steps is not None:
+        params["total_num_steps"] = total_steps
+    elif total_steps is not None and params.get("total_num_steps", total_steps) != total_steps:
+        work.notes.append(f"{source.at(path)} is {params['total_num_steps']}, but the run has {total_steps} steps")
+
+
+class _Resolution:
+    """The settings and notes while a file is worked through."""
+
+    def __init__(self, source: _Source, config: Config) -> None:
+        self.source = source
+        self.config = config
+        self.notes: list[str] = []
+        self._adopted: dict[str, str] = {}
+        self._autos: list[tuple[dict[str, Any], str, Callable[[Config], Any]]] = []
+
+    def owned(
+        self,
+        path: tuple[str, ...],
+        name: str,
+        value: Callable[[Config], Any],
+        check: Callable[[Any], str | None] | None = None,
+    ) -> None:
+        """Let the key at `path` and the flag `name` be one value, or raise.
+
+        "auto" becomes the flag's value, in `fill`. A value in the file becomes the setting's, unless a flag, or another
+        key of the file before, said something else. `check` says what is wrong with a value, by default that it's no
+        number.
+        """
+        parent = self.source.section(*path[:-1])
+        said = parent[path[-1]]
+        if said == "auto":
+            self._autos.append((parent, path[-1], value))
+            return
+        problem = (check or _is_number)(said)
+        if problem:
+            raise self.source.error(path, f'{problem} or "auto", got {json.dumps(said)}')
+        self._adopt(path, name, said, value(self.config))
+
+    def betas(self, path: tuple[str, ...]) -> None:
+        """`owned` for the pair of numbers that two flags hold."""
+        params = self.source.section(*path[:-1])
+        training = self.config.training
+        current = [training.adam_beta1, training.adam_beta2]
+        said = params["betas"]
+        if said == "auto":
+            self._autos.append((params, "betas", lambda c: [c.training.adam_beta1, c.training.adam_beta2]))
+            return
+        if not isinstance(said, list) or len(said) != 2 or any(_is_number(beta) for beta in said):
+            raise self.source.error(path, f'must be two numbers or "auto", got {json.dumps(said)}')
+        for index, name in enumerate(("adam_beta1", "adam_beta2")):
+            self._adopt(path, name, said[index], current[index])
+
+    def fill(self) -> None:
+        """Give every "auto" its value, once all of the file's own values are adopted: one key may fill another."""
+        for parent, key, value in self._autos:
+            parent[key] = value(self.config)
+
+    def _adopt(self, path: tuple[str, ...], name: str, said: Any, current: Any) -> None:
+        """Make `said`, which stands at `path`, the value of the setting `name`, whose value is `current`."""
+        where = self.source.at(path)
+        if said != current:
+            text = json.dumps(said)
+            if name in self.config.explicit:
+                raise UserError(
+                    f'--{name} {_plain(current)} but {where} is {text}: make them equal or write "auto" there'
+                )
+            if name in self._adopted:
+                raise UserError(
+                    f"{self._adopted[name]} is {_plain(current)} but {where} is {text}: make them equal, both are "
+                    f"--{name}"
+                )
+            try:
+                self.config = self.config.replace(**{name: said})
+            except UserError as error:
+                raise self.source.error(path, str(error)) from None
+        self._adopted.setdefault(name, where)
+
+
+class _Source:
+    """A DeepSpeed JSON with the lines of its keys, for error messages."""
+
+    def __init__(self, content: dict[str, Any], name: str, lines: dict[tuple[str, ...], int]) -> None:
+        self.json = content
+        self.name = name
+        self._lines = lines
+
+    @classmethod
+    def read(cls, path_or_dict: str | Path | Mapping[str, Any]) -> _Source:
+        if isinstance(path_or_dict, Mapping):
+            return cls(copy.deepcopy(dict(path_or_dict)), "the DeepSpeed configuration", {})
+        path = Path(path_or_dict)
+        try:
+            text = path.read_text(encoding="utf-8")
+            content = json.loads(text)
+        except OSError as error:
+            raise UserError(f"--deepspeed {path}: {error.strerror}") from None
+        except UnicodeDecodeError as error:
+            raise UserError(f"--deepspeed {path}: not UTF-8 at byte {error.start}") from None
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
+        if not isinstance(content, dict):
+            raise UserError(f"{path}:1: a DeepSpeed configuration is a JSON object, {{...}}")
+        lines: dict[tuple[str, ...], int] = {}
+        for keys, line in _key_lines(text):
+            if keys in lines:
+                raise UserError(f"{path}:{line}: {'.'.join(keys)} is given twice, first in line {lines[keys]}")
+            lines[keys] = line
+        return cls({key: value for key, value in content.items() if value is not None}, str(path), lines)
+
+    def section(self, *path: str, create: bool = False) -> dict[str, Any]:
+        """The object at `path`; where there is none, an empty one, which is put there on `create`."""
+        node = self.json
+        for depth, key in enumerate(path, start=1):
+            if create and node.get(key) is None:
+                node[key] = {}
+            child = node.get(key)
+            node = {} if child is None else child
+            if not isinstance(node, dict):
+                raise self.error(path[:depth], "must be an object, {...}")
+        return node
+
+    def rename(self, old: str, new: str) -> None:
+        """Let the lines of the section `old` stand for `new`."""
+        self._lines |= {(new, *keys[1:]): line for keys, line in self._lines.items() if keys[0] == old}
+
+    def at(self, path: tuple[str, ...]) -> str:
+        """'file.json:12: optimizer.params.lr'."""
+        line = f":{self._lines[path]}" if path in self._lines else ""
+        return f"{self.name}{line}: {'.'.join(path)}"
+
+    def error(self, path: tuple[str, ...], message: str) -> UserError:
+        """The error that `message` is to be said about the key at `path`."""
+        return UserError(f"{self.at(path)}: {message}")
+
+
+def _key_lines(text: str) -> Iterable[tuple[tuple[str, ...], int]]:
+    """(path of keys, line) for every key of a valid JSON text, in its order; a list's entries count by their index."""
+    containers: list[list[Any]] = []  # [the key or index that is being read, whether it is a list]
+    for token in re.finditer(r'"((?:[^"\\]|\\.)*)"(\s*:)?|[{}\[\],]', text):
+        mark = token.group()
+        if mark in "{[":
+            containers.append([0, mark == "["])
+        elif mark in "}]":
+            containers.pop()
+        elif mark == ",":
+            if containers[-1][1]:
+                containers[-1][0] += 1
+        elif token.group(2):
+            containers[-1][0] = json.loads(f'"{token.group(1)}"')
+            yield tuple(str(key) for key, _ in containers), text.count("\n", 0, token.start()) + 1
+
+
+def _autos(node: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, ...]]:
+    """Paths of every "auto" under `node`."""
+    if node == "auto":
+        yield path
+    elif isinstance(node, dict):
+        for key, value in node.items():
+            yield from _autos(value, (*path, key))
+    elif isinstance(node, list):
+        for index, value in enumerate(node):
+            yield from _autos(value, (*path, str(index)))
+
+
+def _only(source: _Source, path: tuple[str, ...], known: tuple[str, ...]) -> None:
+    """Stop on a key of a section that DeepSpeed would ignore ("param" for "params")."""
+    for key in source.section(*path):
+        if key not in known:
+            raise source.error((*path, key), f"unknown key{nearest(key, known)}")
+
+
+def _plain(value: Any) -> str:
+    """A value as a flag spells it."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+def _is_number(value: Any) -> str | None:
+    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    return None if good else "must be a number"
+
+
+def _is_count(value: Any) -> str | None:
+    good = isinstance(value, int) and not isinstance(value, bool) and value >= 1
+    return None if good else "must be a whole number above 0"
+
+
+def _is_bool(value: Any) -> str | None:
+    return None if isinstance(value, bool) else "must be true, false"

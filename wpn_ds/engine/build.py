@@ -1,0 +1,58 @@
+"""DeepSpeed engines around the models: the one that is trained, and the frozen starting model for KL."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
+from torch import Tensor
+
+from wpn_ds.engine.distributed import World
+from wpn_ds.models.packed import PackedLM
+
+
+def build_policy(
+    model: PackedLM, ds_json: Mapping[str, Any], scheduler: Callable[[torch.optim.Optimizer], Any] | None
+) -> Any:
+    """The training engine. ``scheduler`` makes the learning-rate schedule; None leaves it to the JSON's own."""
+    engine, *_ = deepspeed.initialize(
+        model=model,
+        model_parameters=[p for p in model.parameters() if p.requires_grad],
+        config=dict(ds_json),
+        lr_scheduler=scheduler,
+        dist_init_required=False,
+    )
+    return engine
+
+
+def build_frozen(model: PackedLM, ds_json: Mapping[str, Any], world: World) -> Any:
+    """The starting model for KL: sharded as the policy is under ZeRO-3, else a plain frozen copy on each rank."""
+    model.requires_grad_(False)
+    model.eval()
+    if ds_json.get("zero_optimization", {}).get("stage") != 3:
+        return model.to(world.device)
+    ours = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16", "steps_per_print")
+    zero = {k: v for k, v in ds_json["zero_optimization"].items() if k != "offload_optimizer"}
+    config = {key: ds_json[key] for key in ours if key in ds_json} | {"zero_optimization": zero}
+    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    engine.eval()
+    return engine
+
+
+def full_weights(lm: Any, world: World) -> dict[str, Tensor] | None:
+    """The whole model's weights by name on rank 0's CPU, a tied weight once; None on other ranks.
+
+    Gathered one parameter at a time, so no device ever holds more than the largest. Every rank must call it.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, parameter in lm.named_parameters():
+        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if world.is_main:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    if world.is_main:
+        persistent = set(lm.state_dict().keys())
+        weights |= {name: b.detach().to("cpu", copy=True) for name, b in lm.named_buffers() if name in persistent}
+    return weights if world.is_main else None

@@ -1,0 +1,126 @@
+"""Batched greedy generation that gives the same tokens as one prompt at a time."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from tqdm import tqdm
+from transformers import GenerationConfig
+
+from wpn_ds.errors import UserError
+
+
+@contextlib.contextmanager
+def evaluation_mode(model: Any) -> Iterator[None]:
+    """Eval mode without gradients, and back to the mode that the model was in."""
+    training = model.training
+    model.eval()
+    try:
+        with torch.no_grad():
+            yield
+    finally:
+        model.train(training)
+
+
+def generate(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: str | None = None,
+) -> list[str]:
+    """The greedy answers to ``prompts`` (token ids), in their order, without special tokens and outer white space.
+
+    ``progress`` names the progress bar that a terminal shows. Raises UserError as :func:`generate_ids` does.
+    """
+    answers = generate_ids(
+        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+    )
+    return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
+
+
+def generate_ids(
+    model: Any,
+    tokenizer: Any,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new_tokens: int,
+    batch_size: int,
+    progress: str | None = None,
+) -> list[list[int]]:
+    """The new tokens for each prompt, up to the first EOS (left out) or ``max_new_tokens``.
+
+    Prompts of similar length share a batch, left-padded.
+
+    Raises:
+        UserError: a prompt with its answer exceeds the model's positions.
+    """
+    if not prompts:
+        return []
+    _check_room(model, max(map(len, prompts)), max_new_tokens)
+    eos = tokenizer.eos_token_id
+    pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else eos
+    greedy = GenerationConfig(
+        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, use_cache=True, eos_token_id=eos, pad_token_id=pad
+    )
+    answers: list[list[int]] = [[] for _ in prompts]
+    # The longest first: a batch that doesn't fit in memory shows at once.
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
+    with (
+        evaluation_mode(model),
+        _only(model, greedy),
+        tqdm(total=len(prompts), desc=progress, unit="prompt", disable=True if progress is None else None) as bar,
+    ):
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            inputs = _left_padded([prompts[i] for i in chosen], pad, model)
+            length = inputs["input_ids"].shape[1]
+            rows = model.generate(**inputs, generation_config=greedy)[:, length:].tolist()
+            for i, ids in zip(chosen, rows, strict=True):
+                answers[i] = ids[: ids.index(eos)] if eos in ids else ids
+            bar.update(len(chosen))
+    return answers
+
+
+def _left_padded(prompts: Sequence[Sequence[int]], pad: int, model: Any) -> dict[str, torch.Tensor]:
+    """[batch, length] ids, mask and, where the model takes them, positions that start at a prompt's first token.
+
+    Without positions GPT-Neo would count the pads, so that a prompt's answer would depend on its neighbours' lengths.
+    """
+    length = max(map(len, prompts))
+    ids = torch.tensor([[pad] * (length - len(prompt)) + list(prompt) for prompt in prompts])
+    mask = torch.tensor([[0] * (length - len(prompt)) + [1] * len(prompt) for prompt in prompts])
+    inputs = {"input_ids": ids, "attention_mask": mask}
+    if "position_ids" in inspect.signature(model.forward).parameters:
+        inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
+    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+
+
+@contextlib.contextmanager
+def _only(model: Any, config: GenerationConfig) -> Iterator[None]:
+    """Makes ``config`` the model's own for a while.
+
+    ``generate`` fills what it leaves open from ``model.generation_config``: sampling, penalties and forced tokens of
+    published models would come back.
+    """
+    own = model.generation_config
+    model.generation_config = config
+    try:
+        yield
+    finally:
+        model.generation_config = own
+
+
+def _check_room(model: Any, longest: int, max_new_tokens: int) -> None:
+    room = getattr(model.config, "max_position_embeddings", None)
+    if room is not None and longest + max_new_tokens > room:
+        raise UserError(
+            f"--max_new_tokens {max_new_tokens}: the longest prompt has {longest} tokens and the model {room} positions;"
+            f" give at most {max(0, room - longest)}, or a smaller --max_length"
+        )

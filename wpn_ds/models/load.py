@@ -1,0 +1,152 @@
+"""``from_pretrained`` with an audit: partitioned on load under ZeRO-3, dropout off, no weight silently made up."""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import logging
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers.integrations import HfDeepSpeedConfig
+
+from wpn_ds.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Source:
+    """Where a model comes from, and what of it is allowed."""
+
+    name_or_path: str
+    revision: str | None = None
+    trust_remote_code: bool = False
+    allow_key_mismatch: bool = False
+
+    @property
+    def hub_arguments(self) -> dict[str, Any]:
+        return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
+
+
+def load_config(source: Source, *, dropout: float | None = None) -> PretrainedConfig:
+    """The model's configuration; ``dropout`` replaces every dropout probability in it (layerdrop becomes 0)."""
+    with _one_line(f"--model_name_or_path {source.name_or_path}: no such folder, and no such model on the hub"):
+        config = AutoConfig.from_pretrained(source.name_or_path, **source.hub_arguments)
+    if dropout is not None:
+        for name in dropout_fields(config):
+            setattr(config, name, 0.0 if name == "layerdrop" else dropout)
+    return config
+
+
+def dropout_fields(config: PretrainedConfig) -> dict[str, float]:
+    """The configuration's dropout probabilities by name (OPT's default is 0.1 for ``dropout``)."""
+    return {name: value for name, value in vars(config).items() if "drop" in name and isinstance(value, int | float)}
+
+
+def load_tokenizer(name_or_path: str, source: Source) -> Any:
+    """The tokenizer; one without an EOS token is refused, since an answer's end would be unknown."""
+    with _one_line(f"--tokenizer_name {name_or_path}: no tokenizer there"):
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source.hub_arguments)
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"--tokenizer_name {name_or_path}: the tokenizer has no EOS token, so answers would never end")
+    return tokenizer
+
+
+def pad_token_id(tokenizer: Any) -> int:
+    """The id that fills rows; it is masked everywhere, so EOS serves where there is no pad token (GPT-Neo)."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
+
+
+def load_model(
+    source: Source,
+    *,
+    dtype: torch.dtype,
+    dropout: float = 0.0,
+    attention: str = "auto",
+    gradient_checkpointing: bool = False,
+    zero3: Mapping[str, Any] | None = None,
+) -> Any:
+    """A transformers causal LM in training mode, audited.
+
+    Args:
+        zero3: a DeepSpeed configuration of stage 3 without batch sizes: the weights are then partitioned as they are
+            read, and no rank ever holds the whole model.
+
+    Raises:
+        UserError: the model is missing, isn't a causal LM, doesn't support ``attention``, or its weights and its
+            architecture disagree.
+    """
+    config = load_config(source, dropout=dropout)
+    # from_pretrained partitions while this object is alive; a leftover one would partition later plain loads too.
+    partition_on_load = HfDeepSpeedConfig(dict(zero3)) if zero3 is not None else None
+    with _one_line(f"--model_name_or_path {source.name_or_path}: the model can't be loaded"):
+        model, info = AutoModelForCausalLM.from_pretrained(
+            source.name_or_path,
+            config=config,
+            dtype=dtype,  # transformers would load OPT as fp16, which overflows in training
+            attn_implementation=_attention(config, attention),
+            output_loading_info=True,
+            **source.hub_arguments,
+        )
+    del partition_on_load
+    audit(model, info, source)
+    model.train()
+    model.config.use_cache = False
+    if gradient_checkpointing:
+        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+        # Non-reentrant: the reentrant kind runs the head's chunks twice under ZeRO-3, which asserts.
+        enable({"use_reentrant": False})
+    return model
+
+
+def audit(model: Any, info: Mapping[str, Any], source: Source) -> None:
+    """Refuse a load that left weights out or made them up; say so if ``--allow_key_mismatch`` was given."""
+    problems = []
+    for kind, meaning in (
+        ("missing_keys", "not in the files, so newly initialised"),
+        ("mismatched_keys", "of another shape, so newly initialised"),
+        ("unexpected_keys", "in the files but not in the model"),
+    ):
+        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
+        if keys:
+            more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
+            problems.append(f"{len(keys)} weights {meaning}: {', '.join(keys[:5])}{more}")
+    if info.get("error_msgs"):
+        problems.append("; ".join(info["error_msgs"]))
+    if not problems:
+        return
+    message = f"--model_name_or_path {source.name_or_path}: {'; '.join(problems)}"
+    if not source.allow_key_mismatch:
+        raise UserError(f"{message}. Check the folder, or pass --allow_key_mismatch if this is meant")
+    logger.warning("%s (allowed by --allow_key_mismatch)", message)
+
+
+def _attention(config: PretrainedConfig, wanted: str) -> str:
+    """SDPA where the family has it, else eager (GPT-Neo raises for SDPA)."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    has_sdpa = bool(getattr(cls, "_supports_sdpa", False))
+    if wanted == "sdpa" and not has_sdpa:
+        raise UserError(f"--attention sdpa: {config.model_type} has no SDPA attention; use --attention eager")
+    return "sdpa" if has_sdpa and wanted != "eager" else "eager"
+
+
+def accepts_packing(model: Any) -> bool:
+    """Whether the backbone takes the position ids that packed rows need."""
+    return "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+
+@contextlib.contextmanager
+def _one_line(what: str) -> Iterator[None]:
+    """A library's failure as one line that names the flag."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+        raise UserError(f"{what} ({first})") from error

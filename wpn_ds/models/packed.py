@@ -1,0 +1,49 @@
+"""A causal LM as the objective needs it: states of every token, logits at the labels, segments kept apart."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from wpn_ds.data.batch import Batch
+
+
+class PackedLM(nn.Module):
+    """Wraps a transformers causal LM (``lm``) so that one forward under the engine does both parts.
+
+    The backbone and the head are called as modules: ZeRO-3 gathers a weight in its module's hooks, and reading
+    ``lm_head.weight`` anywhere else would find an empty shard.
+    """
+
+    def __init__(self, lm: Any, *, packed: bool) -> None:
+        super().__init__()
+        self.lm = lm
+        self.packed = packed
+
+    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
+        """``hidden`` [B * L, d] that the head receives, and ``logits`` [P, V] at the batch's label positions."""
+        hidden = self.backbone(batch).flatten(0, 1)
+        return hidden, self.lm.get_output_embeddings()(hidden[batch.label_positions])
+
+    def backbone(self, batch: Batch) -> Tensor:
+        """[B, L, d] states. No cache: with one, GPT-Neo's stock attention silently leaks across segments."""
+        if self.packed:
+            dtype = self.lm.dtype
+            inputs = {"position_ids": batch.position_ids, "attention_mask": segment_mask(batch.segment_ids, dtype)}
+        else:
+            inputs = {"attention_mask": (batch.segment_ids >= 0).long()}
+        return self.lm.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+
+
+def segment_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
+    """[B, 1, L, L] additive mask: a token attends to earlier tokens of its own segment and to itself.
+
+    It is a float mask, because a boolean one is added as 0/1 by eager attention; and finfo.min rather than -inf,
+    because rows that are all -inf turn into NaN. Pads form a segment of their own, so no row is.
+    """
+    same = segment_ids[:, :, None] == segment_ids[:, None, :]
+    causal = torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
+    mask = torch.zeros(same.shape, dtype=dtype, device=same.device)
+    return mask.masked_fill(~(same & causal), torch.finfo(dtype).min)[:, None]
