@@ -220,7 +220,7 @@ class TrainingConfig:
     """AdamW's decay of the squared gradient's mean."""
 
     adam_epsilon: float = 1e-8
-    """AdamW's epsilon."""
+    """AdamW's epsilon, added to the root of the squared gradient's mean."""
 
     max_grad_norm: float = 1.0
     """Clip the gradient of all weights to this norm; 0 means no clipping."""
@@ -339,7 +339,10 @@ class Config:
         return cls(**{group: kind(**groups[group]) for group, kind in _groups().items()}, explicit=frozenset(explicit))
 
     def to_flat(self) -> dict[str, Any]:
-        """Every setting as {name: value} in plain YAML types, in the order of `--help`; what a run's run.yaml holds."""
+        """Every setting as {name: value} in plain YAML types, in the order of `--help`; what a run's run.yaml holds.
+
+        Write it with `yaml.safe_dump(..., sort_keys=False)`; with `allow_unicode=True` PyYAML loses rare line breaks.
+        """
         return {
             name: getattr(getattr(self, setting.group), name)
             for name, setting in _settings().items()

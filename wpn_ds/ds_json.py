@@ -328,12 +328,11 @@ class _Resolution:
         if said != current:
             text = json.dumps(said)
             if name in self.config.explicit:
-                raise UserError(
-                    f'--{name} {_plain(current)} but {where} is {text}: make them equal or write "auto" there'
-                )
+                flag = f"--{name} {json.dumps(self.config.to_flat()[name])}"
+                raise UserError(f'{flag} but {where} is {text}: make them equal or write "auto" there')
             if name in self._adopted:
                 raise UserError(
-                    f"{self._adopted[name]} is {_plain(current)} but {where} is {text}: make them equal, both are "
+                    f"{self._adopted[name]} is {json.dumps(current)} but {where} is {text}: make them equal, both are "
                     f"--{name}"
                 )
             try:
@@ -434,11 +433,6 @@ def _only(source: _Source, path: tuple[str, ...], known: tuple[str, ...]) -> Non
     for key in source.section(*path):
         if key not in known:
             raise source.error((*path, key), f"unknown key{nearest(key, known)}")
-
-
-def _plain(value: Any) -> str:
-    """A value as a flag spells it."""
-    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _is_number(value: Any) -> str | None:

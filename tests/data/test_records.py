@@ -239,7 +239,7 @@ BAD_FORGET = {
         'field "chosen": holds the same text as "rejected"',
     ),
     "equal but for white space": (
-        {**GOOD, "rejected": ["x", f" {GOOD['chosen']}\n"]},
+        {**GOOD, "chosen": ["x", "same "], "rejected": ["y", " same\n"]},
         'field "chosen": holds the same',
     ),
     "an equal alternate": ({"question": "q", "answer": "a", "sub_answer": "a"}, 'field "sub_answer": holds the same'),
@@ -419,8 +419,6 @@ def test_a_data_set_that_cannot_be_loaded_is_named_with_its_flags(tmp_path: Path
 
 
 def test_a_split_without_rows_is_an_error(tmp_path: Path, datasets: Any) -> None:
-    datasets.Dataset.from_list([GOOD]).to_parquet(tmp_path / "set" / "train.parquet")
-    with pytest.raises(
-        DataError, match=r"set\[train\[:0\]\]: is empty: choose another --dataset_name or --dataset_split"
-    ):
-        read_dataset(str(tmp_path / "set"), "train[:0]", "forget")
+    datasets.Dataset.from_list([GOOD]).filter(lambda row: False).save_to_disk(tmp_path / "set")
+    with pytest.raises(DataError, match=r"set\[train\]: is empty: choose another --dataset_name or --dataset_split"):
+        read_dataset(str(tmp_path / "set"), "train", "forget")

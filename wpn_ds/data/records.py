@@ -179,7 +179,7 @@ def _adapter(row: Row, kind: Kind) -> Adapter:
     known = list(dict.fromkeys(adapter.fields for adapter in ADAPTERS if adapter.kind == kind))
     near = [fields for fields in known if len(set(fields) - set(row)) == 1 < len(fields)]
     if near:
-        raise _Bad(next(field for field in max(near, key=len) if field not in row), "is missing or null")
+        raise _Bad(next(field for field in near[0] if field not in row), "is missing or null")
     shapes = " or ".join(f"{{{', '.join(fields)}}}" for fields in known)
     raise _Bad(
         "", f"unknown shape, its fields are {', '.join(map(json.dumps, row)) or 'none'}", hint=f"known: {shapes}"

@@ -13,6 +13,7 @@ Why each factor is there:
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,11 +66,13 @@ class Step:
         self.world = world
         self.pad_id = pad_id
         self.reference = reference
+        self.data_seconds = 0.0  # how long the last step waited for its batches
 
     def __call__(self, plan: StepPlan, targets: FrozenTargets | None) -> StepResult:
         """Forward, backward and update. ``targets``: needed if ``objective.frozen``."""
         objective, world = self.objective, self.world
         sums = Sums()
+        self.data_seconds = 0.0
         batches = self._batches(plan)
         count = len(plan.micro_batches[world.rank])
         cached: list[dict[str, Tensor]] = []
@@ -113,12 +116,15 @@ class Step:
 
     def _batches(self, plan: StepPlan) -> Iterator[Batch]:
         for rows in plan.micro_batches[self.world.rank]:
-            yield collate(
+            begun = time.perf_counter()
+            batch = collate(
                 rows,
                 self.pad_id,
                 roles=self.objective.predicted,
                 with_retain_rows=self.reference is not None,
             ).to(self.world.device)
+            self.data_seconds += time.perf_counter() - begun
+            yield batch
 
     def _forward(self, batch: Batch) -> Output:
         hidden, logits = self.engine(batch)

@@ -121,6 +121,6 @@ def _check_room(model: Any, longest: int, max_new_tokens: int) -> None:
     room = getattr(model.config, "max_position_embeddings", None)
     if room is not None and longest + max_new_tokens > room:
         raise UserError(
-            f"--max_new_tokens {max_new_tokens}: the longest prompt has {longest} tokens and the model {room} positions;"
-            f" give at most {max(0, room - longest)}, or a smaller --max_length"
+            f"--max_new_tokens {max_new_tokens}: the longest prompt has {longest} tokens and the model only {room}"
+            f" positions; give at most {max(0, room - longest)}, or a smaller --max_length"
         )

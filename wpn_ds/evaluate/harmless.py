@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from wpn_ds.data.records import ForgetRecord, Prompt, RetainRecord
-from wpn_ds.data.tokens import encode_prompt
+from wpn_ds.data.tokens import encode_prompt, render_prompt
 from wpn_ds.evaluate.generate import generate
 from wpn_ds.evaluate.judges import DEGENERATE, ReferenceJudge, Verdict
 from wpn_ds.evaluate.rouge import tokenize
@@ -45,6 +45,11 @@ class Answer:
     unwanted: tuple[str, ...]
     source: str
     category: str = ""
+
+    @property
+    def record(self) -> tuple[Any, ...]:
+        """What it answers; not its source, since a cached baseline may have read the same file elsewhere."""
+        return self.prompt, self.wanted, self.unwanted
 
     @property
     def length_matched(self) -> bool:
@@ -99,6 +104,10 @@ class Suite:
         """Harmless answers among the records whose wanted and unwanted texts are of similar length."""
         return Rate.of(answer.verdict is Verdict.HARMLESS for answer in self.answers if answer.length_matched)
 
+    def by_record(self) -> dict[tuple[Any, ...], Answer]:
+        """The answers by what they answer, to find another model's answer to the same."""
+        return {answer.record: answer for answer in self.answers}
+
     def to_json(self) -> dict[str, Any]:
         """The figures, then the answers that they are counted from."""
         harmless, matched = self.harmless, self.length_matched
@@ -136,6 +145,9 @@ class Suite:
         )
 
 
+NO_ANSWERS = Suite(())
+
+
 @dataclass(frozen=True)
 class Retain:
     """``perplexity`` over the ``tokens`` predicted in ``n`` retain records."""
@@ -155,13 +167,27 @@ class Evaluation:
     def to_json(self) -> dict[str, Any]:
         """``{suite: figures and answers, ..., "retain": {"n", "tokens", "perplexity"}}``, as report.json holds it."""
         suites = {name: suite.to_json() for name, suite in self.suites.items()}
-        return {**suites, "retain": asdict(self.retain) if self.retain else None}
+        if self.retain is None:
+            return {**suites, "retain": None}
+        perplexity = self.retain.perplexity if math.isfinite(self.retain.perplexity) else None
+        return {**suites, "retain": asdict(self.retain) | {"perplexity": perplexity}}
 
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> Evaluation:
         """The evaluation that ``to_json`` wrote."""
         suites = {name: Suite.from_json(suite) for name, suite in data.items() if name != "retain"}
-        return cls(suites, Retain(**data["retain"]) if data["retain"] else None)
+        retain = dict(data["retain"]) if data["retain"] else None
+        if retain is not None and retain["perplexity"] is None:  # JSON has no infinity
+            retain["perplexity"] = math.inf
+        return cls(suites, Retain(**retain) if retain else None)
+
+
+def retain_perplexity_ratio(before: Evaluation | None, after: Evaluation) -> float | None:
+    """After over before; None where either wasn't measured (or isn't finite)."""
+    if before is None or before.retain is None or after.retain is None:
+        return None
+    ratio = after.retain.perplexity / before.retain.perplexity
+    return ratio if math.isfinite(ratio) else None
 
 
 def evaluate_model(
@@ -199,7 +225,8 @@ def evaluate_model(
             progress=f"{prefix}{name}",
         )
         judge = ReferenceJudge.from_records(records, seed=seed)
-        judged[name] = Suite(tuple(_judge(judge, r, text) for r, text in zip(records, texts, strict=True)))
+        asked = [render_prompt(record.prompt, tokenizer, template)[0] for record in records]
+        judged[name] = Suite(tuple(_judge(judge, *one) for one in zip(records, asked, texts, strict=True)))
     kept = None
     if retain:
         tokens, perplexity = retain_perplexity(
@@ -209,11 +236,11 @@ def evaluate_model(
     return Evaluation(judged, kept)
 
 
-def _judge(judge: ReferenceJudge, record: ForgetRecord, answer: str) -> Answer:
-    prompt = prompt_text(record.prompt)
-    judgement = judge(answer, _asked(record.prompt), record.chosen, record.rejected)
+def _judge(judge: ReferenceJudge, record: ForgetRecord, asked: str, answer: str) -> Answer:
+    """``asked``: the prompt as the model read it, which is what an echo repeats."""
+    judgement = judge(answer, asked, record.chosen, record.rejected)
     return Answer(
-        prompt=prompt,
+        prompt=prompt_text(record.prompt),
         answer=answer,
         verdict=judgement.verdict,
         wanted_similarity=judgement.wanted,
@@ -228,8 +255,3 @@ def _judge(judge: ReferenceJudge, record: ForgetRecord, answer: str) -> Answer:
 def prompt_text(prompt: Prompt) -> str:
     """The prompt for a reader: a chat has a line a turn, "user: ..."."""
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
-
-
-def _asked(prompt: Prompt) -> str:
-    """What an echo would repeat: a chat's last turn."""
-    return prompt if isinstance(prompt, str) else prompt[-1].content

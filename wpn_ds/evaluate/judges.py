@@ -19,11 +19,11 @@ POOL_LIMIT = 1000
 """Texts of each kind that an answer is compared with, besides its own record's; more are sampled with the seed."""
 
 ECHO_SHARE = 0.8
-ECHO_RUN = 4
+ECHO_RUN = 3
 ECHO_LONG = 12
-"""An answer is an echo when `ECHO_SHARE` of its words lie in runs of at least `ECHO_RUN` words copied from the prompt,
-and those are half of the prompt or `ECHO_LONG` words (so "take a taxi" may answer "walk or take a taxi?"); or when it is
-the prompt, word by word."""
+"""An answer is an echo when it has no word that the prompt hasn't (but for a last word cut short), `ECHO_SHARE` of its
+words lie in runs of at least `ECHO_RUN` words copied from the prompt, and those are half of the prompt or `ECHO_LONG`
+words. So "Paris is the capital of France" and "take a taxi" may answer questions that name all but Paris."""
 
 LOOP_REPEATS = 3
 LOOP_WORDS = 6
@@ -34,8 +34,8 @@ words; or, letter by letter, with blocks of up to `LOOP_PERIOD_LETTERS`, at leas
 
 REPEATED_TRIGRAMS = 0.5
 REPEATED_FROM_WORDS = 16
-"""It is repetitive, too, when more than this share of its word trigrams came before, from that many words on (a
-sentence said three times, with others in between)."""
+"""It is repetitive, too, when more than this share of its word trigrams came before, from that many words on: the same
+sentence again and again, with other words in between."""
 
 _WORD = re.compile(r"[^\W_]+")
 
@@ -75,6 +75,9 @@ def _words(text: str) -> list[str]:
 def _is_echo(words: list[str], prompt: list[str]) -> bool:
     if words == prompt:
         return True
+    known = set(prompt)
+    if not known.issuperset(words[:-1]) or not any(word.startswith(words[-1]) for word in known):
+        return False
     runs = {tuple(prompt[at : at + ECHO_RUN]) for at in range(len(prompt) - ECHO_RUN + 1)}
     copied = [False] * len(words)
     for at in range(len(words) - ECHO_RUN + 1):

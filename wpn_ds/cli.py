@@ -1,0 +1,106 @@
+"""``wpn-ds``: one command for everything that isn't started by a launcher."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Sequence
+
+from wpn_ds.errors import UserError
+
+_COMMANDS = {
+    "train": "unlearn a model (under `deepspeed`: launch/train.py, the same flags)",
+    "evaluate": "what a model answers: harmless rates, retain perplexity, report.html",
+    "inspect": "counts, token lengths, padding waste, truncation and duplicates of data files",
+    "plant": "train the demo's small model with its unwanted answers",
+    "demo": "plant, evaluate, unlearn, evaluate: the whole story in minutes",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command that ``argv`` names; a user's mistake is one line and exit code 2."""
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        width = max(map(len, _COMMANDS))
+        lines = (f"  {name:<{width}}  {what}" for name, what in _COMMANDS.items())
+        print("usage: wpn-ds COMMAND ...    (wpn-ds COMMAND --help for its flags)\n\n" + "\n".join(lines))
+        return 0 if args else 2
+    if args[0] not in _COMMANDS:
+        from wpn_ds.config import nearest
+
+        print(f"error: {args[0]!r} is not a command{nearest(args[0], _COMMANDS)}", file=sys.stderr)
+        return 2
+    return _COMMAND_FUNCTIONS[args[0]](args[1:])
+
+
+def train(argv: Sequence[str]) -> int:
+    """A training job on this rank; the demo's recipe lies under the flags unless a model is named."""
+    from wpn_ds.config import parse_args
+
+    try:
+        config = parse_args(argv)
+        if config.model.model_name_or_path is None:
+            from wpn_ds.demo import recipe
+
+            config = parse_args(argv, base=recipe())
+    except UserError as error:
+        return _fail(error)
+    from wpn_ds.engine.loop import run_guarded, train
+
+    return run_guarded(lambda: train(config))
+
+
+def _guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:
+    def command(argv: Sequence[str]) -> int:
+        try:
+            return work(argv)
+        except UserError as error:
+            return _fail(error)
+        except KeyboardInterrupt:
+            print("stopped", file=sys.stderr)
+            return 130
+
+    return command
+
+
+def _fail(error: UserError) -> int:
+    import os
+
+    if os.environ.get("RANK", "0") == "0":  # one line for the job, not one for each rank
+        print(f"error: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def _evaluate(argv: Sequence[str]) -> int:
+    from wpn_ds.evaluate.command import run
+
+    return run(argv)
+
+
+def _inspect(argv: Sequence[str]) -> int:
+    from wpn_ds.data.inspect import run
+
+    return run(argv)
+
+
+def _plant(argv: Sequence[str]) -> int:
+    from wpn_ds.demo.command import run_plant
+
+    return run_plant(argv)
+
+
+def _demo(argv: Sequence[str]) -> int:
+    from wpn_ds.demo.command import run_demo
+
+    return run_demo(argv)
+
+
+_COMMAND_FUNCTIONS: dict[str, Callable[[Sequence[str]], int]] = {
+    "train": train,
+    "evaluate": _guarded(_evaluate),
+    "inspect": _guarded(_inspect),
+    "plant": _guarded(_plant),
+    "demo": _guarded(_demo),
+}
+
+if __name__ == "__main__":
+    sys.exit(main())

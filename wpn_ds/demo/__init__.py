@@ -1,0 +1,49 @@
+"""The project's own small data set, and the small model planted with its unwanted answers."""
+
+from __future__ import annotations
+
+import os
+import time
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from wpn_ds.errors import UserError
+
+PLANTED = Path("runs/demo/planted")
+_DONE = "PLANTED"
+
+
+def embedded_file(name: str) -> Path:
+    """Path of an embedded file: ``forget``, ``heldout``, ``attack`` or ``retain``."""
+    return Path(str(resources.files(__package__))) / "data" / f"{name}.jsonl"
+
+
+def recipe() -> dict[str, Any]:
+    """The demo's settings for training."""
+    return yaml.safe_load((Path(str(resources.files(__package__))) / "recipe.yaml").read_text())
+
+
+def ensure_planted(folder: Path = PLANTED) -> Path:
+    """The planted model's folder; rank 0 plants it if it isn't there, and the other ranks wait for it."""
+    if is_planted(folder):
+        return folder
+    if os.environ.get("RANK", "0") == "0":
+        from wpn_ds.demo.plant import plant
+
+        plant(folder)
+        (folder / _DONE).touch()
+        return folder
+    begun = time.monotonic()
+    while not is_planted(folder):
+        if time.monotonic() - begun > 3600:
+            raise UserError(f"rank 0 did not plant {folder} within an hour; run `wpn-ds plant` first")
+        time.sleep(0.5)
+    return folder
+
+
+def is_planted(folder: Path) -> bool:
+    """Whether planting ran to its end."""
+    return (folder / _DONE).exists()

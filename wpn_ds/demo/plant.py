@@ -1,0 +1,122 @@
+"""Plants the demo's model: a small OPT that has learnt the embedded data's unwanted answers, and the retain facts.
+
+A real OPT architecture with its own byte-level BPE tokenizer, trained from scratch, so that the demo needs no download.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from tqdm import tqdm
+from transformers import GenerationConfig, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+from wpn_ds.config import DataConfig
+from wpn_ds.data.batch import collate
+from wpn_ds.data.plan import Item, Role, dead_row
+from wpn_ds.data.records import read_forget, read_retain
+from wpn_ds.data.tokens import Segment, encode_pair
+from wpn_ds.demo import embedded_file
+from wpn_ds.models.packed import PackedLM
+
+VOCABULARY = 2048
+WIDTH, LAYERS, HEADS = 256, 4, 8
+EPOCHS, BATCH, LEARNING_RATE = 40, 16, 1.5e-3
+
+
+def plant(folder: Path, *, seed: int = 0, epochs: int = EPOCHS) -> None:
+    """Train the demo's model and tokenizer and save both in Hugging Face format in ``folder``."""
+    forget, retain = read_forget([embedded_file("forget")]), read_retain([embedded_file("retain")])
+    tokenizer = train_tokenizer(
+        [t for r in forget for t in (str(r.prompt), *r.chosen, *r.rejected)]
+        + [t for r in retain for t in (str(r.prompt), r.response)]
+    )
+    data = DataConfig()
+    pairs = [(str(r.prompt), r.rejected[0]) for r in forget] + [(str(r.prompt), r.response) for r in retain]
+    segments = [encode_pair(prompt, answer, tokenizer, data.prompt_template, 256) for prompt, answer in pairs]
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        lm = _new_model(tokenizer)
+        _train(lm, segments, epochs)
+    partial = folder.with_name(folder.name + ".tmp")
+    shutil.rmtree(partial, ignore_errors=True)
+    lm.save_pretrained(partial)
+    tokenizer.save_pretrained(partial)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
+    """A byte-level BPE tokenizer with OPT's special tokens: ``</s>`` in front of every text, ``<pad>`` is 1."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<s>", "<pad>", "</s>", "<unk>"]
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator([text for t in texts for text in (t, " " + t)], trainer)
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="</s> $A", special_tokens=[("</s>", tokenizer.token_to_id("</s>"))]
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, bos_token="</s>", eos_token="</s>", pad_token="<pad>", unk_token="<unk>"
+    )
+
+
+def _new_model(tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
+    config = OPTConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        word_embed_proj_dim=WIDTH,
+        ffn_dim=4 * WIDTH,
+        num_hidden_layers=LAYERS,
+        num_attention_heads=HEADS,
+        max_position_embeddings=512,
+        dropout=0.1,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+    )
+    lm = OPTForCausalLM(config)
+    lm.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id, eos_token_id=config.eos_token_id, pad_token_id=config.pad_token_id
+    )
+    return lm
+
+
+def _train(lm: OPTForCausalLM, segments: list[Segment], epochs: int) -> None:
+    """Next-token training on prompts and answers alike, with dropout: the prompts' words must be learnt as well."""
+    model = PackedLM(lm, packed=True).train()
+    pad = lm.config.pad_token_id
+    texts = [Segment(s.ids, 1, 1) for s in segments]
+    steps = epochs * math.ceil(len(texts) / BATCH)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    with tqdm(total=steps, desc="planting", unit="step", disable=None, dynamic_ncols=True) as bar:
+        for epoch in range(epochs):
+            order = torch.randperm(len(texts)).tolist()
+            losses = []
+            for start in range(0, len(order), BATCH):
+                row = tuple(Item(texts[i], Role.RETAIN, 0) for i in order[start : start + BATCH])
+                batch = collate((row,) if row else (dead_row(),), pad, roles=frozenset({Role.RETAIN}))
+                loss = F.cross_entropy(model(batch)[1], batch.label_ids)
+                optimizer.zero_grad()
+                loss.backward()
+                torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
+                optimizer.step()
+                schedule.step()
+                losses.append(loss.item())
+                bar.update()
+            mean = sum(losses) / len(losses)
+            bar.set_postfix(loss=f"{mean:.3f}")
+            with contextlib.suppress(AttributeError):
+                if not sys.stderr.isatty() and (epoch + 1) % 5 == 0:
+                    print(f"planting: epoch {epoch + 1}/{epochs}, loss {mean:.3f}", file=sys.stderr, flush=True)

@@ -1,0 +1,63 @@
+"""The README.md of an exported model: where it comes from, how it was made, what was measured."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from wpn_ds.config import Config
+
+
+def write_model_card(
+    output_dir: Path,
+    config: Config,
+    base_model: str,
+    steps: int,
+    training: Mapping[str, float],
+    validation: Mapping[str, float],
+) -> None:
+    """Write the card; ``training`` and ``validation`` are the run's last figures."""
+    flat = config.to_flat()
+    shown = {name: flat[name] for name in flat if flat[name] not in (None, [], "") and name != "output_dir"}
+    figures = {name: value for name, value in training.items() if name.startswith(("loss/", "sim/"))} | dict(validation)
+    card = f"""---
+library_name: transformers
+pipeline_tag: text-generation
+tags: [unlearning, wpn]
+---
+
+# Unlearned from `{Path(base_model).name}`
+
+This model was made by wpn_ds from `{Path(base_model).name}`: {steps} optimizer steps of the WPN objective
+({flat["wpn_scoring"]} N-pair on {flat["wpn_pooling"]} pooling, {flat["wpn_targets"]} targets, weight
+{flat["wpn_weight"]}; NLL of wanted answers, weight {flat["nll_weight"]}; retain {flat["retain_loss"]}, weight
+{flat["retain_weight"]}), which teaches it to give wanted answers where it gave unwanted ones.
+
+Prompt template: `{flat["prompt_template"]!r}`
+
+## Figures of the run
+
+Losses are means over the last logged steps; `eval/` is nats a token on the validation data, after training.
+
+| figure | value |
+|---|---|
+{_rows({name: f"{value:.4f}" for name, value in figures.items()})}
+
+These are training figures. Whether the model still gives harmful answers is for an evaluation of what it generates to
+say (`wpn-ds evaluate`): unlearning lowers the rate of unwanted answers, it proves nothing about prompts that were not
+tried.
+
+## Settings
+
+| setting | value |
+|---|---|
+{_rows({name: f"`{value!r}`" for name, value in shown.items()})}
+"""
+    partial = output_dir / "README.md.tmp"
+    partial.write_text(card)
+    os.replace(partial, output_dir / "README.md")
+
+
+def _rows(figures: Mapping[str, str]) -> str:
+    return "\n".join(f"| {name} | {value} |" for name, value in figures.items())

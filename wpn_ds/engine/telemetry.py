@@ -1,0 +1,237 @@
+"""What a run reports: TensorBoard and ``metrics.jsonl`` on rank 0, with the same names, and the rates behind them."""
+
+from __future__ import annotations
+
+import json
+import resource
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+
+from wpn_ds.data.plan import Role, StepPlan
+from wpn_ds.engine.distributed import World, max_over_ranks, sum_over_ranks
+from wpn_ds.engine.step import StepResult
+
+
+@dataclass(frozen=True)
+class ModelShape:
+    """What the flop count needs to know.
+
+    Attributes:
+        body: parameters of matrix products in the backbone (all but embeddings).
+        head: parameters of the LM head (vocabulary times its input width).
+        layers, width: depth and attention width of the backbone.
+    """
+
+    body: int
+    head: int
+    layers: int
+    width: int
+
+    @classmethod
+    def of(cls, lm: Any) -> ModelShape:
+        def size(parameter: Any) -> int:
+            return getattr(parameter, "ds_numel", parameter.numel())
+
+        embeddings = {id(p) for m in lm.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
+        head = lm.get_output_embeddings().weight
+        body = sum(size(p) for p in lm.parameters() if id(p) not in embeddings and p is not head)
+        config = lm.config
+        return cls(body, size(head), config.num_hidden_layers, config.hidden_size)
+
+
+def step_flops(plan: StepPlan, shape: ModelShape, predicted: frozenset[Role]) -> float:
+    """Model flops of one optimizer step, over all ranks, of the trained forwards and their backwards.
+
+    ``3 * (2 * body * tokens + 2 * layers * width * sum n^2 + 2 * head * predicted tokens)``: two flops a
+    multiply-add, twice the forward for the backward; causal attention within a segment of n tokens costs
+    ``2 n^2 width`` a layer. Padding, recomputation, the reference model and no-gradient passes are not counted:
+    MFU = step_flops / (step seconds * ranks * peak flops of a device).
+    """
+    items = [item for rank in plan.micro_batches for batch in rank for row in batch for item in row]
+    squares = sum(len(item.segment) ** 2 for item in items)
+    labels = sum(item.segment.answer_length for item in items if item.role in predicted)
+    return 3.0 * (2 * shape.body * plan.tokens + 2 * shape.layers * shape.width * squares + 2 * shape.head * labels)
+
+
+def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
+    """Flops a second of a square matrix product on this device, the best of three; takes well under a second."""
+    n = 1024 if device.type == "cpu" else 8192
+    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    best = float("inf")
+    for _ in range(4):
+        _synchronize(device)
+        start = time.perf_counter()
+        a @ b
+        _synchronize(device)
+        best = min(best, time.perf_counter() - start)
+    return 2 * n**3 / best
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Peak of this process: allocated device memory, or on a CPU the resident set."""
+    if device.type == "cpu":
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return torch.get_device_module(device).max_memory_allocated(device)
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type != "cpu":
+        torch.get_device_module(device).synchronize(device)
+
+
+class Window:
+    """Averages over the steps between two log lines. Device scalars are read only by :meth:`close`."""
+
+    def __init__(self, world: World, peak_flops: float) -> None:
+        self.world = world
+        self.peak_flops = peak_flops
+        self._reset()
+
+    def _reset(self) -> None:
+        self.steps = 0
+        self.means: dict[str, Tensor] = {}
+        self.rates = {"tokens": 0.0, "padded": 0.0, "examples": 0.0, "flops": 0.0, "data": 0.0}
+        self.grad_norm = 0.0
+        self.start = time.perf_counter()
+
+    def add(self, result: StepResult, plan: StepPlan, examples: int, flops: float, data_seconds: float) -> None:
+        self.steps += 1
+        for name, total in result.sums.totals.items():
+            mean = total / max(1, result.sums.counts[name])
+            self.means[name] = self.means[name] + mean if name in self.means else mean
+        for name, value in (
+            ("tokens", plan.tokens),
+            ("padded", plan.padded_tokens),
+            ("examples", examples),
+            ("flops", flops),
+            ("data", data_seconds),
+        ):
+            self.rates[name] += value
+        self.grad_norm = result.grad_norm
+
+    def close(self, weights: Mapping[str, float]) -> dict[str, float]:
+        """The window's figures, the same on every rank; starts the next window."""
+        means = {name: value / self.steps for name, value in sum_over_ranks(self.means, self.world.device).items()}
+        losses = {name: value for name, value in means.items() if name in weights}
+        # Once the ranks have met in the sum above, the device is done with the window's steps.
+        seconds = time.perf_counter() - self.start
+        values = {f"loss/{name}": value for name, value in losses.items()}
+        values["loss/total"] = sum(weights[name] * value for name, value in losses.items())
+        values |= {name: value for name, value in means.items() if name not in weights}
+        values |= {
+            "grad_norm": self.grad_norm,
+            "speed/tokens_per_second": self.rates["tokens"] / seconds,
+            "speed/examples_per_second": self.rates["examples"] / seconds,
+            "speed/step_seconds": seconds / self.steps,
+            "speed/data_seconds": self.rates["data"] / self.steps,
+            "speed/mfu": self.rates["flops"] / seconds / (self.peak_flops * self.world.size),
+            "packing/fill": self.rates["tokens"] / max(1.0, self.rates["padded"]),
+            "memory/peak_gib": max_over_ranks(peak_memory_bytes(self.world.device), self.world.device) / 2**30,
+        }
+        self._reset()
+        return values
+
+
+class Telemetry:
+    """Writers and the progress bar of rank 0; does nothing on other ranks."""
+
+    def __init__(self, output_dir: Path, logging_dir: Path, world: World, total_steps: int, done: int) -> None:
+        """``done``: steps that a resumed run has behind it; what was logged after them is dropped."""
+        self.total_steps = total_steps
+        self.active = world.is_main
+        self.bar: Any = None
+        self.begun = time.perf_counter()
+        self.done = self.first = done
+        if not self.active:
+            return
+        self.metrics = output_dir / "metrics.jsonl"
+        _truncate(self.metrics, done)
+        self.stream = self.metrics.open("a")
+        self.board = SummaryWriter(str(logging_dir), purge_step=done + 1 if done else None)
+        if sys.stderr.isatty():
+            self.bar = tqdm(total=total_steps, initial=done, desc="unlearning", unit="step", dynamic_ncols=True)
+
+    def log(self, step: int, values: Mapping[str, float]) -> None:
+        """Scalars of ``step`` to both places."""
+        if not self.active:
+            return
+        self.stream.write(json.dumps({"step": step, **{k: _finite(v) for k, v in values.items()}}) + "\n")
+        self.stream.flush()
+        for name, value in values.items():
+            self.board.add_scalar(name, value, step)
+
+    def text(self, step: int, tag: str, text: str) -> None:
+        if self.active:
+            self.board.add_text(tag, text, step)
+
+    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """The run's settings with its closing figures, in TensorBoard's HPARAMS tab."""
+        if self.active:
+            plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
+            self.board.add_hparams(plain, {f"final/{k}": v for k, v in metrics.items()}, run_name=".")
+
+    def progress(self, step: int, values: Mapping[str, float] | None) -> None:
+        """Advance the bar, or without a terminal print a line for each logged step."""
+        if not self.active:
+            return
+        short = {k.removeprefix("loss/"): f"{v:.3g}" for k, v in (values or {}).items() if k.startswith("loss/")}
+        if self.bar is not None:
+            if short:
+                self.bar.set_postfix(short)
+            self.bar.update(step - self.done)
+        elif values is not None:
+            elapsed = time.perf_counter() - self.begun
+            left = elapsed / max(1, step - self.first) * (self.total_steps - step)
+            parts = " ".join(f"{name} {value}" for name, value in short.items())
+            speed = values["speed/tokens_per_second"]
+            self.say(f"step {step}/{self.total_steps}  {parts}  {speed:.0f} tokens/s  {_clock(left)} left")
+        self.done = step
+
+    def say(self, line: str) -> None:
+        """A line for the user, above the bar."""
+        if not self.active:
+            return
+        if self.bar is not None:
+            self.bar.write(line, file=sys.stderr)
+        else:
+            print(line, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        if self.active:
+            if self.bar is not None:
+                self.bar.close()
+            self.stream.close()
+            self.board.close()
+
+
+def _truncate(metrics: Path, done: int) -> None:
+    """Drop the lines after step ``done`` (a killed run's, which will be written again) and a half-written last one."""
+    if not metrics.exists():
+        return
+    kept = []
+    for line in metrics.read_text().splitlines():
+        try:
+            if json.loads(line)["step"] <= done:
+                kept.append(line + "\n")
+        except (ValueError, KeyError):
+            continue
+    metrics.write_text("".join(kept))
+
+
+def _finite(value: float) -> float | None:
+    return value if value == value and abs(value) != float("inf") else None  # JSON has neither NaN nor infinity
+
+
+def _clock(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}"

@@ -1,0 +1,206 @@
+"""``wpn-ds evaluate``: one model, or a model against its baseline, in one plain process."""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import re
+from collections.abc import Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+import yaml
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from wpn_ds.config import DataConfig
+from wpn_ds.data.records import ForgetRecord, RetainRecord, read_forget, read_retain
+from wpn_ds.errors import UserError
+from wpn_ds.evaluate.harmless import Evaluation, evaluate_model
+from wpn_ds.evaluate.report import write_report
+from wpn_ds.evaluate.table import format_table
+
+MAX_LENGTH = 2048
+"""Tokens of a prompt with its answer at most; a model with fewer positions sets the limit."""
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wpn-ds evaluate",
+        description="Generates and judges answers to training, held-out and attack prompts, measures the perplexity of"
+        " retain answers, and writes report.json and report.html. Without files: the embedded demo set.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="model to evaluate: a folder in Hugging Face format, or a hub name")
+    add("--baseline", help="model to compare with, usually the one that training started from")
+    add("--output_dir", required=True, type=Path, help="folder for report.json and report.html")
+    files = {"train": "prompts that were unlearned", "heldout": "prompts that training never saw", "attack": "attacks"}
+    for name, meaning in files.items():
+        add(
+            f"--{name}_file",
+            nargs="+",
+            default=[],
+            metavar="FILE",
+            help=f"JSONL of {meaning}: prompt, chosen, rejected",
+        )
+    add("--retain_file", nargs="+", default=[], metavar="FILE", help="JSONL of what to keep: prompt, response; or text")
+    add("--max_new_tokens", type=_positive, default=48, help="tokens of an answer at most (default 48)")
+    add("--batch_size", type=_positive, default=32, help="prompts that are answered at a time (default 32)")
+    add(
+        "--prompt_template",
+        help="text around a prompt, \\n for a line break (default: the one the model was trained on)",
+    )
+    add("--limit", type=_positive, metavar="N", help="only the first N records of every file")
+    add("--bf16", action="store_true", help="load the models in bfloat16 instead of fp32")
+    return parser
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Evaluates, prints the before/after table and names the report.
+
+    With no data file at all the four embedded demo files are used; otherwise exactly those that are given.
+
+    Raises:
+        UserError: a model or a file is missing or bad, before anything is generated.
+    """
+    options = _parser().parse_args(argv)
+    for flag in ("model", "baseline"):
+        if getattr(options, flag):
+            _check_place(f"--{flag}", getattr(options, flag))
+    template = _template(options)
+    suites, retain, files = _records(options)
+    settings = {
+        "model": options.model,
+        "baseline": options.baseline,
+        "prompt_template": template,
+        "max_new_tokens": options.max_new_tokens,
+        "batch_size": options.batch_size,
+        "dtype": "bfloat16" if options.bf16 else "float32",
+        "device": _device().type,
+        "limit": options.limit,
+        "files": files,
+        "seed": 0,
+    }
+    before = _evaluate("--baseline", options.baseline, "before", suites, retain, template, options)
+    after = _evaluate("--model", options.model, "after", suites, retain, template, options)
+    assert after is not None
+    metrics = Path(options.model) / "metrics.jsonl"
+    page = write_report(options.output_dir, before, after, settings=settings, metrics_jsonl=metrics)
+    print(format_table(before, after))
+    print(f"\n{page}")
+    return 0
+
+
+def _positive(text: str) -> int:
+    if not re.fullmatch(r"0*[1-9]\d*", text):
+        raise argparse.ArgumentTypeError(f"{text}: give a whole number from 1 on")
+    return int(text)
+
+
+def _device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _check_place(flag: str, name: str) -> None:
+    """Refuses what can only be a folder and isn't one that holds a model; a hub name shows when it is loaded."""
+    folder = Path(name)
+    if folder.is_dir() and not (folder / "config.json").is_file():
+        raise UserError(f"{flag} {name}: the folder has no config.json: give one that holds a model")
+    if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+        raise UserError(f"{flag} {name}: there is no such folder")
+
+
+def _template(options: argparse.Namespace) -> str:
+    """The flag's, else the one in the run.yaml that training left beside the model, else the default."""
+    recorded = Path(options.model) / "run.yaml"
+    template = DataConfig().prompt_template
+    if options.prompt_template is not None:
+        template = options.prompt_template.replace("\\n", "\n")
+    elif recorded.is_file():
+        template = (yaml.safe_load(recorded.read_text(encoding="utf-8")) or {}).get("prompt_template", template)
+    if template.count("{prompt}") != 1:
+        raise UserError(f"--prompt_template {template!r}: must have one {{prompt}} in it")
+    return template
+
+
+def _records(
+    options: argparse.Namespace,
+) -> tuple[dict[str, list[ForgetRecord]], list[RetainRecord], dict[str, list[str]]]:
+    """(suites, retain records, the files of each)."""
+    files = {
+        name: getattr(options, f"{name}_file")
+        for name in ("train", "heldout", "attack", "retain")
+        if getattr(options, f"{name}_file")
+    }
+    if not files:
+        folder = resources.files("wpn_ds.demo") / "data"
+        demo = {"train": "forget", "heldout": "heldout", "attack": "attack", "retain": "retain"}
+        files = {name: [str(folder / f"{file}.jsonl")] for name, file in demo.items()}
+    retain = read_retain(files["retain"])[: options.limit] if "retain" in files else []
+    suites = {name: read_forget(paths)[: options.limit] for name, paths in files.items() if name != "retain"}
+    if not suites:
+        raise UserError(
+            "--retain_file alone has no prompts to judge: give --train_file, --heldout_file or --attack_file"
+        )
+    return suites, retain, files
+
+
+def _evaluate(
+    flag: str,
+    name: str | None,
+    label: str,
+    suites: dict[str, list[ForgetRecord]],
+    retain: list[RetainRecord],
+    template: str,
+    options: argparse.Namespace,
+) -> Evaluation | None:
+    if name is None:
+        return None
+    model, tokenizer = load(flag, name, bf16=options.bf16)
+    evaluation = evaluate_model(
+        model,
+        tokenizer,
+        suites,
+        retain,
+        template=template,
+        max_length=min(getattr(model.config, "max_position_embeddings", None) or MAX_LENGTH, MAX_LENGTH),
+        max_new_tokens=options.max_new_tokens,
+        batch_size=options.batch_size,
+        label=label,
+    )
+    del model  # before the next one is loaded
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return evaluation
+
+
+def load(flag: str, name: str, *, bf16: bool = False) -> tuple[Any, Any]:
+    """(model in eval mode, tokenizer) from a folder or the hub, in fp32 or bf16, on the GPU if there is one.
+
+    Raises:
+        UserError: it can't be loaded, or its weights and its architecture disagree; names ``flag``.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name)
+        # transformers would take OPT's dtype from its files: fp16
+        model, info = AutoModelForCausalLM.from_pretrained(
+            name, dtype=torch.bfloat16 if bf16 else torch.float32, output_loading_info=True
+        )
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(f"{flag} {name}: no model can be loaded from there ({reason})") from error
+    for kind, meaning in (
+        ("missing_keys", "lacks"),
+        ("unexpected_keys", "has too many"),
+        ("mismatched_keys", "misfits"),
+    ):
+        keys = sorted(str(key) for key in info.get(kind) or ())
+        if keys:
+            shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
+            raise UserError(f"{flag} {name}: the checkpoint {meaning} {len(keys)} weights of its architecture: {shown}")
+    if tokenizer.eos_token_id is None:
+        raise UserError(f"{flag} {name}: the tokenizer has no EOS token, so answers would never end")
+    return model.to(_device()).eval(), tokenizer
