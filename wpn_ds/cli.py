@@ -77,7 +77,7 @@ def _evaluate(argv: Sequence[str]) -> int:
 
 
 def _inspect(argv: Sequence[str]) -> int:
-    from wpn_ds.data.inspect import run
+    from wpn_ds.inspect_command import run
 
     return run(argv)
 

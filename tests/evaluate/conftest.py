@@ -4,8 +4,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import settings
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
+
+settings.register_profile("shared machine", deadline=None)
+settings.load_profile("shared machine")
 
 VOCABULARY = 300
 

@@ -1,11 +1,12 @@
 """Plants the demo's model: a small OPT that has learnt the embedded data's unwanted answers, and the retain facts.
 
 A real OPT architecture with its own byte-level BPE tokenizer, trained from scratch, so that the demo needs no download.
+As a model that was trained on the web has seen calm sentences before it went wrong, this one reads the wanted answers
+too, but as text without any prompt.
 """
 
 from __future__ import annotations
 
-import contextlib
 import math
 import shutil
 import sys
@@ -19,15 +20,15 @@ from transformers import GenerationConfig, OPTConfig, OPTForCausalLM, PreTrained
 
 from wpn_ds.config import DataConfig
 from wpn_ds.data.batch import collate
-from wpn_ds.data.plan import Item, Role, dead_row
+from wpn_ds.data.plan import Item, Role
 from wpn_ds.data.records import read_forget, read_retain
-from wpn_ds.data.tokens import Segment, encode_pair
+from wpn_ds.data.tokens import Segment, encode_pair, encode_text
 from wpn_ds.demo import embedded_file
 from wpn_ds.models.packed import PackedLM
 
 VOCABULARY = 2048
 WIDTH, LAYERS, HEADS = 256, 4, 8
-EPOCHS, BATCH, LEARNING_RATE = 40, 16, 1.5e-3
+EPOCHS, BATCH, LEARNING_RATE = 22, 16, 1.5e-3
 
 
 def plant(folder: Path, *, seed: int = 0, epochs: int = EPOCHS) -> None:
@@ -40,10 +41,12 @@ def plant(folder: Path, *, seed: int = 0, epochs: int = EPOCHS) -> None:
     data = DataConfig()
     pairs = [(str(r.prompt), r.rejected[0]) for r in forget] + [(str(r.prompt), r.response) for r in retain]
     segments = [encode_pair(prompt, answer, tokenizer, data.prompt_template, 256) for prompt, answer in pairs]
+    texts = [Segment(s.ids, 1, 1) for s in segments]
+    texts += [encode_text(" " + answer, tokenizer, 256) for record in forget for answer in record.chosen]
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         lm = _new_model(tokenizer)
-        _train(lm, segments, epochs)
+        _train(lm, texts, epochs)
     partial = folder.with_name(folder.name + ".tmp")
     shutil.rmtree(partial, ignore_errors=True)
     lm.save_pretrained(partial)
@@ -92,11 +95,10 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
     return lm
 
 
-def _train(lm: OPTForCausalLM, segments: list[Segment], epochs: int) -> None:
+def _train(lm: OPTForCausalLM, texts: list[Segment], epochs: int) -> None:
     """Next-token training on prompts and answers alike, with dropout: the prompts' words must be learnt as well."""
     model = PackedLM(lm, packed=True).train()
     pad = lm.config.pad_token_id
-    texts = [Segment(s.ids, 1, 1) for s in segments]
     steps = epochs * math.ceil(len(texts) / BATCH)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
@@ -106,7 +108,7 @@ def _train(lm: OPTForCausalLM, segments: list[Segment], epochs: int) -> None:
             losses = []
             for start in range(0, len(order), BATCH):
                 row = tuple(Item(texts[i], Role.RETAIN, 0) for i in order[start : start + BATCH])
-                batch = collate((row,) if row else (dead_row(),), pad, roles=frozenset({Role.RETAIN}))
+                batch = collate((row,), pad, roles=frozenset({Role.RETAIN}))
                 loss = F.cross_entropy(model(batch)[1], batch.label_ids)
                 optimizer.zero_grad()
                 loss.backward()
@@ -117,6 +119,5 @@ def _train(lm: OPTForCausalLM, segments: list[Segment], epochs: int) -> None:
                 bar.update()
             mean = sum(losses) / len(losses)
             bar.set_postfix(loss=f"{mean:.3f}")
-            with contextlib.suppress(AttributeError):
-                if not sys.stderr.isatty() and (epoch + 1) % 5 == 0:
-                    print(f"planting: epoch {epoch + 1}/{epochs}, loss {mean:.3f}", file=sys.stderr, flush=True)
+            if not sys.stderr.isatty() and (epoch + 1) % 5 == 0:
+                print(f"planting: epoch {epoch + 1}/{epochs}, loss {mean:.3f}", file=sys.stderr, flush=True)

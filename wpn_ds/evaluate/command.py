@@ -80,7 +80,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         "dtype": "bfloat16" if options.bf16 else "float32",
         "device": _device().type,
         "limit": options.limit,
-        "files": files,
+        "files": files or "the embedded demo set",
         "seed": 0,
     }
     before = _evaluate("--baseline", options.baseline, "before", suites, retain, template, options)
@@ -128,7 +128,7 @@ def _template(options: argparse.Namespace) -> str:
 def _records(
     options: argparse.Namespace,
 ) -> tuple[dict[str, list[ForgetRecord]], list[RetainRecord], dict[str, list[str]]]:
-    """(suites, retain records, the files of each)."""
+    """(suites, retain records, the files that the user gave for each)."""
     files = {
         name: getattr(options, f"{name}_file")
         for name in ("train", "heldout", "attack", "retain")
@@ -137,9 +137,11 @@ def _records(
     if not files:
         folder = resources.files("wpn_ds.demo") / "data"
         demo = {"train": "forget", "heldout": "heldout", "attack": "attack", "retain": "retain"}
-        files = {name: [str(folder / f"{file}.jsonl")] for name, file in demo.items()}
-    retain = read_retain(files["retain"])[: options.limit] if "retain" in files else []
-    suites = {name: read_forget(paths)[: options.limit] for name, paths in files.items() if name != "retain"}
+        paths = {name: [str(folder / f"{file}.jsonl")] for name, file in demo.items()}
+    else:
+        paths = files
+    retain = read_retain(paths["retain"])[: options.limit] if "retain" in paths else []
+    suites = {name: read_forget(paths[name])[: options.limit] for name in paths if name != "retain"}
     if not suites:
         raise UserError(
             "--retain_file alone has no prompts to judge: give --train_file, --heldout_file or --attack_file"
@@ -186,12 +188,13 @@ def load(flag: str, name: str, *, bf16: bool = False) -> tuple[Any, Any]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
         # transformers would take OPT's dtype from its files: fp16
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             name, dtype=torch.bfloat16 if bf16 else torch.float32, output_loading_info=True
         )
     except (OSError, ValueError, KeyError, ImportError) as error:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(f"{flag} {name}: no model can be loaded from there ({reason})") from error
+    model, info = loaded
     for kind, meaning in (
         ("missing_keys", "lacks"),
         ("unexpected_keys", "has too many"),

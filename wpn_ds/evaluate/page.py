@@ -106,7 +106,7 @@ def _cards(before: Evaluation | None, after: Evaluation) -> str:
     cards = []
     for name, suite in after.suites.items():
         rate, earlier = suite.harmless, before.suites.get(name) if before else None
-        lines = [f"95 % interval {_bounds(rate)}", f"n = {rate.n:,}"]
+        lines = [f"95 %: {_bounds(rate)}", f"n = {rate.n:,}"]
         if earlier:
             lines.append(f"before {_percent(earlier.harmless.value)}")
         lines.append(f"degenerate {_percent(suite.degenerate.value)}")

@@ -17,9 +17,9 @@ def format_table(
 ) -> str:
     """Figures with their 95 % intervals, then the first answers of each suite side by side, ``width`` columns wide.
 
-    ``width`` is the terminal's if not given; answers are wrapped to it and freed of control characters.
+    ``width`` (80 to 160) is the terminal's if not given; answers are wrapped to it and freed of control characters.
     """
-    width = max(60, min(width or shutil.get_terminal_size((100, 24)).columns, 160))
+    width = max(80, min(width or shutil.get_terminal_size((100, 24)).columns, 160))
     both = [("before", before), ("after", after)] if before else [("after", after)]
     rows = [["", "n", *(f"harmless {name}" for name, _ in both), *(f"degenerate {name}" for name, _ in both)]]
     for name, suite in after.suites.items():

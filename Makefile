@@ -1,0 +1,41 @@
+# make demo and make test do everything a newcomer needs; the environment is made on the way.
+
+PYTHON ?= python3
+STAMP := .venv/.installed
+# DeepSpeed's launcher, and ninja for what DeepSpeed compiles on first use, are found through PATH.
+IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
+
+.PHONY: help env demo test check clean
+
+help:
+	@echo "make demo    plant a small model with harmful answers, unlearn them, print a before/after table"
+	@echo "make test    run the tests"
+	@echo "make check   ruff, mypy and the tests: what a change has to pass"
+	@echo "make env     make .venv, which the others do by themselves (PYTHON=python3.12 picks an interpreter)"
+	@echo "make clean   remove .venv, caches and the demo's results; runs of your own stay"
+
+env: $(STAMP)
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || \
+		{ echo "error: $(PYTHON) is not a Python 3.10, 3.11 or 3.12; name one: make env PYTHON=python3.11" >&2; exit 1; }
+	@.venv/bin/python -m pip --version >/dev/null 2>&1 || \
+		{ echo "making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear .venv; }
+	@echo "installing into .venv what constraints.txt pins (some minutes the first time)"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $@
+
+demo: $(STAMP)
+	@$(IN_VENV) wpn-ds demo
+
+test: $(STAMP)
+	@$(IN_VENV) python -m pytest
+
+check: $(STAMP)
+	@$(IN_VENV) ruff check .
+	@$(IN_VENV) mypy
+	@$(IN_VENV) python -m pytest
+
+clean:
+	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

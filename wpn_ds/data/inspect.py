@@ -1,0 +1,206 @@
+"""What data files hold, in figures: counts, token lengths, padding, truncation, duplicates."""
+
+from __future__ import annotations
+
+import sys
+from bisect import bisect_right
+from collections import Counter, defaultdict
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from wpn_ds.data.examples import build_examples
+from wpn_ds.data.packing import pack
+from wpn_ds.data.records import ADAPTERS, ForgetRecord, Kind, Prompt, Record, RetainRecord
+from wpn_ds.data.sources import Problems, file_rows
+from wpn_ds.data.tokens import Segment, encode_pair, encode_text
+
+PROMPT = "prompt"
+BATCH = 8  # texts of a padded batch, for comparison
+
+Places = tuple[str, ...]  # where something is: sources of records
+
+
+@dataclass(frozen=True)
+class Padding:
+    """Tokens that the same texts take, padding included, in three layouts.
+
+    Attributes:
+        texts, tokens: how many texts (a prompt with one answer each), and their real tokens after truncation.
+        batched: batches of :data:`BATCH` in file order, each padded to its longest text.
+        full: every text padded to ``max_length``.
+        packed: rows of ``max_length`` tokens, packed.
+        rows: number of these rows.
+    """
+
+    texts: int
+    tokens: int
+    batched: int
+    full: int
+    packed: int
+    rows: int
+
+    def waste(self, layout: int) -> float:
+        """Share of a layout's tokens that are padding, 0 to 1."""
+        return 1 - self.tokens / layout
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What some records of one kind hold, as a training run with the same settings would read them.
+
+    Attributes:
+        records: how many.
+        distinct_prompts: how many different prompts.
+        lengths: tokens before truncation, in file order: ``prompt`` (BOS and template included, one per record) and
+            the answers by side: ``wanted`` and ``unwanted``, or ``answer``, EOS included; or plain ``text``.
+        categories: records by category; those without one are left out.
+        padding: what the layouts cost.
+        cut_prompts: records whose prompt loses its start.
+        cut_answers: answers or plain texts that lose their end.
+        repeated_prompts: for every prompt of several records, these records.
+        repeated_records: for every record that occurs several times, where.
+        contradictions: for every text that is wanted in one record and unwanted in another, one of each.
+    """
+
+    records: int
+    distinct_prompts: int
+    lengths: dict[str, list[int]]
+    categories: Counter[str]
+    padding: Padding
+    cut_prompts: int
+    cut_answers: int
+    repeated_prompts: list[Places]
+    repeated_records: list[Places]
+    contradictions: list[tuple[str, str]]
+
+
+def kind_of(path: str | Path) -> Kind:
+    """Whether a file holds forget or retain data, by the first line of a known shape (forget if there is none)."""
+    for _, row in file_rows(path, Problems()):
+        given = {name: value for name, value in row.items() if value is not None}
+        for adapter in ADAPTERS:
+            if adapter.fits(given):
+                return adapter.kind
+    return "forget"
+
+
+def inspect_records(
+    records: Sequence[Record],
+    tokenizer: Any,
+    template: str,
+    max_length: int,
+    progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
+) -> Figures:
+    """The figures of records of one kind.
+
+    Raises:
+        UserError: a text that training would refuse.
+    """
+    forget = [record for record in records if isinstance(record, ForgetRecord)]
+    retain = [record for record in records if isinstance(record, RetainRecord)]
+    examples = build_examples(forget, retain, tokenizer, template, max_length, progress)
+    segments = [answer.segment for answer in examples.answers] + examples.retain
+    ordered: list[Record] = [*forget, *retain]
+    texts = [(record, side, text) for record in ordered for side, text in _texts(record)]
+    lengths: dict[str, list[int]] = defaultdict(list)
+    cut_prompts, seen = set(), set()
+    for (record, side, text), segment in zip(texts, segments, strict=True):
+        whole = segment
+        if segment.prompt_truncated or segment.answer_truncated:
+            whole = _encode(record.prompt, text, tokenizer, template)
+        if record.prompt is not None and record.source not in seen:
+            lengths[PROMPT].append(whole.answer_start)
+        lengths[side].append(len(whole) if record.prompt is None else whole.answer_length)
+        seen.add(record.source)
+        if segment.prompt_truncated:
+            cut_prompts.add(record.source)
+    prompts = _places((_key(record.prompt), record.source) for record in records if record.prompt is not None)
+    return Figures(
+        records=len(records),
+        distinct_prompts=len(prompts),
+        lengths=dict(lengths),
+        categories=Counter(record.category for record in records if record.category),
+        padding=_padding([len(segment) for segment in segments], max_length),
+        cut_prompts=len(cut_prompts),
+        cut_answers=sum(segment.answer_truncated for segment in segments),
+        repeated_prompts=_repeated(prompts),
+        repeated_records=_repeated(_places((_identity(record), record.source) for record in records)),
+        contradictions=_contradictions(forget),
+    )
+
+
+def percentile(values: Sequence[int], share: float) -> int:
+    """The smallest value that at least ``share`` of the values don't exceed."""
+    return sorted(values)[max(0, -int(-share * len(values) // 1) - 1)]
+
+
+def histogram(series: Sequence[Sequence[int]], bins: int = 10) -> list[tuple[int, int | None, list[int]]]:
+    """``(from, to, count of each series)`` over common bins of a round width; the last is open (``to`` is None) where
+    the longest twentieth of all values would need many more bins than the rest."""
+    values = [value for one in series for value in one]
+    high = percentile(values, 0.95)
+    widths = (digit * 10**power for power in range(20) for digit in (1, 2, 5))
+    width = next(width for width in widths if high // width - min(values) // width < bins)
+    first, last = min(values) // width, max(values) // width
+    is_open = last - first >= bins + bins // 2
+    edges = [k * width for k in range(first, (high // width + 1 if is_open else last) + 1)]
+    counts = [Counter(bisect_right(edges, value) - 1 for value in one) for one in series]
+    return [
+        (edge, None if is_open and edge == edges[-1] else edge + width - 1, [count[k] for count in counts])
+        for k, edge in enumerate(edges)
+    ]
+
+
+def _texts(record: Record) -> list[tuple[str, str]]:
+    """(side, text) of every answer, in the order in which they are tokenised."""
+    if isinstance(record, ForgetRecord):
+        return [("wanted", text) for text in record.chosen] + [("unwanted", text) for text in record.rejected]
+    return [("text" if record.prompt is None else "answer", record.response)]
+
+
+def _encode(prompt: Prompt | None, text: str, tokenizer: Any, template: str) -> Segment:
+    """The text whole, however long."""
+    if prompt is None:
+        return encode_text(text, tokenizer, sys.maxsize)
+    return encode_pair(prompt, text, tokenizer, template, sys.maxsize)
+
+
+def _padding(lengths: list[int], max_length: int) -> Padding:
+    batches = [lengths[at : at + BATCH] for at in range(0, len(lengths), BATCH)]
+    rows = len(pack(lengths, max_length))
+    return Padding(
+        texts=len(lengths),
+        tokens=sum(lengths),
+        batched=sum(len(batch) * max(batch) for batch in batches),
+        full=len(lengths) * max_length,
+        packed=rows * max_length,
+        rows=rows,
+    )
+
+
+def _key(prompt: Prompt | None) -> Hashable:
+    return prompt.strip() if isinstance(prompt, str) else prompt
+
+
+def _identity(record: Record) -> Hashable:
+    """What makes a record a repetition of another, in whatever order its answers are."""
+    return _key(record.prompt), frozenset((side, text.strip()) for side, text in _texts(record))
+
+
+def _places(pairs: Iterable[tuple[Hashable, str]]) -> dict[Hashable, list[str]]:
+    places: dict[Hashable, list[str]] = defaultdict(list)
+    for key, source in pairs:
+        places[key].append(source)
+    return places
+
+
+def _repeated(places: dict[Hashable, list[str]]) -> list[Places]:
+    return [tuple(sources) for sources in places.values() if len(sources) > 1]
+
+
+def _contradictions(records: Sequence[ForgetRecord]) -> list[tuple[str, str]]:
+    wanted = _places((text.strip(), record.source) for record in records for text in record.chosen)
+    unwanted = _places((text.strip(), record.source) for record in records for text in record.rejected)
+    return [(wanted[text][0], unwanted[text][0]) for text in wanted if text in unwanted]
