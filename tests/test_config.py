@@ -48,7 +48,7 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "dropout": st.floats(0, 0.99),
     "adam_beta1": st.floats(0, 0.99),
     "adam_beta2": st.floats(0, 0.99),
-    "max_length": st.integers(2, 512),
+    "max_length": st.integers(4, 512),
     "tokens_per_micro_batch": st.integers(1024, 10**9),
     "prompt_template": st.text().filter(lambda text: "{prompt}" not in text).map(lambda text: text + "{prompt}"),
     "dataset_name": st.none(),

@@ -94,7 +94,7 @@ class DataConfig:
     """Put several texts into one row; turn it off for models that fail the packing self-check."""
 
     def __post_init__(self) -> None:
-        _require(self, "max_length", self.max_length >= 2, "at least 2")
+        _require(self, "max_length", self.max_length >= 4, "at least 4")  # BOS, prompt, answer, with the prompt in half
         _require(self, "prompt_template", self.prompt_template.count("{prompt}") == 1, "a text with one {prompt} in it")
         if self.train_file and self.dataset_name is not None:
             raise UserError("--train_file and --dataset_name both name the training data: give one of them")

@@ -64,7 +64,9 @@ def name_of(case: dict) -> str:
 
 def objective_key(case: dict) -> str:
     """What of a case the plain reference depends on."""
-    return json.dumps({k: case[k] for k in ("targets", "pooling", "scoring", "negatives", "retain_loss", "temperature")})
+    return json.dumps(
+        {k: case[k] for k in ("targets", "pooling", "scoring", "negatives", "retain_loss", "temperature")}
+    )
 
 
 def make_model(family: str, folder: Path, seed: int) -> None:
@@ -76,9 +78,11 @@ def make_model(family: str, folder: Path, seed: int) -> None:
         layers = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4}
         lm = GPTNeoForCausalLM(GPTNeoConfig(**common, **layers, **special, window_size=WINDOW, intermediate_size=64))
     else:
-        odd = {"word_embed_proj_dim": 16, "do_layer_norm_before": False} if family == "opt-350m" else {
-            "word_embed_proj_dim": 32
-        }
+        odd = (
+            {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
+            if family == "opt-350m"
+            else {"word_embed_proj_dim": 32}
+        )
         layers = {"num_hidden_layers": 2, "ffn_dim": 64, "num_attention_heads": 4, "pad_token_id": 1}
         lm = OPTForCausalLM(OPTConfig(**common, **layers, **odd, **(special | {"bos_token_id": 2})))
     with torch.no_grad():
@@ -100,7 +104,9 @@ def make_examples() -> ExampleSet:
 
     def answers(prompt: tuple[int, ...], tails: list[tuple[int, ...]]) -> tuple[Answer, ...]:
         return tuple(
-            Answer(Segment((2, *prompt, *tail, 2), 1, 1 + len(prompt)), next(counts), texts.setdefault(tail, len(texts)))
+            Answer(
+                Segment((2, *prompt, *tail, 2), 1, 1 + len(prompt)), next(counts), texts.setdefault(tail, len(texts))
+            )
             for tail in tails
         )
 

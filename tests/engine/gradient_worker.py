@@ -63,9 +63,7 @@ def run_case(case: dict, models: Path, world) -> tuple[dict, dict | None]:
     )
     examples = make_examples()
     layout = Layout(48, 48 if case["several"] else 10_000, case["packed"], world.size)
-    plan = plan_step(
-        examples, [3, 0, 4, 2, 1], range(len(examples.retain)), layout, with_unwanted=objective.coupled
-    )
+    plan = plan_step(examples, [3, 0, 4, 2, 1], range(len(examples.retain)), layout, with_unwanted=objective.coupled)
     count = len(plan.micro_batches[world.rank])
     if case["several"] and world.size < 4:
         assert count > 1, "the case is to have several micro-batches"

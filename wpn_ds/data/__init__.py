@@ -1,1 +1,1 @@
-"""Records -> token segments -> rows -> the step's micro-batches. Neither deepspeed nor transformers is imported here."""
+"""Records -> token segments -> rows -> the step's micro-batches. Imports neither deepspeed nor transformers."""

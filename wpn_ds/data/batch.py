@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -54,9 +55,7 @@ class Batch:
 
     def to(self, device: torch.device) -> Batch:
         moved = {
-            f.name: value.to(device)
-            for f in fields(self)
-            if isinstance(value := getattr(self, f.name), Tensor | Batch)
+            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor | Batch)
         }
         return replace(self, **moved)
 
@@ -91,12 +90,15 @@ def collate(rows: MicroBatch, pad_id: int, *, roles: frozenset[Role], with_retai
                 labels += _labels(item, r * length + offset)
             tokens += n if item.role is not Role.DEAD else 0
             offset += n
-    columns = torch.tensor(labels or [(0, 0, int(Role.DEAD), -1)]).T
+    positions, ids, role, index = torch.tensor(labels or [(0, 0, int(Role.DEAD), -1)]).T
     return Batch(
         input_ids,
         position_ids,
         segment_ids,
-        *columns,
+        positions,
+        ids,
+        role,
+        index,
         prompts=tuple(spans["prompts"]),
         wanted=tuple(spans["wanted"]),
         unwanted=tuple(spans["unwanted"]),
@@ -119,8 +121,7 @@ def _labels(item: Item, offset: int) -> list[tuple[int, int, int, int]]:
     """(position that predicts, token id, role, index) of every predicted token."""
     segment = item.segment
     return [
-        (offset + t - 1, segment.ids[t], int(item.role), item.index)
-        for t in range(segment.answer_start, len(segment))
+        (offset + t - 1, segment.ids[t], int(item.role), item.index) for t in range(segment.answer_start, len(segment))
     ]
 
 

@@ -98,7 +98,7 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
 def _train(lm: OPTForCausalLM, texts: list[Segment], epochs: int) -> None:
     """Next-token training on prompts and answers alike, with dropout: the prompts' words must be learnt as well."""
     model = PackedLM(lm, packed=True).train()
-    pad = lm.config.pad_token_id
+    pad = lm.config.pad_token_id or 0
     steps = epochs * math.ceil(len(texts) / BATCH)
     optimizer = torch.optim.AdamW(lm.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)

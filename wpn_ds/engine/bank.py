@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -20,10 +20,37 @@ from torch import Tensor
 from wpn_ds.data.batch import collate
 from wpn_ds.data.examples import Answer, ExampleSet
 from wpn_ds.data.plan import Item, Layout, Role, StepPlan
+from wpn_ds.data.tokens import Segment
 from wpn_ds.engine.distributed import World, fill_from_ranks, on_main
 from wpn_ds.objectives.wpn import WPN, FrozenTargets
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
+
+
+def pooled_states(
+    engine: Any,
+    objective: WPN,
+    segments: Sequence[Segment],
+    of: Literal["prompt", "answer"],
+    layout: Layout,
+    pad_id: int,
+    world: World,
+    progress: Progress = lambda items, _: items,
+) -> Tensor:
+    """``[len(segments), d]`` fp32 pooled states by the engine's current weights, the same on every rank."""
+    items = [Item(segment, Role.WANTED, k) for k, segment in enumerate(segments)]
+    parts, indices = [], []
+    was_training = engine.module.training
+    engine.eval()
+    with torch.no_grad():
+        for rows in progress(layout.micro_batches(items)[world.rank], f"pooling {of}s"):
+            batch = collate(rows, pad_id, roles=frozenset()).to(world.device)
+            spans = batch.prompts if of == "prompt" else batch.wanted
+            vectors, index = objective.pooled(engine(batch)[0], spans)
+            parts.append(vectors.float())
+            indices.append(index)
+    engine.train(was_training)
+    return fill_from_ranks(torch.cat(parts), torch.cat(indices), len(segments))
 
 
 def answer_vectors(
@@ -35,19 +62,9 @@ def answer_vectors(
     world: World,
     progress: Progress = lambda items, _: items,
 ) -> Tensor:
-    """``[len(answers), d]`` fp32 pooled answer states by the engine's current weights, the same on every rank."""
-    items = [Item(answer.segment, Role.WANTED, k) for k, answer in enumerate(answers)]
-    parts, indices = [], []
-    was_training = engine.module.training
-    engine.eval()
-    with torch.no_grad():
-        for rows in progress(layout.micro_batches(items)[world.rank], "pooling answers"):
-            batch = collate(rows, pad_id, roles=frozenset()).to(world.device)
-            vectors, index = objective.pooled(engine(batch)[0], batch.wanted)
-            parts.append(vectors.float())
-            indices.append(index)
-    engine.train(was_training)
-    return fill_from_ranks(torch.cat(parts), torch.cat(indices), len(answers))
+    """``[len(answers), d]`` pooled answers, each read after its prompt: answer tokens only, EOS included."""
+    segments = [answer.segment for answer in answers]
+    return pooled_states(engine, objective, segments, "answer", layout, pad_id, world, progress)
 
 
 @dataclass(frozen=True)
@@ -101,16 +118,8 @@ def load_or_build(directory: Path, fingerprint: Mapping[str, str], world: World,
     key = hashlib.sha256(json.dumps(dict(sorted(fingerprint.items()))).encode()).hexdigest()[:24]
     path = directory / f"bank-{key}.safetensors"
 
-    def read() -> tuple[int, ...] | None:
-        nonlocal stored
-        try:
-            stored = load_file(path)["vectors"] if path.exists() else None
-        except (SafetensorError, OSError, KeyError):
-            stored = None
-        return tuple(stored.shape) if stored is not None else None
-
-    stored: Tensor | None = None
-    shape = on_main(world, read)
+    stored = _read(path) if world.is_main else None
+    shape = on_main(world, lambda: None if stored is None else tuple(stored.shape))
     if shape is not None:
         vectors = stored.to(world.device) if stored is not None else torch.empty(shape, device=world.device)
         dist.broadcast(vectors, src=0)
@@ -128,6 +137,13 @@ def load_or_build(directory: Path, fingerprint: Mapping[str, str], world: World,
 
     on_main(world, write)
     return vectors
+
+
+def _read(path: Path) -> Tensor | None:
+    try:
+        return load_file(path)["vectors"] if path.exists() else None
+    except (SafetensorError, OSError, KeyError):
+        return None
 
 
 def fingerprint_of_model(name_or_path: str, commit: str | None) -> str:

@@ -134,11 +134,11 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
     Raises:
         UserError: other data, another starting model, or a setting without which the run is another one.
     """
-    for what, before, now in (
+    for what, then, today in (
         ("the training data (or template, tokenizer, --max_length)", old.data, new.data),
         ("the starting model", old.model, new.model),
     ):
-        if before != now:
+        if then != today:
             raise UserError(
                 f"--resume_from_checkpoint {path}: {what} changed since; restore it, or start afresh in another "
                 "--output_dir"

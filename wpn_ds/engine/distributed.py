@@ -47,6 +47,9 @@ def init(timeout_minutes: float) -> World:
             local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
         device = torch.device("cpu")
+        # DeepSpeed would first compile a shared-memory all-reduce: most of a minute without a word, and a lock file
+        # that hangs every later run if this one is killed meanwhile. ZeRO's gathers and scatters don't use it.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))

@@ -41,6 +41,8 @@ from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.wpn import WPN, FrozenTargets
 
 MAX_SKIPPED_IN_A_ROW = 5
+DONE = "DONE"
+"""File in the output folder of a run that ended well."""
 
 
 class TrainingStopped(UserError):
@@ -88,17 +90,17 @@ def train(config: Config) -> None:
     if resume_from is not None:
         checkpoint.load(run.engine, resume_from, past, world)
         run.say(f"resumed from {resume_from} after step {past.step}")
-    prompts = [encode_prompt(r.prompt, tokenizer, config.data.prompt_template, config.data.max_length)
-               for r in (validation or forget)[: config.logging.sample_prompts]]
+    prompts = [
+        encode_prompt(r.prompt, tokenizer, config.data.prompt_template, config.data.max_length)
+        for r in (validation or forget)[: config.logging.sample_prompts]
+    ]
     run.loop(examples, held_out, prompts, past)
 
 
 class _Run:
     """What one rank holds while it trains."""
 
-    def __init__(
-        self, config: Config, ds_json: dict[str, Any], world: World, source: Source, total_steps: int
-    ) -> None:
+    def __init__(self, config: Config, ds_json: dict[str, Any], world: World, source: Source, total_steps: int) -> None:
         self.config = config
         self.ds_json = ds_json
         self.world = world
@@ -266,9 +268,7 @@ class _Run:
             if config.logging.eval_steps and step % config.logging.eval_steps == 0 and step < self.total_steps:
                 evaluate(step)
             if step == self.total_steps or (config.logging.save_steps and step % config.logging.save_steps == 0):
-                state = checkpoint.TrainerState(
-                    step, world.size, past.data, past.model, config.to_flat(), skipped
-                )
+                state = checkpoint.TrainerState(step, world.size, past.data, past.model, config.to_flat(), skipped)
                 checkpoint.save(self.engine, self.output_dir, state, world, config.logging.save_total_limit)
         after = evaluate(self.total_steps)
         self.say(_line("end", after))
@@ -276,11 +276,12 @@ class _Run:
         if world.is_main:
             telemetry.hparams(config.to_flat(), after | {k: v for k, v in values.items() if k.startswith("loss/")})
             write_model_card(self.output_dir, config, self.source.name_or_path, self.total_steps, values, after)
+            self._write(DONE, "")  # scripts trust this file, not a return code
         telemetry.close()
         self.say(f"the unlearned model is in {self.output_dir}")
 
     def _describe(self, telemetry: Telemetry, examples: ExampleSet, peak_flops: float) -> None:
-        """Every derived quantity, before the loop starts; also ``run.yaml``."""
+        """Every derived quantity, before the loop starts; also ``run.yaml`` (which ``--config`` takes again)."""
         t, cut = self.config.training, examples.truncation
         first = self.plan(0, examples)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.lm.parameters())
@@ -297,18 +298,18 @@ class _Run:
         for name, fact in facts.items():
             telemetry.say(f"{name:>10}: {fact}")
         if self.world.is_main:
-            versions = {name: importlib.metadata.version(name) for name in ("torch", "deepspeed", "transformers")}
-            record = {
-                "settings": self.config.to_flat(),
-                "deepspeed": self.ds_json,
-                "run": facts,
-                "versions": versions,
-                "world_size": self.world.size,
-            }
-            partial = self.output_dir / "run.yaml.tmp"
-            partial.write_text(yaml.safe_dump(json.loads(json.dumps(record)), sort_keys=False))
-            os.replace(partial, self.output_dir / "run.yaml")
+            facts["versions"] = ", ".join(
+                f"{n} {importlib.metadata.version(n)}" for n in ("torch", "deepspeed", "transformers")
+            )
+            notes = "".join(f"# {name}: {fact}\n" for name, fact in facts.items())
+            self._write("run.yaml", notes + yaml.safe_dump(self.config.to_flat(), sort_keys=False))
+            self._write("ds_config.json", json.dumps(self.ds_json, indent=2) + "\n")
             telemetry.text(0, "run", "\n".join(f"    {k}: {v}" for k, v in facts.items()))
+
+    def _write(self, name: str, text: str) -> None:
+        partial = self.output_dir / f"{name}.tmp"
+        partial.write_text(text)
+        os.replace(partial, self.output_dir / name)
 
     def _samples(self, step: int, prompts: list[list[int]], telemetry: Telemetry) -> None:
         """Greedy answers as text; every rank generates the same, since each forward gathers weights from all."""
@@ -386,7 +387,7 @@ def _claim_output(config: Config, state: checkpoint.TrainerState) -> Path | None
     if config.logging.resume_from_checkpoint is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         return checkpoint.find(config.logging.resume_from_checkpoint, output_dir)
-    known = ("metrics.jsonl", "run.yaml", "runs", "config.json", "README.md", "model.tmp")
+    known = (DONE, "metrics.jsonl", "run.yaml", "ds_config.json", "runs", "config.json", "README.md", "model.tmp")
     left = [p for name in known if (p := output_dir / name).exists()]
     left += [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors*")]
     if left and not config.logging.overwrite_output_dir:

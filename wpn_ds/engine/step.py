@@ -147,9 +147,7 @@ class Step:
             gradients = torch.autograd.grad(self.objective.total(terms), list(full.values()))
         share = {name: Term(term.total / self.world.size, term.count) for name, term in terms.items()}
         sums.add(share)  # every rank computed the same totals, and they will be summed over ranks
-        return [
-            {name: g[part[name][1]] for name, g in zip(full, gradients, strict=True)} for part in states
-        ]
+        return [{name: g[part[name][1]] for name, g in zip(full, gradients, strict=True)} for part in states]
 
     def _update(self, sums: Sums) -> StepResult:
         """Clip and step, unless some rank's gradient isn't finite."""
@@ -170,14 +168,12 @@ class Step:
 def reference_retain_logits(reference: Any, retain: Batch) -> Tensor:
     """[R, V] logits of the frozen starting model at the labels of the retain rows."""
 
-
     with torch.no_grad():
         _, logits = reference(retain)
         return logits[retain.labels_of(Role.RETAIN)]
 
 
 def _gradients_finite(engine: Any, world: World) -> bool:
-
 
     finite = all(bool(torch.isfinite(p.grad).all()) for p in engine.module.parameters() if p.grad is not None)
     return max_over_ranks(0.0 if finite else 1.0, world.device) == 0.0

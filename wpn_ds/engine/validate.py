@@ -5,13 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wpn_ds.data.batch import collate
 from wpn_ds.data.examples import ExampleSet
-from wpn_ds.data.plan import Item, Layout, Role, plan_step
-from wpn_ds.engine.bank import Bank
-from wpn_ds.engine.distributed import World, fill_from_ranks, sum_over_ranks
+from wpn_ds.data.plan import Layout, Role, plan_step
+from wpn_ds.engine.bank import Bank, pooled_states
+from wpn_ds.engine.distributed import World, sum_over_ranks
 from wpn_ds.objectives.likelihood import token_logprobs
 from wpn_ds.objectives.npair import paired_similarity, similarity
 from wpn_ds.objectives.wpn import WPN
@@ -24,9 +23,7 @@ _FIGURES = {
 }
 
 
-def validation_losses(
-    engine: Any, examples: ExampleSet, layout: Layout, pad_id: int, world: World
-) -> dict[str, float]:
+def validation_losses(engine: Any, examples: ExampleSet, layout: Layout, pad_id: int, world: World) -> dict[str, float]:
     """Mean NLL a token, in nats, of wanted, unwanted and retain answers; what ``examples`` lacks is left out."""
     plan = plan_step(examples, range(len(examples.forget)), range(len(examples.retain)), layout, with_unwanted=True)
     figures = {role: names for role, names in _FIGURES.items() if plan.counts[names[1]]}
@@ -54,8 +51,8 @@ def starting_similarities(
     Causal-LM states are nearly parallel, so these are far from 0: the N-pair's temperature acts on what is left.
     """
     chosen = examples.forget[:256]
-    prompts = [Item(example.wanted[0].segment, Role.WANTED, k) for k, example in enumerate(chosen)]
-    anchors = _anchors(engine, objective, prompts, layout, pad_id, world)
+    prompts = [example.wanted[0].segment for example in chosen]
+    anchors = pooled_states(engine, objective, prompts, "prompt", layout, pad_id, world)
     positive = bank.vectors[[example.wanted[0].answer_id for example in chosen]]
     negative = bank.vectors[[example.unwanted[0].answer_id for example in chosen]]
     pairwise = similarity(anchors, anchors, "cosine")
@@ -69,20 +66,3 @@ def starting_similarities(
     if len(chosen) > 1:
         figures["start/cosine_between_prompts"] = pairwise[others].mean()
     return {name: value.item() for name, value in figures.items()}
-
-
-def _anchors(
-    engine: Any, objective: WPN, items: list[Item], layout: Layout, pad_id: int, world: World
-) -> Tensor:
-    """[n, d] pooled prompts by the engine's current weights."""
-    parts, indices = [], []
-    was_training = engine.module.training
-    engine.eval()
-    with torch.no_grad():
-        for rows in layout.micro_batches(items)[world.rank]:
-            batch = collate(rows, pad_id, roles=frozenset()).to(world.device)
-            vectors, index = objective.pooled(engine(batch)[0], batch.prompts)
-            parts.append(vectors.float())
-            indices.append(index)
-    engine.train(was_training)
-    return fill_from_ranks(torch.cat(parts), torch.cat(indices), len(items))

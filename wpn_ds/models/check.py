@@ -18,7 +18,9 @@ from wpn_ds.models.packed import PackedLM
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 8e-2}
 
 
-def check_exact_reading(model: PackedLM, forward: Callable[[Batch], tuple[Tensor, Tensor]], device: torch.device) -> None:
+def check_exact_reading(
+    model: PackedLM, forward: Callable[[Batch], tuple[Tensor, Tensor]], device: torch.device
+) -> None:
     """Compare the layout in use, on three short segments, with the plain model on one sequence at a time.
 
     Both the states and the head's logits are compared, so a model whose logits are more than its head on its last
@@ -36,9 +38,7 @@ def check_exact_reading(model: PackedLM, forward: Callable[[Batch], tuple[Tensor
     vocabulary = model.lm.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     lengths = (7, 12, 4)
-    segments = [
-        Segment(tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()), 0, 1) for n in lengths
-    ]
+    segments = [Segment(tuple(torch.randint(vocabulary, (n,), generator=generator).tolist()), 0, 1) for n in lengths]
     items = [Item(segment, Role.RETAIN, k) for k, segment in enumerate(segments)]
     rows = (tuple(items),) if model.packed else tuple((item,) for item in items)
     was_training = model.training

@@ -7,7 +7,6 @@ import inspect
 import logging
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -84,8 +83,9 @@ def load_model(
     config = load_config(source, dropout=dropout)
     # from_pretrained partitions while this object is alive; a leftover one would partition later plain loads too.
     partition_on_load = HfDeepSpeedConfig(dict(zero3)) if zero3 is not None else None
+    loaded: Any = None
     with _one_line(f"--model_name_or_path {source.name_or_path}: the model can't be loaded"):
-        model, info = AutoModelForCausalLM.from_pretrained(
+        loaded = AutoModelForCausalLM.from_pretrained(
             source.name_or_path,
             config=config,
             dtype=dtype,  # transformers would load OPT as fp16, which overflows in training
@@ -94,6 +94,7 @@ def load_model(
             **source.hub_arguments,
         )
     del partition_on_load
+    model, info = loaded
     audit(model, info, source)
     model.train()
     model.config.use_cache = False

@@ -1,0 +1,70 @@
+"""Random example sets, layouts and plans for the property tests."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from hypothesis import strategies as st
+
+from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
+from wpn_ds.data.plan import Item, Layout, MicroBatch, StepPlan, plan_step
+from wpn_ds.data.tokens import Segment
+
+BOS, EOS, PAD = 2, 2, 1
+ROW = 32  # more than the longest segment below
+
+_IDS = st.lists(st.integers(4, 90), min_size=1, max_size=9).map(tuple)
+#: Few texts, so that one example's wanted text often is another one's unwanted text.
+_TEXTS = st.lists(_IDS, min_size=5, max_size=9, unique=True)
+
+
+@st.composite
+def example_sets(draw: st.DrawFn, max_examples: int = 5) -> ExampleSet:
+    """Up to five examples with one or more answers a side, with or without BOS, and up to four retain segments."""
+    texts, bos = draw(_TEXTS), (BOS,) * draw(st.integers(0, 1))
+    made = ExampleSet()
+    count = 0
+    for _ in range(draw(st.integers(1, max_examples))):
+        prompt = draw(_IDS)
+        chosen = draw(st.lists(st.integers(0, len(texts) - 1), min_size=2, max_size=5, unique=True))
+        cut = draw(st.integers(1, len(chosen) - 1))
+        answers = []
+        for k in chosen:
+            segment = Segment((*bos, *prompt, *texts[k], EOS), len(bos), len(bos + prompt))
+            answers.append(Answer(segment, count, k))
+            count += 1
+        made.forget.append(ForgetExample(tuple(answers[:cut]), tuple(answers[cut:])))
+    for _ in range(draw(st.integers(0, 4))):
+        prompt, answer = draw(_IDS), draw(_IDS)
+        plain = draw(st.booleans())
+        made.retain.append(Segment((*prompt, *answer), 1 if plain else 0, 1 if plain else len(prompt)))
+    return made
+
+
+def layouts(world_size: int | None = None) -> st.SearchStrategy[Layout]:
+    """Packed or padded, any budget, one to four ranks."""
+    budgets, worlds = st.sampled_from([1, 20, 64, 150, 10_000]), st.integers(1, 4)
+    return st.builds(
+        Layout, st.just(ROW), budgets, st.booleans(), worlds if world_size is None else st.just(world_size)
+    )
+
+
+def plan_of(examples: ExampleSet, layout: Layout, with_unwanted: bool = True, order: Sequence[int] = ()) -> StepPlan:
+    """One step over everything, or over the forget examples of ``order``."""
+    return plan_step(
+        examples,
+        order or range(len(examples.forget)),
+        range(len(examples.retain)),
+        layout,
+        with_unwanted=with_unwanted,
+    )
+
+
+def flat(micro_batches: Sequence[Sequence[MicroBatch]]) -> list[MicroBatch]:
+    """The micro-batches of all ranks."""
+    return [micro_batch for rank in micro_batches for micro_batch in rank]
+
+
+def items_of(micro_batches: Sequence[MicroBatch]) -> list[Item]:
+    """All items, dead ones too, in order."""
+    return [item for micro_batch in micro_batches for row in micro_batch for item in row]
