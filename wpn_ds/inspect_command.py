@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -105,7 +106,8 @@ def _counts(figures: Figures) -> list[str]:
     lines = _aligned(rows, "<>")
     if figures.categories:
         by_size = sorted(figures.categories.items(), key=lambda item: (-item[1], item[0]))
-        lines.append("  categories: " + ", ".join(f"{name} {count:,}" for name, count in by_size))
+        names = "categories: " + ", ".join(f"{name} {count:,}" for name, count in by_size)
+        lines += textwrap.wrap(names, 100, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 

@@ -24,7 +24,7 @@ def fewest_rows(lengths: Sequence[int], rows: tuple[int, ...] = ()) -> int:
     if not lengths:
         return len(rows)
     first, *rest = lengths
-    tries = [rows[:k] + (rows[k] + first,) + rows[k + 1 :] for k in range(len(rows)) if rows[k] + first <= CAPACITY]
+    tries = [(*rows[:k], rows[k] + first, *rows[k + 1 :]) for k in range(len(rows)) if rows[k] + first <= CAPACITY]
     return min(fewest_rows(rest, each) for each in [*tries, (*rows, first)])
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import socket
 from functools import cache
 from pathlib import Path
 
@@ -14,15 +13,9 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine import reference
 from tests.engine.gradient_cases import MATRIX, VARIATIONS, WEIGHTS, make_examples, make_model, name_of, objective_key
-from tests.launching import launch
+from tests.launching import free_port, launch
 
 TOLERANCE = 1e-5
-
-
-def free_port() -> int:
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
 
 
 @pytest.fixture(scope="module")

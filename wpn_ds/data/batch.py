@@ -54,9 +54,8 @@ class Batch:
     retain: Batch | None = None
 
     def to(self, device: torch.device) -> Batch:
-        moved = {
-            f.name: value.to(device) for f in fields(self) if isinstance(value := getattr(self, f.name), Tensor | Batch)
-        }
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | Batch)}
         return replace(self, **moved)
 
     def labels_of(self, role: Role) -> Tensor:

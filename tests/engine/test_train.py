@@ -1,0 +1,250 @@
+"""Whole training jobs, as a user starts them: real DeepSpeed on several processes, real files."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.launching import ROOT, environment, free_port, launch
+from wpn_ds.engine import checkpoint
+
+pytestmark = pytest.mark.distributed
+
+
+def flags(tiny: Path, out: Path, *extra: str, model: str = "opt", ds: str = "zero3") -> list[str]:
+    return [
+        "launch/train.py",
+        *("--deepspeed", f"ds_configs/{ds}.json"),
+        *("--model_name_or_path", str(tiny / model)),
+        *("--train_file", str(tiny / "forget.jsonl"), "--retain_file", str(tiny / "retain.jsonl")),
+        *("--validation_file", str(tiny / "forget.jsonl")),
+        *("--output_dir", str(out)),
+        *("--max_length", "64", "--tokens_per_micro_batch", "128", "--global_batch_size", "6"),
+        *("--learning_rate", "1e-3", "--max_steps", "6", "--peak_tflops", "0.1", "--sample_tokens", "4"),
+        *extra,
+    ]
+
+
+def train(tiny: Path, out: Path, *extra: str, ranks: int = 2, model: str = "opt", ds: str = "zero3") -> str:
+    env = {"WPN_DS_CACHE": str(tiny / "cache")}
+    run = launch(ranks, flags(tiny, out, *extra, model=model, ds=ds), port=free_port(), env=env)
+    assert run.returncode == 0, run.stdout[-6000:]
+    return run.stdout
+
+
+def metrics(out: Path) -> list[dict]:
+    return [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(out: Path) -> list[tuple[int, float]]:
+    return [(m["step"], m["loss/total"]) for m in metrics(out) if "loss/total" in m]
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = load_file(one / "model.safetensors"), load_file(other / "model.safetensors")
+    return a.keys() == b.keys() and all(torch.equal(a[k], b[k]) for k in a)
+
+
+@pytest.fixture(scope="module")
+def unbroken(tiny, tmp_path_factory) -> Path:
+    """A run of six steps that nothing disturbed."""
+    out = tmp_path_factory.mktemp("unbroken") / "out"
+    train(tiny, out, "--save_steps", "2")
+    return out
+
+
+def test_the_export_loads_plainly_and_gives_the_trained_logits(unbroken, tiny):
+    lm, info = AutoModelForCausalLM.from_pretrained(unbroken, dtype=torch.float32, output_loading_info=True)
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert lm.lm_head.weight is lm.get_input_embeddings().weight, "tied weights stay tied"
+    start = AutoModelForCausalLM.from_pretrained(tiny / "opt", dtype=torch.float32)
+    ids = torch.tensor([[2, 40, 50, 60]])
+    assert not torch.allclose(lm(ids).logits, start(ids).logits, atol=1e-3), "training changed nothing"
+    assert lm.config.dropout == start.config.dropout, "the training run's dropout leaked into the exported config"
+    assert AutoTokenizer.from_pretrained(unbroken)("the cat")["input_ids"][0] == 2
+    nll = validation_nll(lm, tiny)
+    logged = [m["eval/nll_wanted"] for m in metrics(unbroken) if "eval/nll_wanted" in m]
+    assert nll == pytest.approx(logged[-1], rel=1e-4), "the export isn't the model that was validated last"
+    assert logged[-1] < logged[0]
+
+
+def validation_nll(lm, tiny: Path) -> float:
+    """NLL of the wanted answers, one sequence at a time in plain transformers."""
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "opt")
+    total = count = 0
+    for line in (tiny / "forget.jsonl").read_text().splitlines():
+        row = json.loads(line)
+        prompt = tokenizer(f"Question: {row['prompt']}\nAnswer:")["input_ids"]
+        answer = [*tokenizer(" " + row["chosen"][0], add_special_tokens=False)["input_ids"], 2]
+        with torch.no_grad():
+            logp = torch.log_softmax(lm(torch.tensor([prompt + answer])).logits[0], -1)
+        total -= sum(logp[len(prompt) - 1 + t, token].item() for t, token in enumerate(answer))
+        count += len(answer)
+    return total / count
+
+
+def test_a_run_leaves_what_it_promises(unbroken):
+    names = {p.name for p in unbroken.iterdir()}
+    assert {"config.json", "model.safetensors", "generation_config.json", "tokenizer.json", "README.md"} <= names
+    assert {"run.yaml", "ds_config.json", "metrics.jsonl", "runs", "DONE"} <= names
+    assert {n for n in names if n.startswith("checkpoint-")} == {"checkpoint-4", "checkpoint-6"}, "two are kept"
+    assert not [n for n in names if n.endswith(".tmp")]
+    last = next(m for m in metrics(unbroken) if m["step"] == 6 and "loss/total" in m)
+    expected = {"loss/npair", "loss/nll", "loss/retain", "sim/positive", "sim/negative", "sim/margin", "lr"}
+    expected |= {"grad_norm", "skipped_steps", "speed/tokens_per_second", "speed/examples_per_second", "packing/fill"}
+    expected |= {"speed/data_seconds", "speed/step_seconds", "speed/mfu", "memory/peak_gib"}
+    assert expected <= last.keys()
+    assert last["loss/total"] == pytest.approx(last["loss/npair"] + last["loss/nll"] + last["loss/retain"])
+    assert last["sim/margin"] == pytest.approx(last["sim/positive"] - last["sim/negative"], abs=1e-6)
+    assert 0.3 < last["packing/fill"] <= 1 and last["memory/peak_gib"] > 0.05
+
+
+def test_tensorboard_holds_the_same_scalars_and_samples(unbroken):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    board = EventAccumulator(str(unbroken / "runs"))
+    board.Reload()
+    written = {s.step: s.value for s in board.Scalars("loss/total")}
+    assert written == pytest.approx(dict(losses(unbroken)), rel=1e-6)
+    assert any("samples" in tag for tag in board.Tags()["tensors"])
+
+
+def test_run_yaml_repeats_the_run(unbroken, tiny, tmp_path):
+    run = launch(
+        2,
+        [
+            "launch/train.py",
+            *("--config", str(unbroken / "run.yaml")),
+            *("--output_dir", str(tmp_path / "out"), "--logging_dir", str(tmp_path / "out" / "runs")),
+        ],
+        port=free_port(),
+        env={"WPN_DS_CACHE": str(tiny / "cache")},
+    )
+    assert run.returncode == 0, run.stdout[-4000:]
+    assert same_weights(unbroken, tmp_path / "out")
+    assert "computing the bank" not in run.stdout, "the bank of an earlier run is used again"
+
+
+def start(tiny: Path, out: Path, *extra: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    command += ["--master_port", str(free_port()), *flags(tiny, out, "--save_steps", "2", *extra)]
+    full = environment({"WPN_DS_CACHE": str(tiny / "cache"), **(env or {})})
+    return subprocess.Popen(command, cwd=ROOT, env=full, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
+def ranks_of(process: subprocess.Popen) -> list[int]:
+    """The training processes below a launcher, in order of rank."""
+    table = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
+    rows = [line.split(None, 2) for line in table.splitlines()[1:]]
+    parents = {int(pid): int(ppid) for pid, ppid, _ in rows}
+    found = []
+    for pid, _, args in rows:
+        above = int(pid)
+        while above in parents and above != process.pid:
+            above = parents[above]
+        if above == process.pid and "--local_rank=" in args and "launch/train.py" in args.split("--local_rank=")[0]:
+            found.append((int(args.split("--local_rank=")[1].split()[0]), int(pid)))
+    return [pid for _, pid in sorted(found)]
+
+
+def wait_for(condition, process: subprocess.Popen, seconds: float = 120, pause: float = 0.01) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the run ended before it could be killed"
+        assert time.monotonic() < end, "the moment to kill never came"
+        time.sleep(pause)
+
+
+def test_a_run_whose_rank_was_killed_resumes_bit_for_bit(tiny, unbroken, tmp_path):
+    out = tmp_path / "out"
+    process = start(tiny, out)
+    wait_for(lambda: (out / "checkpoint-2").exists(), process)
+    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    assert process.wait(timeout=60) != 0
+    assert not (out / "DONE").exists()
+    text = train(tiny, out, "--save_steps", "2", "--resume_from_checkpoint", "auto")
+    assert "resumed from" in text
+    assert losses(out) == losses(unbroken)
+    assert same_weights(out, unbroken)
+
+
+def test_a_run_killed_during_a_save_falls_back_to_the_checkpoint_before(tiny, unbroken, tmp_path):
+    out = tmp_path / "out"
+    process = start(tiny, out)
+    wait_for(lambda: (out / "checkpoint-2").exists(), process)
+    ranks = ranks_of(process)
+    wait_for(lambda: (out / "checkpoint-4.tmp").exists(), process, pause=0)
+    for pid in ranks:
+        os.kill(pid, signal.SIGKILL)
+    process.wait(timeout=60)
+    assert (out / "checkpoint-4.tmp").exists() and not (out / "checkpoint-4").exists(), "the save was over already"
+    text = train(tiny, out, "--save_steps", "2", "--resume_from_checkpoint", "auto")
+    assert "checkpoint-2 after step 2" in text
+    assert losses(out) == losses(unbroken)
+    assert same_weights(out, unbroken)
+    assert not list(out.glob("*.tmp"))
+
+
+def test_a_damaged_checkpoint_is_not_chosen(unbroken, tmp_path):
+    import shutil
+
+    copy = tmp_path / "out"
+    shutil.copytree(unbroken, copy)
+    assert checkpoint.find("auto", copy).name == "checkpoint-6"
+    victim = next((copy / "checkpoint-6" / "state").glob("*optim_states.pt"))
+    victim.write_bytes(victim.read_bytes()[:-1])
+    assert checkpoint.find("auto", copy).name == "checkpoint-4"
+    (copy / "checkpoint-4" / checkpoint.MANIFEST).unlink()
+    assert checkpoint.find("auto", copy) is None
+
+
+@pytest.mark.parametrize("change", ["data", "ranks", "seed"])
+def test_resuming_another_run_is_refused_in_one_line(unbroken, tiny, tmp_path, change):
+    extra = ["--save_steps", "2", "--resume_from_checkpoint", str(unbroken / "checkpoint-4")]
+    ranks = 2
+    if change == "data":
+        extra += ["--prompt_template", "Q: {prompt} A:"]
+    elif change == "seed":
+        extra += ["--seed", "7"]
+    else:
+        ranks = 1
+    run = launch(ranks, flags(tiny, tmp_path / "out", *extra), port=free_port())
+    errors = [line for line in run.stdout.splitlines() if line.startswith("error: ")]
+    assert run.returncode != 0 and len(errors) == 1 and "Traceback" not in run.stdout, run.stdout[-3000:]
+    assert {"data": "the training data", "seed": "--seed 7", "ranks": "written by 2 ranks"}[change] in errors[0]
+    assert not (tmp_path / "out" / "model.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("ds", "model", "extra"),
+    [
+        ("zero1", "opt", ["--wpn_targets", "live"]),
+        ("zero2", "gpt_neo", ["--packing", "false", "--retain_loss", "nll"]),
+        ("zero3", "gpt_neo", ["--bf16", "--gradient_checkpointing", "--wpn_negatives", "bank"]),
+        ("zero3_offload", "opt", ["--wpn_scoring", "likelihood", "--eval_steps", "2", "--warmup_steps", "2"]),
+    ],
+)
+def test_every_configuration_trains_and_exports(tiny, tmp_path, ds, model, extra):
+    out = tmp_path / "out"
+    train(tiny, out, *extra, ds=ds, model=model)
+    nll = [m["eval/nll_wanted"] for m in metrics(out) if "eval/nll_wanted" in m]
+    assert nll[-1] < nll[0]
+    AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_gradient_that_is_never_finite_stops_the_run_and_keeps_the_weights(tiny, tmp_path):
+    run = launch(2, flags(tiny, tmp_path / "out", "--learning_rate", "1e30", "--max_steps", "20"), port=free_port())
+    assert run.returncode != 0 and "not finite 5 steps in a row" in run.stdout, run.stdout[-3000:]
+    skipped = [m["skipped_steps"] for m in metrics(tmp_path / "out") if "skipped_steps" in m]
+    assert skipped[-1] == 5
+    assert not (tmp_path / "out" / "DONE").exists()
