@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Callable, Sequence
 
@@ -29,7 +30,11 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         print(f"error: {args[0]!r} is not a command{nearest(args[0], _COMMANDS)}", file=sys.stderr)
         return 2
-    return _COMMAND_FUNCTIONS[args[0]](args[1:])
+    try:
+        return _COMMAND_FUNCTIONS[args[0]](args[1:])
+    except BrokenPipeError:  # `wpn-ds inspect ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
 
 
 def train(argv: Sequence[str]) -> int:
@@ -63,8 +68,6 @@ def _guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], 
 
 
 def _fail(error: UserError) -> int:
-    import os
-
     if os.environ.get("RANK", "0") == "0":  # one line for the job, not one for each rank
         print(f"error: {error}", file=sys.stderr)
     return error.exit_code

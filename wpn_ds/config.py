@@ -28,6 +28,8 @@ import yaml
 from wpn_ds.errors import UserError
 
 DEMO_OUTPUT_DIR = "runs/demo/unlearned"
+DONE = "DONE"
+"""File in the output folder of a run that ended well."""
 
 
 @dataclass(frozen=True)
@@ -550,7 +552,7 @@ class _Parser(argparse.ArgumentParser):
 def _parser() -> argparse.ArgumentParser:
     """The flags, one a setting, grouped as the dataclasses are."""
     parser = _Parser(
-        usage="deepspeed %(prog)s --deepspeed FILE.json [--config FILE.yaml] [--NAME VALUE ...]",
+        usage="deepspeed launch/train.py --deepspeed FILE.json [--config FILE.yaml] [--NAME VALUE ...]",
         description="Unlearn harmful behaviour. Flags win over --config FILE, the file over the defaults.",
         allow_abbrev=False,
         argument_default=argparse.SUPPRESS,

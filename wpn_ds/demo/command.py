@@ -9,11 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from wpn_ds.config import DEMO_OUTPUT_DIR
+from wpn_ds.config import DEMO_OUTPUT_DIR, DONE
 from wpn_ds.demo import PLANTED, ensure_planted, is_planted
-from wpn_ds.engine.loop import DONE
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.command import run as evaluate
 
 _TRAIN, _ZERO3 = Path("launch/train.py"), Path("ds_configs/zero3.json")
 
@@ -38,6 +36,8 @@ def run_demo(argv: Sequence[str]) -> int:
     for path in (_TRAIN, _ZERO3):
         if not path.is_file():
             raise UserError(f"{path} isn't here: run the demo in the project's folder")
+    from wpn_ds.evaluate.command import run as evaluate  # loads torch: not for --help
+
     out = Path(DEMO_OUTPUT_DIR)
     _say(f"1. plant: {PLANTED}" + (" (already there)" if is_planted(PLANTED) else ""))
     ensure_planted()

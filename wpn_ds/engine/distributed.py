@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import sys
+import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -13,6 +16,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from transformers.utils.logging import disable_progress_bar
 
 from wpn_ds.errors import UserError
 
@@ -35,6 +39,7 @@ class World:
 
 def init(timeout_minutes: float) -> World:
     """Join the job that the launcher's environment describes; without a launcher, a job of one process."""
+    _quieten()
     if "RANK" not in os.environ:
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         for name, value in alone.items():
@@ -56,6 +61,15 @@ def init(timeout_minutes: float) -> World:
     # auto_mpi_discovery would guess a world from MPI's environment and, under srun, silently train apart.
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes), verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
+
+
+def _quieten() -> None:
+    """Leave to the libraries what is worth a user's attention."""
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # DeepSpeed calls collectives by names that torch has deprecated; a user can do nothing about it.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        disable_progress_bar()
 
 
 def shutdown() -> None:

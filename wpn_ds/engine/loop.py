@@ -18,7 +18,7 @@ import yaml
 from tqdm import tqdm
 from transformers import get_scheduler
 
-from wpn_ds.config import Config
+from wpn_ds.config import DONE, Config
 from wpn_ds.data.examples import ExampleSet, build_examples
 from wpn_ds.data.plan import Layout, StepPlan, plan_step, step_indices
 from wpn_ds.data.records import ForgetRecord, RetainRecord, read_dataset, read_forget, read_retain
@@ -41,8 +41,6 @@ from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.wpn import WPN, FrozenTargets
 
 MAX_SKIPPED_IN_A_ROW = 5
-DONE = "DONE"
-"""File in the output folder of a run that ended well."""
 
 
 class TrainingStopped(UserError):
@@ -62,7 +60,10 @@ def train(config: Config) -> None:
     model_path = config.model.model_name_or_path or str(ensure_planted())
     world = init(config.training.comm_timeout_minutes)
     source = Source(
-        model_path, config.model.model_revision, config.model.trust_remote_code, config.model.allow_key_mismatch
+        model_path,
+        revision=config.model.model_revision,
+        trust_remote_code=config.model.trust_remote_code,
+        allow_key_mismatch=config.model.allow_key_mismatch,
     )
     lm_config = load_config(source)
     resolved, total_steps = _resolve(config, lm_config, world, len(forget))
@@ -71,6 +72,11 @@ def train(config: Config) -> None:
     run.say_all(resolved.notes)
 
     tokenizer = load_tokenizer(config.model.tokenizer_name or model_path, source)
+    if len(tokenizer) > lm_config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens but {model_path} only {lm_config.vocab_size}: give the model's "
+            "own with --tokenizer_name"
+        )
     examples = _tokenise(forget, retain, tokenizer, config, lm_config, run)
     held_out = _tokenise(validation, retain[:256], tokenizer, config, lm_config, run)
     data_fingerprint = examples.fingerprint()
@@ -386,6 +392,7 @@ def _claim_output(config: Config, state: checkpoint.TrainerState) -> Path | None
         raise UserError(f"--output_dir {output_dir} is a file: name a folder")
     if config.logging.resume_from_checkpoint is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
+        (output_dir / DONE).unlink(missing_ok=True)
         return checkpoint.find(config.logging.resume_from_checkpoint, output_dir)
     known = (DONE, "metrics.jsonl", "run.yaml", "ds_config.json", "runs", "config.json", "README.md", "model.tmp")
     left = [p for name in known if (p := output_dir / name).exists()]

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 import yaml
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wpn_ds.config import DataConfig
 from wpn_ds.data.records import ForgetRecord, RetainRecord, read_forget, read_retain
@@ -20,6 +19,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.harmless import Evaluation, evaluate_model
 from wpn_ds.evaluate.report import write_report
 from wpn_ds.evaluate.table import format_table
+from wpn_ds.models.load import Source, load_model, load_tokenizer
 
 MAX_LENGTH = 2048
 """Tokens of a prompt with its answer at most; a model with fewer positions sets the limit."""
@@ -185,25 +185,7 @@ def load(flag: str, name: str, *, bf16: bool = False) -> tuple[Any, Any]:
     Raises:
         UserError: it can't be loaded, or its weights and its architecture disagree; names ``flag``.
     """
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-        # transformers would take OPT's dtype from its files: fp16
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            name, dtype=torch.bfloat16 if bf16 else torch.float32, output_loading_info=True
-        )
-    except (OSError, ValueError, KeyError, ImportError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise UserError(f"{flag} {name}: no model can be loaded from there ({reason})") from error
-    model, info = loaded
-    for kind, meaning in (
-        ("missing_keys", "lacks"),
-        ("unexpected_keys", "has too many"),
-        ("mismatched_keys", "misfits"),
-    ):
-        keys = sorted(str(key) for key in info.get(kind) or ())
-        if keys:
-            shown = ", ".join(keys[:5]) + (", ..." if len(keys) > 5 else "")
-            raise UserError(f"{flag} {name}: the checkpoint {meaning} {len(keys)} weights of its architecture: {shown}")
-    if tokenizer.eos_token_id is None:
-        raise UserError(f"{flag} {name}: the tokenizer has no EOS token, so answers would never end")
+    source = Source(name, flag)
+    tokenizer = load_tokenizer(name, source, flag)
+    model = load_model(source, dtype=torch.bfloat16 if bf16 else torch.float32)
     return model.to(_device()).eval(), tokenizer

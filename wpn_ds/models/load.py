@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import logging
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -17,12 +18,16 @@ from wpn_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+#: Causal masks and a version number that older transformers saved as if they were weights (published GPT-Neo, OPT).
+_LEFTOVERS = re.compile(r"\.attn\.(attention\.)?(masked_)?bias$|decoder\.version$")
+
 
 @dataclass(frozen=True)
 class Source:
-    """Where a model comes from, and what of it is allowed."""
+    """Where a model comes from, and what of it is allowed. ``flag`` is what errors call it."""
 
     name_or_path: str
+    flag: str = "--model_name_or_path"
     revision: str | None = None
     trust_remote_code: bool = False
     allow_key_mismatch: bool = False
@@ -34,7 +39,7 @@ class Source:
 
 def load_config(source: Source, *, dropout: float | None = None) -> PretrainedConfig:
     """The model's configuration; ``dropout`` replaces every dropout probability in it (layerdrop becomes 0)."""
-    with _one_line(f"--model_name_or_path {source.name_or_path}: no such folder, and no such model on the hub"):
+    with _one_line(f"{source.flag} {source.name_or_path}: no such folder, and no such model on the hub"):
         config = AutoConfig.from_pretrained(source.name_or_path, **source.hub_arguments)
     if dropout is not None:
         for name in dropout_fields(config):
@@ -47,12 +52,14 @@ def dropout_fields(config: PretrainedConfig) -> dict[str, float]:
     return {name: value for name, value in vars(config).items() if "drop" in name and isinstance(value, int | float)}
 
 
-def load_tokenizer(name_or_path: str, source: Source) -> Any:
+def load_tokenizer(name_or_path: str, source: Source, flag: str = "--tokenizer_name") -> Any:
     """The tokenizer; one without an EOS token is refused, since an answer's end would be unknown."""
-    with _one_line(f"--tokenizer_name {name_or_path}: no tokenizer there"):
+    with _one_line(f"{flag} {name_or_path}: no tokenizer there"):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source.hub_arguments)
+    if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what a folder without its files gives
+        raise UserError(f"{flag} {name_or_path}: no tokenizer there (its vocabulary is empty)")
     if tokenizer.eos_token_id is None:
-        raise UserError(f"--tokenizer_name {name_or_path}: the tokenizer has no EOS token, so answers would never end")
+        raise UserError(f"{flag} {name_or_path}: the tokenizer has no EOS token, so answers would never end")
     return tokenizer
 
 
@@ -84,13 +91,14 @@ def load_model(
     # from_pretrained partitions while this object is alive; a leftover one would partition later plain loads too.
     partition_on_load = HfDeepSpeedConfig(dict(zero3)) if zero3 is not None else None
     loaded: Any = None
-    with _one_line(f"--model_name_or_path {source.name_or_path}: the model can't be loaded"):
+    with _one_line(f"{source.flag} {source.name_or_path}: the model can't be loaded"):
         loaded = AutoModelForCausalLM.from_pretrained(
             source.name_or_path,
             config=config,
             dtype=dtype,  # transformers would load OPT as fp16, which overflows in training
             attn_implementation=_attention(config, attention),
             output_loading_info=True,
+            ignore_mismatched_sizes=True,  # the audit refuses them, in one line
             **source.hub_arguments,
         )
     del partition_on_load
@@ -113,7 +121,8 @@ def audit(model: Any, info: Mapping[str, Any], source: Source) -> None:
         ("mismatched_keys", "of another shape, so newly initialised"),
         ("unexpected_keys", "in the files but not in the model"),
     ):
-        keys = sorted(str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
+        named = (str(key[0] if isinstance(key, tuple) else key) for key in info.get(kind) or ())
+        keys = sorted(key for key in named if not (kind == "unexpected_keys" and _LEFTOVERS.search(key)))
         if keys:
             more = f" and {len(keys) - 5} more" if len(keys) > 5 else ""
             problems.append(f"{len(keys)} weights {meaning}: {', '.join(keys[:5])}{more}")
@@ -121,9 +130,10 @@ def audit(model: Any, info: Mapping[str, Any], source: Source) -> None:
         problems.append("; ".join(info["error_msgs"]))
     if not problems:
         return
-    message = f"--model_name_or_path {source.name_or_path}: {'; '.join(problems)}"
+    message = f"{source.flag} {source.name_or_path}: {'; '.join(problems)}"
     if not source.allow_key_mismatch:
-        raise UserError(f"{message}. Check the folder, or pass --allow_key_mismatch if this is meant")
+        way_out = ", or pass --allow_key_mismatch if this is meant" if source.flag == Source.flag else ""
+        raise UserError(f"{message}. Check the folder{way_out}")
     logger.warning("%s (allowed by --allow_key_mismatch)", message)
 
 
