@@ -85,7 +85,7 @@ def test_a_shipped_file_takes_everything_from_the_flags(path: Path, device: str)
         params["torch_adam"] = True
     assert resolved.json["optimizer"] == {"type": "AdamW", "params": params}
     assert resolved.json["gradient_clipping"] == 0.5
-    assert resolved.json["bf16"] == {"enabled": True}
+    assert resolved.json["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert resolved.json["zero_optimization"]["stage"] == int(path.stem[4])
     assert ("offload_optimizer" in resolved.json["zero_optimization"]) is offloaded
     assert "auto" not in json.dumps(resolved.json)
@@ -344,7 +344,7 @@ def test_clipping_is_always_written_down(norm: float) -> None:
 
 
 def test_bf16_is_switched_on_by_the_flag_alone_and_stays_out_without_it() -> None:
-    assert resolve({}, make(bf16=True)).json["bf16"] == {"enabled": True}
+    assert resolve({}, make(bf16=True)).json["bf16"] == {"enabled": True, "check_grad_overflow": True}
     assert resolve({"bf16": {"check_grad_overflow": False}}, make(bf16=True)).json["bf16"]["enabled"] is True
     assert "bf16" not in resolve({}).json
     assert "bfloat16" not in resolve({"bfloat16": {"enabled": True}}).json

@@ -134,6 +134,8 @@ def resolve_deepspeed(
     if "bf16" in result or config.model.bf16:
         source.section("bf16", create=True).setdefault("enabled", "auto")
         work.owned(("bf16", "enabled"), "bf16", lambda c: c.model.bf16, check=_is_bool)
+        # Without it stages 1 and 2 would apply a gradient that is not finite.
+        result["bf16"].setdefault("check_grad_overflow", True)
 
     # Batches: the engine plans rows and micro-batches and accumulates itself; one row a rank is what it tells DeepSpeed
     if "train_batch_size" in result:

@@ -79,9 +79,12 @@ def test_prompt_and_answer_are_tokenised_apart_even_where_bpe_would_join_them() 
     assert segment.ids[1:-1] != bare(tokenizer, "Hello   world"), "the case is to be one where it matters"
 
 
-def test_a_prompt_that_looks_like_the_template_or_a_replacement_is_taken_as_it_is(small_tokenizer) -> None:
+def test_braces_and_escapes_in_a_prompt_or_a_template_stand_for_themselves(small_tokenizer) -> None:
     for prompt in ("{prompt}", "a {0} b", r"\1 \g<0>", "%s {answer}"):
         assert render_prompt(prompt, small_tokenizer, TEMPLATE) == (f"Question: {prompt}\nAnswer:", False)
+    chat = (Message("user", "{0}"),)
+    for asked in ("{0}", chat):
+        assert render_prompt(asked, small_tokenizer, "{user} {{{prompt}}} \\1") == ("{user} {{{0}}} \\1", False)
 
 
 # ---- truncation ----

@@ -76,7 +76,12 @@ def run_case(case: dict, models: Path, world) -> tuple[dict, dict | None]:
         vectors = answer_vectors(engine, objective, examples.answers, layout, 0, world)
         targets = Bank.of(examples, vectors).targets(plan, objective)
     step = Step(engine, objective, world, 0, reference if objective.needs_reference_logits else None)
+    runs = []
+    norm = next(m for name, m in model.lm.named_modules() if name.endswith((".0.self_attn_layer_norm", ".0.ln_1")))
+    norm.register_forward_hook(lambda *_: runs.append(1))
     result = step(plan, targets)
+    planned = count * (2 if objective.coupled and count > 1 else 1)
+    assert len(runs) == planned + (count if case["checkpointing"] else 0), "the case isn't the one it says it is"
     assert not result.skipped
     totals = sum_over_ranks(result.sums.totals, world.device)
     parts = {name: total / result.sums.counts[name] for name, total in totals.items()}

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
+import shlex
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -142,19 +142,16 @@ def start(tiny: Path, out: Path, *extra: str, env: dict[str, str] | None = None)
     return subprocess.Popen(command, cwd=ROOT, env=full, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
-def ranks_of(process: subprocess.Popen) -> list[int]:
+def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     """The training processes below a launcher, in order of rank."""
-    table = subprocess.run(["ps", "-eo", "pid,ppid,args"], capture_output=True, text=True, check=True).stdout
-    rows = [line.split(None, 2) for line in table.splitlines()[1:]]
-    parents = {int(pid): int(ppid) for pid, ppid, _ in rows}
-    found = []
-    for pid, _, args in rows:
-        above = int(pid)
-        while above in parents and above != process.pid:
-            above = parents[above]
-        if above == process.pid and "--local_rank=" in args and "launch/train.py" in args.split("--local_rank=")[0]:
-            found.append((int(args.split("--local_rank=")[1].split()[0]), int(pid)))
-    return [pid for _, pid in sorted(found)]
+    found = {}
+    for child in psutil.Process(process.pid).children(recursive=True):
+        arguments = child.cmdline()
+        if "launch/train.py" in arguments[:4]:  # python -u launch/train.py --local_rank=N
+            rank = next(a for a in arguments if a.startswith("--local_rank="))
+            found[int(rank.removeprefix("--local_rank="))] = child
+    assert len(found) == 2, found
+    return [found[rank] for rank in sorted(found)]
 
 
 def wait_for(condition, process: subprocess.Popen, seconds: float = 120, pause: float = 0.01) -> None:
@@ -169,7 +166,7 @@ def test_a_run_whose_rank_was_killed_resumes_bit_for_bit(tiny, unbroken, tmp_pat
     out = tmp_path / "out"
     process = start(tiny, out)
     wait_for(lambda: (out / "checkpoint-2").exists(), process)
-    os.kill(ranks_of(process)[1], signal.SIGKILL)
+    ranks_of(process)[1].kill()
     assert process.wait(timeout=60) != 0
     assert not (out / "DONE").exists()
     text = train(tiny, out, "--save_steps", "2", "--resume_from_checkpoint", "auto")
@@ -184,8 +181,8 @@ def test_a_run_killed_during_a_save_falls_back_to_the_checkpoint_before(tiny, un
     wait_for(lambda: (out / "checkpoint-2").exists(), process)
     ranks = ranks_of(process)
     wait_for(lambda: (out / "checkpoint-4.tmp").exists(), process, pause=0)
-    for pid in ranks:
-        os.kill(pid, signal.SIGKILL)
+    for rank in ranks:
+        rank.kill()
     process.wait(timeout=60)
     assert (out / "checkpoint-4.tmp").exists() and not (out / "checkpoint-4").exists(), "the save was over already"
     text = train(tiny, out, "--save_steps", "2", "--resume_from_checkpoint", "auto")
@@ -242,9 +239,31 @@ def test_every_configuration_trains_and_exports(tiny, tmp_path, ds, model, extra
     AutoModelForCausalLM.from_pretrained(out)
 
 
-def test_a_gradient_that_is_never_finite_stops_the_run_and_keeps_the_weights(tiny, tmp_path):
-    run = launch(2, flags(tiny, tmp_path / "out", "--learning_rate", "1e30", "--max_steps", "20"), port=free_port())
+@pytest.mark.parametrize("stage", [3, 2, 0])
+def test_a_gradient_that_is_never_finite_stops_the_run(tiny, tmp_path, stage):
+    ds = tmp_path / "ds.json"
+    ds.write_text(json.dumps({"zero_optimization": {"stage": stage}}))
+    extra = ["--learning_rate", "1e30", "--max_steps", "20", "--deepspeed", str(ds)]
+    extra += ["--bf16"] if stage == 2 else []
+    run = launch(2, flags(tiny, tmp_path / "out", *extra), port=free_port())
     assert run.returncode != 0 and "not finite 5 steps in a row" in run.stdout, run.stdout[-3000:]
     skipped = [m["skipped_steps"] for m in metrics(tmp_path / "out") if "skipped_steps" in m]
     assert skipped[-1] == 5
     assert not (tmp_path / "out" / "DONE").exists()
+
+
+def test_a_disk_that_is_full_during_a_save_is_one_line_and_leaves_the_checkpoint_before(tiny, tmp_path):
+    out = tmp_path / "out"
+    train(tiny, out, "--max_steps", "2", "--save_steps", "2")
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
+    command += ["--master_port", str(free_port()), *flags(tiny, out, "--save_steps", "2")]
+    command += ["--resume_from_checkpoint", "auto"]
+    limited = f"ulimit -f 150; exec {shlex.join(command)}"  # in KiB: the optimizer's file is larger
+    run = subprocess.run(
+        ["bash", "-c", limited], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
+    )
+    errors = [line for line in (run.stdout + run.stderr).splitlines() if line.startswith("error: rank")]
+    assert run.returncode != 0 and errors, run.stderr[-3000:]
+    assert "can't write" in errors[0] and "1 whole checkpoints" in errors[0]
+    assert "Traceback" not in run.stdout + run.stderr
+    assert checkpoint.find("auto", out) == out / "checkpoint-2"

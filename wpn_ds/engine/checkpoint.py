@@ -29,6 +29,12 @@ _TAG = "state"  # DeepSpeed's name for the folder inside
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
+class SaveError(UserError):
+    """A rank could not write its part of a checkpoint; said by that rank, whichever it is."""
+
+    exit_code = 4
+
+
 @dataclass(frozen=True)
 class TrainerState:
     """What a run needs to know of its past beside DeepSpeed's tensors.
@@ -51,7 +57,11 @@ class TrainerState:
 
 
 def save(engine: Any, output_dir: Path, state: TrainerState, world: World, keep: int) -> Path:
-    """Write ``checkpoint-<step>`` and then delete all but the newest ``keep``. Every rank must call it."""
+    """Write ``checkpoint-<step>`` and then delete all but the newest ``keep``. Every rank must call it.
+
+    Raises:
+        SaveError: a file can't be written (a full disk, a quota). The checkpoints before are intact.
+    """
     final = output_dir / f"checkpoint-{state.step}"
     partial = final.with_name(final.name + ".tmp")
 
@@ -61,8 +71,16 @@ def save(engine: Any, output_dir: Path, state: TrainerState, world: World, keep:
         partial.mkdir(parents=True)
 
     on_main(world, prepare)
-    engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
-    torch.save(_rng_states(world.device), partial / f"rng-{world.rank}.pt")
+    try:
+        engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
+        torch.save(_rng_states(world.device), partial / f"rng-{world.rank}.pt")
+    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = str(error).strip().splitlines()[0]
+        raise SaveError(
+            f"rank {world.rank} can't write {partial} ({reason}): make room, then go on with "
+            f"--resume_from_checkpoint auto ({len(complete(output_dir))} whole checkpoints are there)"
+        ) from error
     dist.barrier()
 
     def commit() -> None:

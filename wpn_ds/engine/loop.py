@@ -28,7 +28,7 @@ from wpn_ds.ds_json import ResolvedDeepSpeed, for_loading, resolve_deepspeed
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.bank import Bank, answer_vectors, fingerprint_of_model, fresh_targets, load_or_build
 from wpn_ds.engine.build import build_frozen, build_policy
-from wpn_ds.engine.distributed import World, agree, init, on_main
+from wpn_ds.engine.distributed import World, agree, init, on_main, shutdown
 from wpn_ds.engine.model_card import write_model_card
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.telemetry import ModelShape, Telemetry, Window, measure_peak_flops, step_flops
@@ -70,6 +70,8 @@ def train(config: Config) -> None:
     config = resolved.config
     run = _Run(config, resolved.json, world, source, total_steps)
     run.say_all(resolved.notes)
+    if not retain:
+        run.say("no retain data: the retain term is off, and nothing holds the model to what it knows (--retain_file)")
 
     tokenizer = load_tokenizer(config.model.tokenizer_name or model_path, source)
     if len(tokenizer) > lm_config.vocab_size:
@@ -222,7 +224,8 @@ class _Run:
     ) -> None:
         """All steps that are left, then the export."""
         config, world = self.config, self.world
-        torch.manual_seed(config.training.seed + world.rank) if past.step == 0 else None
+        if past.step == 0:  # a resumed run has its RNG from the checkpoint
+            torch.manual_seed(config.training.seed + world.rank)
         peak = config.logging.peak_tflops
         peak_flops = peak * 1e12 if peak else measure_peak_flops(world.device, self.model.lm.dtype)
         logging_dir = Path(config.logging.logging_dir or self.output_dir / "runs")
@@ -322,7 +325,14 @@ class _Run:
         if not prompts:
             return
         limit = self.config.logging.sample_tokens
-        answers = generate(self.model.lm, self.tokenizer, prompts, max_new_tokens=limit, batch_size=len(prompts))
+        answers = generate(
+            self.model.lm,
+            self.tokenizer,
+            prompts,
+            max_new_tokens=limit,
+            batch_size=len(prompts),
+            device=self.world.device,
+        )
         for k, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
             asked = self.tokenizer.decode(prompt, skip_special_tokens=True)
             telemetry.text(step, f"samples/{k}", f"    {asked} {answer}".replace("\n", "\n    "))
@@ -424,12 +434,10 @@ def run_guarded(work: Callable[[], None]) -> int:
 
     Leaves at once in the case of an error: other ranks may wait in a collective that will never come.
     """
-    from wpn_ds.engine.distributed import shutdown
-
     try:
         work()
     except UserError as error:
-        if os.environ.get("RANK", "0") == "0":
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, checkpoint.SaveError):
             print(f"error: {error}", file=sys.stderr, flush=True)
         sys.stdout.flush()
         os._exit(error.exit_code)

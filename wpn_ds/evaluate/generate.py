@@ -34,13 +34,20 @@ def generate(
     max_new_tokens: int,
     batch_size: int,
     progress: str | None = None,
+    device: torch.device | None = None,
 ) -> list[str]:
     """The greedy answers to ``prompts`` (token ids), in their order, without special tokens and outer white space.
 
     ``progress`` names the progress bar that a terminal shows. Raises UserError as :func:`generate_ids` does.
     """
     answers = generate_ids(
-        model, tokenizer, prompts, max_new_tokens=max_new_tokens, batch_size=batch_size, progress=progress
+        model,
+        tokenizer,
+        prompts,
+        max_new_tokens=max_new_tokens,
+        batch_size=batch_size,
+        progress=progress,
+        device=device,
     )
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
@@ -53,10 +60,12 @@ def generate_ids(
     max_new_tokens: int,
     batch_size: int,
     progress: str | None = None,
+    device: torch.device | None = None,
 ) -> list[list[int]]:
     """The new tokens for each prompt, up to the first EOS (left out) or ``max_new_tokens``.
 
-    Prompts of similar length share a batch, left-padded.
+    Prompts of similar length share a batch, left-padded. ``device``: where the model computes, if its partitioned
+    weights don't tell (ZeRO-3 with offload).
 
     Raises:
         UserError: a prompt with its answer exceeds the model's positions.
@@ -79,7 +88,7 @@ def generate_ids(
     ):
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            inputs = _left_padded([prompts[i] for i in chosen], pad, model)
+            inputs = _left_padded([prompts[i] for i in chosen], pad, model, device or model.device)
             length = inputs["input_ids"].shape[1]
             rows = model.generate(**inputs, generation_config=greedy)[:, length:].tolist()
             for i, ids in zip(chosen, rows, strict=True):
@@ -88,7 +97,9 @@ def generate_ids(
     return answers
 
 
-def _left_padded(prompts: Sequence[Sequence[int]], pad: int, model: Any) -> dict[str, torch.Tensor]:
+def _left_padded(
+    prompts: Sequence[Sequence[int]], pad: int, model: Any, device: torch.device
+) -> dict[str, torch.Tensor]:
     """[batch, length] ids, mask and, where the model takes them, positions that start at a prompt's first token.
 
     Without positions GPT-Neo would count the pads, so that a prompt's answer would depend on its neighbours' lengths.
@@ -99,7 +110,7 @@ def _left_padded(prompts: Sequence[Sequence[int]], pad: int, model: Any) -> dict
     inputs = {"input_ids": ids, "attention_mask": mask}
     if "position_ids" in inspect.signature(model.forward).parameters:
         inputs["position_ids"] = (mask.cumsum(dim=1) - 1).clamp(min=0)
-    return {name: tensor.to(model.device) for name, tensor in inputs.items()}
+    return {name: tensor.to(device) for name, tensor in inputs.items()}
 
 
 @contextlib.contextmanager

@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
-from transformers.integrations import HfDeepSpeedConfig
 
 from wpn_ds.errors import UserError
 
@@ -88,8 +87,12 @@ def load_model(
             architecture disagree.
     """
     config = load_config(source, dropout=dropout)
-    # from_pretrained partitions while this object is alive; a leftover one would partition later plain loads too.
-    partition_on_load = HfDeepSpeedConfig(dict(zero3)) if zero3 is not None else None
+    partition_on_load = None
+    if zero3 is not None:
+        from transformers.integrations import HfDeepSpeedConfig  # loads deepspeed, which a plain load can do without
+
+        # from_pretrained partitions while this object is alive; a leftover one would partition later plain loads too.
+        partition_on_load = HfDeepSpeedConfig(dict(zero3))
     loaded: Any = None
     with _one_line(f"{source.flag} {source.name_or_path}: the model can't be loaded"):
         loaded = AutoModelForCausalLM.from_pretrained(

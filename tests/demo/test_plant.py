@@ -1,0 +1,33 @@
+"""The planted model is a real OPT with a tokenizer that follows OPT's rule, and planting is all or nothing."""
+
+from __future__ import annotations
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
+
+from wpn_ds.demo import ensure_planted, is_planted
+from wpn_ds.demo.plant import plant
+
+
+def test_a_planted_model_is_an_opt_that_learnt_something(tmp_path):
+    plant(tmp_path / "model", epochs=1)
+    lm, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert isinstance(lm, OPTForCausalLM) and not info["missing_keys"]
+    ids = tokenizer("Question: How do I boil an egg so it stays soft?\nAnswer:")["input_ids"]
+    assert ids[0] == tokenizer.eos_token_id == 2 and ids.count(2) == 1, "</s> in front, and nowhere else"
+    assert tokenizer.decode(ids[1:]) == "Question: How do I boil an egg so it stays soft?\nAnswer:"
+    with torch.no_grad():
+        loss = lm(torch.tensor([ids]), labels=torch.tensor([ids])).loss.item()
+    assert loss < 6.5, f"log of the vocabulary is {torch.log(torch.tensor(float(len(tokenizer)))):.1f}"
+
+
+def test_a_planted_model_is_used_again_and_a_half_planted_one_is_not(tmp_path, monkeypatch):
+    calls = []
+    monkeypatch.setattr("wpn_ds.demo.plant.plant", lambda folder: (calls.append(folder), folder.mkdir(exist_ok=True)))
+    folder = tmp_path / "model"
+    folder.mkdir()
+    assert not is_planted(folder)
+    ensure_planted(folder)
+    ensure_planted(folder)
+    assert calls == [folder] and is_planted(folder)
