@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import textwrap
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -169,7 +170,7 @@ def _duplicates(figures: Figures) -> list[str]:
 
 def _joined(places: Places, between: str) -> str:
     more = f" and {len(places) - _LISTED} more" if len(places) > _LISTED else ""
-    return between.join(places[:_LISTED]) + more
+    return between.join(os.path.basename(place) for place in places[:_LISTED]) + more
 
 
 def _percent(share: float) -> str:

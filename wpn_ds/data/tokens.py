@@ -79,7 +79,9 @@ def _encode_prompt(prompt: Prompt, tokenizer: Any, template: str, max_length: in
     text, is_chat = render_prompt(prompt, tokenizer, template)
     ids, bos = _bare_ids(text, tokenizer), _bos_ids(tokenizer)
     if is_chat:  # the chat template wrote BOS, if it wants one
-        bos = bos if bos and ids[: len(bos)] == bos else []
+        own = getattr(tokenizer, "bos_token_id", None)
+        bos = bos or ([own] if own is not None else [])
+        bos = bos if ids[: len(bos)] == bos else []
         ids = ids[len(bos) :]
     room = max(1, max_length // 2 - len(bos))
     return bos + ids[-room:], len(bos), len(ids) > room, is_chat

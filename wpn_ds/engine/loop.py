@@ -1,44 +1,38 @@
-"""A training run from its settings to the exported model: the order of events."""
+"""A training run: models and engines, then step after step, then the export."""
 
 from __future__ import annotations
 
 import importlib.metadata
 import json
-import math
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 import yaml
-from tqdm import tqdm
 from transformers import get_scheduler
 
 from wpn_ds.config import DONE, Config
-from wpn_ds.data.examples import ExampleSet, build_examples
-from wpn_ds.data.plan import Layout, StepPlan, plan_step, step_indices
-from wpn_ds.data.records import ForgetRecord, RetainRecord, read_dataset, read_forget, read_retain
-from wpn_ds.data.tokens import encode_prompt
-from wpn_ds.demo import embedded_file, ensure_planted
-from wpn_ds.ds_json import ResolvedDeepSpeed, for_loading, resolve_deepspeed
+from wpn_ds.data.plan import StepPlan, plan_step, step_indices
+from wpn_ds.ds_json import for_loading
 from wpn_ds.engine import checkpoint
-from wpn_ds.engine.bank import Bank, answer_vectors, fingerprint_of_model, fresh_targets, load_or_build
+from wpn_ds.engine.bank import Bank, answer_vectors, fresh_targets, load_or_build
 from wpn_ds.engine.build import build_frozen, build_policy
-from wpn_ds.engine.distributed import World, agree, init, on_main, shutdown
+from wpn_ds.engine.distributed import shutdown
 from wpn_ds.engine.model_card import write_model_card
+from wpn_ds.engine.setup import Job, cache_folder, prepare, progress, say
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.telemetry import ModelShape, Telemetry, Window, measure_peak_flops, step_flops
 from wpn_ds.engine.validate import starting_similarities, validation_losses
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.generate import generate
 from wpn_ds.models.check import check_exact_reading
-from wpn_ds.models.load import Source, dropout_fields, load_config, load_model, load_tokenizer, pad_token_id
+from wpn_ds.models.load import dropout_fields, load_model
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.objectives.wpn import WPN, FrozenTargets
+from wpn_ds.objectives.wpn import FrozenTargets
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -53,376 +47,232 @@ def train(config: Config) -> None:
     """Run the job of ``config`` on this rank; all ranks of the job call it.
 
     Raises:
-        UserError: the settings, the data or the model don't allow it, before anything is written.
+        UserError: the settings, the data or the model don't allow it.
         TrainingStopped: the gradient was not finite ``MAX_SKIPPED_IN_A_ROW`` steps in a row.
     """
-    forget, retain, validation = _read_records(config)  # bad input shows before anything is started
-    model_path = config.model.model_name_or_path or str(ensure_planted())
-    world = init(config.training.comm_timeout_minutes)
-    source = Source(
-        model_path,
-        revision=config.model.model_revision,
-        trust_remote_code=config.model.trust_remote_code,
-        allow_key_mismatch=config.model.allow_key_mismatch,
-    )
-    lm_config = load_config(source)
-    resolved, total_steps = _resolve(config, lm_config, world, len(forget))
-    config = resolved.config
-    run = _Run(config, resolved.json, world, source, total_steps)
-    run.say_all(resolved.notes)
-    if not retain:
-        run.say("no retain data: the retain term is off, and nothing holds the model to what it knows (--retain_file)")
-
-    tokenizer = load_tokenizer(config.model.tokenizer_name or model_path, source)
-    if len(tokenizer) > lm_config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens but {model_path} only {lm_config.vocab_size}: give the model's "
-            "own with --tokenizer_name"
-        )
-    examples = _tokenise(forget, retain, tokenizer, config, lm_config, run)
-    held_out = _tokenise(validation, retain[:256], tokenizer, config, lm_config, run)
-    data_fingerprint = examples.fingerprint()
-    agree(data_fingerprint, "the training data")
-    model_fingerprint = on_main(world, lambda: fingerprint_of_model(model_path, getattr(lm_config, "_commit_hash", "")))
-    state = checkpoint.TrainerState(0, world.size, data_fingerprint, model_fingerprint, config.to_flat())
-
-    resume_from = on_main(world, lambda: _claim_output(config, state))
-    if resume_from is not None:
-        past = checkpoint.read_state(resume_from)
-        assert past is not None
-        run.say_all(checkpoint.refuse_other_run(past, state, resume_from))
+    job = prepare(config)
+    past = job.start
+    if job.resume_from is not None:
+        past = checkpoint.read_state(job.resume_from) or past
+        for note in checkpoint.refuse_other_run(past, job.start, job.resume_from):
+            say(job.world, note)
+    trainer = Trainer(job)
+    if job.resume_from is not None:  # after the bank and the reference, which the starting weights make
+        checkpoint.load(trainer.engine, job.resume_from, past, job.world)
+        say(job.world, f"resumed from {job.resume_from} after step {past.step}")
     else:
-        past = state
-
-    run.load(lm_config, tokenizer, examples, model_fingerprint, data_fingerprint)
-    if resume_from is not None:
-        checkpoint.load(run.engine, resume_from, past, world)
-        run.say(f"resumed from {resume_from} after step {past.step}")
-    prompts = [
-        encode_prompt(r.prompt, tokenizer, config.data.prompt_template, config.data.max_length)
-        for r in (validation or forget)[: config.logging.sample_prompts]
-    ]
-    run.loop(examples, held_out, prompts, past)
+        torch.manual_seed(job.config.training.seed + job.world.rank)
+    trainer.run(past)
 
 
-class _Run:
-    """What one rank holds while it trains."""
+class Trainer:
+    """The policy's engine with the frozen things that the objective compares it to."""
 
-    def __init__(self, config: Config, ds_json: dict[str, Any], world: World, source: Source, total_steps: int) -> None:
-        self.config = config
-        self.ds_json = ds_json
-        self.world = world
-        self.source = source
-        self.total_steps = total_steps
-        self.output_dir = Path(config.training.output_dir or "")
-        o = config.objective
-        assert o.wpn_targets != "auto" and o.wpn_negatives != "auto" and o.wpn_temperature is not None
-        self.objective = WPN(
-            pooling=o.wpn_pooling,
-            scoring=o.wpn_scoring,
-            temperature=o.wpn_temperature,
-            targets=o.wpn_targets,
-            negatives=o.wpn_negatives,
-            wpn_weight=o.wpn_weight,
-            nll_weight=o.nll_weight,
-            retain_weight=o.retain_weight if config.training.retain_batch_size else 0.0,
-            retain_loss=o.retain_loss,
-        )
-
-    def say(self, line: str) -> None:
-        if self.world.is_main:
-            print(line, file=sys.stderr, flush=True)
-
-    def say_all(self, lines: Iterable[str]) -> None:
-        for line in lines:
-            self.say(line)
-
-    def progress(self, items: Iterable[Any], what: str) -> Iterable[Any]:
-        """A progress bar on rank 0's terminal."""
-        return tqdm(items, desc=what, disable=None if self.world.is_main else True, leave=False, dynamic_ncols=True)
-
-    def load(
-        self, lm_config: Any, tokenizer: Any, examples: ExampleSet, model_fingerprint: str, data_fingerprint: str
-    ) -> None:
-        """Models, engines, the self-check, and the bank: all by the starting weights, before any resume."""
-        config, world = self.config, self.world
-        self.tokenizer = tokenizer
-        self.pad_id = pad_token_id(tokenizer)
-        self.original_dropout = dropout_fields(lm_config)
-        packed = config.data.packing
-        self.layout = Layout(
-            row_length=_row_length(config, lm_config),
-            tokens_per_micro_batch=config.training.tokens_per_micro_batch,
-            packed=packed,
-            world_size=world.size,
-        )
+    def __init__(self, job: Job) -> None:
+        """Load and check the models; compute the bank, or find it on disk."""
+        self.job = job
+        packed = job.layout.packed
         self.model = PackedLM(self._from_pretrained(trained=True), packed=packed)
-        t = config.training
-        scheduler = None
-        if t.lr_scheduler_type != "deepspeed":
-            name = t.lr_scheduler_type
-
-            def scheduler(optimizer: torch.optim.Optimizer) -> Any:
-                return get_scheduler(name, optimizer, t.warmup_steps, self.total_steps)
-
-        self.engine = build_policy(self.model, self.ds_json, scheduler)
-        check_exact_reading(self.model, self.engine, world.device)
+        self.engine = build_policy(self.model, job.ds_json, self._scheduler())
+        check_exact_reading(self.model, self.engine, job.world.device)
         self.reference = None
-        if self.objective.needs_reference_logits:
+        if job.objective.needs_reference_logits:
             frozen = PackedLM(self._from_pretrained(trained=False), packed=packed)
-            self.reference = build_frozen(frozen, self.ds_json, world)
+            self.reference = build_frozen(frozen, job.ds_json, job.world)
         self.bank = None
-        if self.objective.frozen and self.objective.targets == "reference":
-            fingerprint = {
-                "model": model_fingerprint,
-                "data": data_fingerprint,
-                "pooling": self.objective.pooling,
-                "dtype": str(self.model.lm.dtype),
-            }
-
-            def build() -> torch.Tensor:
-                self.say(f"computing the bank of {len(examples.answers)} answer vectors")
-                return answer_vectors(
-                    self.engine, self.objective, examples.answers, self.layout, self.pad_id, world, self.progress
-                )
-
-            self.bank = Bank.of(examples, load_or_build(_cache_folder(), fingerprint, world, build))
+        if job.objective.frozen and job.objective.targets == "reference":
+            self.bank = Bank.of(job.examples, self._vectors())
+        self.step = Step(self.engine, job.objective, job.world, job.pad_id, self.reference)
 
     def _from_pretrained(self, *, trained: bool) -> Any:
-        config = self.config
+        settings = self.job.config.model
         return load_model(
-            self.source,
-            dtype=torch.bfloat16 if config.model.bf16 else torch.float32,
-            dropout=config.model.dropout if trained else 0.0,
-            attention=config.model.attention,
-            gradient_checkpointing=config.model.gradient_checkpointing and trained,
-            zero3=for_loading(self.ds_json) if self.ds_json["zero_optimization"].get("stage") == 3 else None,
+            self.job.source,
+            dtype=torch.bfloat16 if settings.bf16 else torch.float32,
+            dropout=settings.dropout if trained else 0.0,
+            attention=settings.attention,
+            gradient_checkpointing=settings.gradient_checkpointing and trained,
+            zero3=for_loading(self.job.ds_json) if self.job.zero_stage == 3 else None,
         )
 
-    def plan(self, step: int, examples: ExampleSet) -> StepPlan:
-        """The plan of optimizer step ``step``, counted from 0."""
-        t = self.config.training
-        retain_size = t.retain_batch_size if self.objective.retain_weight > 0 else 0
+    def _scheduler(self) -> Callable[[torch.optim.Optimizer], Any] | None:
+        t = self.job.config.training
+        name = t.lr_scheduler_type
+        if name == "deepspeed":
+            return None
+        return lambda optimizer: get_scheduler(name, optimizer, t.warmup_steps, self.job.total_steps)
+
+    def _vectors(self) -> torch.Tensor:
+        """The bank's vectors, by the starting weights."""
+        job = self.job
+        answers = job.examples.answers
+        fingerprint = {
+            "model": job.start.model,
+            "data": job.start.data,
+            "pooling": job.objective.pooling,
+            "dtype": str(self.model.lm.dtype),
+        }
+
+        def build() -> torch.Tensor:
+            say(job.world, f"computing the bank of {len(answers)} answer vectors")
+            return answer_vectors(
+                self.engine,
+                job.objective,
+                answers,
+                job.layout,
+                job.pad_id,
+                job.world,
+                lambda items, what: progress(job.world, items, what),
+            )
+
+        return load_or_build(cache_folder(), fingerprint, job.world, build)
+
+    def plan(self, step: int) -> StepPlan:
+        """The plan of optimizer step ``step``, counted from 1."""
+        job, t = self.job, self.job.config.training
+        retain_size = (t.retain_batch_size or 0) if job.objective.retain_weight > 0 else 0
         return plan_step(
-            examples,
-            step_indices(step, t.global_batch_size, len(examples.forget), t.seed),
-            step_indices(step, retain_size or 0, len(examples.retain), t.seed + 1),
-            self.layout,
-            with_unwanted=self.objective.coupled,
+            job.examples,
+            step_indices(step - 1, t.global_batch_size, len(job.examples.forget), t.seed),
+            step_indices(step - 1, retain_size, len(job.examples.retain), t.seed + 1),
+            job.layout,
+            with_unwanted=job.objective.coupled,
         )
 
-    def targets(self, plan: StepPlan, examples: ExampleSet) -> FrozenTargets | None:
+    def targets(self, plan: StepPlan) -> FrozenTargets | None:
         """The step's frozen targets, if the objective has such."""
-        if not self.objective.frozen:
+        job = self.job
+        if not job.objective.frozen:
             return None
         if self.bank is not None:
-            return self.bank.targets(plan, self.objective)
-        return fresh_targets(self.engine, self.objective, examples, plan, self.layout, self.pad_id, self.world)
+            return self.bank.targets(plan, job.objective)
+        return fresh_targets(self.engine, job.objective, job.examples, plan, job.layout, job.pad_id, job.world)
 
-    def loop(
-        self, examples: ExampleSet, held_out: ExampleSet, prompts: list[list[int]], past: checkpoint.TrainerState
-    ) -> None:
-        """All steps that are left, then the export."""
-        config, world = self.config, self.world
-        if past.step == 0:  # a resumed run has its RNG from the checkpoint
-            torch.manual_seed(config.training.seed + world.rank)
-        peak = config.logging.peak_tflops
-        peak_flops = peak * 1e12 if peak else measure_peak_flops(world.device, self.model.lm.dtype)
-        logging_dir = Path(config.logging.logging_dir or self.output_dir / "runs")
-        telemetry = Telemetry(self.output_dir, logging_dir, world, self.total_steps, past.step)
-        shape = ModelShape.of(self.model.lm)
-        step_function = Step(self.engine, self.objective, world, self.pad_id, self.reference)
-        self._describe(telemetry, examples, peak_flops)
-
-        def evaluate(step: int) -> dict[str, float]:
-            values = validation_losses(self.engine, held_out, self.layout, self.pad_id, world)
-            telemetry.log(step, values)
-            self._samples(step, prompts, telemetry)
-            return values
-
+    def run(self, past: checkpoint.TrainerState) -> None:
+        """All steps after ``past``, then the export."""
+        job, logging = self.job, self.job.config.logging
+        telemetry = Telemetry(job.output_dir, Path(logging.logging_dir or ""), job.world, job.total_steps, past.step)
+        dtype = self.model.lm.dtype
+        peak = logging.peak_tflops * 1e12 if logging.peak_tflops else measure_peak_flops(job.world.device, dtype)
+        self._describe(telemetry, peak)
         if past.step == 0:
-            before = evaluate(0)
-            if self.bank is not None:
-                before |= starting_similarities(
-                    self.engine, self.objective, examples, self.bank, self.layout, self.pad_id, world
-                )
-                telemetry.log(0, before)
-            self.say(_line("start", before))
-        skipped_in_a_row, skipped = 0, past.skipped_steps
-        window = Window(world, peak_flops)
+            self._evaluate_start(telemetry)
+        shape = ModelShape.of(self.model.lm)
+        window = Window(job.world, peak)
         values: dict[str, float] = {}
-        for step in range(past.step + 1, self.total_steps + 1):
+        skipped, skipped_in_a_row = past.skipped_steps, 0
+        for step in range(past.step + 1, job.total_steps + 1):
             begun = time.perf_counter()
-            plan = self.plan(step - 1, examples)
-            waited = time.perf_counter() - begun
+            plan = self.plan(step)
+            planned = time.perf_counter() - begun
             rate = self.engine.get_lr()[0]
-            result = step_function(plan, self.targets(plan, examples))
+            result = self.step(plan, self.targets(plan))
             skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
             skipped += result.skipped
-            flops = step_flops(plan, shape, self.objective.predicted)
-            window.add(result, plan, config.training.global_batch_size, flops, waited + step_function.data_seconds)
-            logged = step % config.logging.logging_steps == 0 or step == self.total_steps or skipped_in_a_row > 0
+            window.add(
+                result,
+                plan,
+                examples=job.config.training.global_batch_size,
+                flops=step_flops(plan, shape, job.objective.predicted),
+                data_seconds=planned + self.step.data_seconds,
+            )
+            last = step == job.total_steps
+            logged = last or result.skipped or step % logging.logging_steps == 0
             if logged:
-                values = window.close(self.objective.weights) | {"lr": rate, "skipped_steps": float(skipped)}
+                values = window.close(job.objective.weights) | {"lr": rate, "skipped_steps": float(skipped)}
                 telemetry.log(step, values)
             telemetry.progress(step, values if logged else None)
             if result.skipped:
                 telemetry.say(f"step {step}: the gradient is not finite; the update was skipped on all ranks")
-            if skipped_in_a_row >= MAX_SKIPPED_IN_A_ROW:
+            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
                 telemetry.close()
                 raise TrainingStopped(
                     f"the gradient was not finite {skipped_in_a_row} steps in a row, up to step {step}: lower "
-                    f"--learning_rate (now {rate:g}) or set --max_grad_norm; checkpoints in {self.output_dir} are whole"
+                    f"--learning_rate (now {rate:g}) or set --max_grad_norm; checkpoints in {job.output_dir} are whole"
                 )
-            if config.logging.eval_steps and step % config.logging.eval_steps == 0 and step < self.total_steps:
-                evaluate(step)
-            if step == self.total_steps or (config.logging.save_steps and step % config.logging.save_steps == 0):
-                state = checkpoint.TrainerState(step, world.size, past.data, past.model, config.to_flat(), skipped)
-                checkpoint.save(self.engine, self.output_dir, state, world, config.logging.save_total_limit)
-        after = evaluate(self.total_steps)
-        self.say(_line("end", after))
-        checkpoint.export(self.model.lm, self.tokenizer, self.output_dir, world, self.original_dropout)
-        if world.is_main:
-            telemetry.hparams(config.to_flat(), after | {k: v for k, v in values.items() if k.startswith("loss/")})
-            write_model_card(self.output_dir, config, self.source.name_or_path, self.total_steps, values, after)
+            if not last and logging.eval_steps and step % logging.eval_steps == 0:
+                self._evaluate(step, telemetry)
+            if last or (logging.save_steps and step % logging.save_steps == 0):
+                state = checkpoint.TrainerState(
+                    step, job.world.size, job.start.data, job.start.model, job.start.settings, skipped
+                )
+                checkpoint.save(self.engine, job.output_dir, state, job.world, logging.save_total_limit)
+        self._finish(telemetry, values)
+
+    def _finish(self, telemetry: Telemetry, values: Mapping[str, float]) -> None:
+        """Measure once more, export the model, and leave the file that says that all went well."""
+        job = self.job
+        after = self._evaluate(job.total_steps, telemetry)
+        say(job.world, _line("end", after))
+        checkpoint.export(self.model.lm, job.tokenizer, job.output_dir, job.world, dropout_fields(job.lm_config))
+        if job.world.is_main:
+            settings = job.config.to_flat()
+            telemetry.hparams(settings, after | {k: v for k, v in values.items() if k.startswith("loss/")})
+            write_model_card(job.output_dir, job.config, job.source.name_or_path, job.total_steps, values, after)
             self._write(DONE, "")  # scripts trust this file, not a return code
         telemetry.close()
-        self.say(f"the unlearned model is in {self.output_dir}")
+        say(job.world, f"the unlearned model is in {job.output_dir}")
 
-    def _describe(self, telemetry: Telemetry, examples: ExampleSet, peak_flops: float) -> None:
+    def _evaluate_start(self, telemetry: Telemetry) -> None:
+        job = self.job
+        values = self._evaluate(0, telemetry)
+        if self.bank is not None:
+            cosines = starting_similarities(
+                self.engine, job.objective, job.examples, self.bank, job.layout, job.pad_id, job.world
+            )
+            telemetry.log(0, cosines)
+            values |= cosines
+        say(job.world, _line("start", values))
+
+    def _evaluate(self, step: int, telemetry: Telemetry) -> dict[str, float]:
+        """Losses on the held-out examples, and sample answers; every rank takes part in both."""
+        job = self.job
+        values = validation_losses(self.engine, job.held_out, job.layout, job.pad_id, job.world)
+        telemetry.log(step, values)
+        if job.prompts:
+            # Every rank generates the same answers: each forward gathers weights from all of them.
+            answers = generate(
+                self.model.lm,
+                job.tokenizer,
+                job.prompts,
+                max_new_tokens=job.config.logging.sample_tokens,
+                batch_size=len(job.prompts),
+                device=job.world.device,
+            )
+            for k, (prompt, answer) in enumerate(zip(job.prompts, answers, strict=True)):
+                asked = job.tokenizer.decode(prompt, skip_special_tokens=True)
+                telemetry.text(step, f"samples/{k}", f"    {asked} {answer}".replace("\n", "\n    "))
+        return values
+
+    def _describe(self, telemetry: Telemetry, peak: float) -> None:
         """Every derived quantity, before the loop starts; also ``run.yaml`` (which ``--config`` takes again)."""
-        t, cut = self.config.training, examples.truncation
-        first = self.plan(0, examples)
+        job, t = self.job, self.job.config.training
+        cut, first = job.examples.truncation, self.plan(1)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.lm.parameters())
         facts = {
-            "model": f"{self.source.name_or_path}, {parameters:,} parameters, {self.model.lm.dtype}",
-            "ranks": f"{self.world.size} on {self.world.device.type}, ZeRO stage "
-            f"{self.ds_json['zero_optimization'].get('stage', 0)}, peak {peak_flops / 1e12:.3g} TFLOP/s each",
-            "data": f"{len(examples.forget)} forget, {len(examples.retain)} retain; "
+            "model": f"{job.source.name_or_path}, {parameters:,} parameters, {self.model.lm.dtype}",
+            "ranks": f"{job.world.size} on {job.world.device.type}, ZeRO stage {job.zero_stage}, "
+            f"peak {peak / 1e12:.3g} TFLOP/s each",
+            "data": f"{len(job.examples.forget)} forget, {len(job.examples.retain)} retain; "
             f"cut: {cut.prompts} prompts, {cut.answers} answers",
-            "steps": f"{self.total_steps} of {t.global_batch_size} forget + {t.retain_batch_size} retain examples",
+            "steps": f"{job.total_steps} of {t.global_batch_size} forget + {t.retain_batch_size} retain examples",
             "first step": f"{first.tokens} tokens in {len(first.micro_batches[0])} micro-batches a rank, "
             f"fill {first.tokens / first.padded_tokens:.0%}",
+            "versions": ", ".join(
+                f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed", "transformers")
+            ),
         }
         for name, fact in facts.items():
             telemetry.say(f"{name:>10}: {fact}")
-        if self.world.is_main:
-            facts["versions"] = ", ".join(
-                f"{n} {importlib.metadata.version(n)}" for n in ("torch", "deepspeed", "transformers")
-            )
-            notes = "".join(f"# {name}: {fact}\n" for name, fact in facts.items())
-            self._write("run.yaml", notes + yaml.safe_dump(self.config.to_flat(), sort_keys=False))
-            self._write("ds_config.json", json.dumps(self.ds_json, indent=2) + "\n")
-            telemetry.text(0, "run", "\n".join(f"    {k}: {v}" for k, v in facts.items()))
+        if job.world.is_main:
+            comments = "".join(f"# {name}: {fact}\n" for name, fact in facts.items())
+            self._write("run.yaml", comments + yaml.safe_dump(job.config.to_flat(), sort_keys=False))
+            self._write("ds_config.json", json.dumps(job.ds_json, indent=2) + "\n")
 
     def _write(self, name: str, text: str) -> None:
-        partial = self.output_dir / f"{name}.tmp"
+        partial = self.job.output_dir / f"{name}.tmp"
         partial.write_text(text)
-        os.replace(partial, self.output_dir / name)
-
-    def _samples(self, step: int, prompts: list[list[int]], telemetry: Telemetry) -> None:
-        """Greedy answers as text; every rank generates the same, since each forward gathers weights from all."""
-        if not prompts:
-            return
-        limit = self.config.logging.sample_tokens
-        answers = generate(
-            self.model.lm,
-            self.tokenizer,
-            prompts,
-            max_new_tokens=limit,
-            batch_size=len(prompts),
-            device=self.world.device,
-        )
-        for k, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
-            asked = self.tokenizer.decode(prompt, skip_special_tokens=True)
-            telemetry.text(step, f"samples/{k}", f"    {asked} {answer}".replace("\n", "\n    "))
-
-
-def _read_records(config: Config) -> tuple[list[ForgetRecord], list[RetainRecord], list[ForgetRecord]]:
-    data = config.data
-    if data.embedded:
-        forget = read_forget([embedded_file("forget")])
-        retain = read_retain(data.retain_file or [embedded_file("retain")])
-        validation = read_forget(data.validation_file or [embedded_file("heldout")])
-        return forget, retain, validation
-    if data.dataset_name is not None:
-        forget = read_dataset(data.dataset_name, data.dataset_split, "forget")
-    else:
-        forget = read_forget(data.train_file)
-    retain = read_retain(data.retain_file) if data.retain_file else []
-    return forget, retain, read_forget(data.validation_file) if data.validation_file else []
-
-
-def _resolve(config: Config, lm_config: Any, world: World, examples: int) -> tuple[ResolvedDeepSpeed, int]:
-    """The DeepSpeed JSON and the settings without "auto", and the number of optimizer steps."""
-    assert config.training.deepspeed is not None
-    path = config.training.deepspeed
-
-    def resolve(steps: int | None) -> ResolvedDeepSpeed:
-        return resolve_deepspeed(
-            path,
-            config,
-            world_size=world.size,
-            hidden_size=lm_config.hidden_size,
-            device=world.device.type,
-            total_steps=steps,
-        )
-
-    t = resolve(None).config.training  # the JSON may bring the batch size, from which the steps follow
-    steps = t.max_steps or max(1, math.ceil(t.num_train_epochs * examples / t.global_batch_size))
-    resolved = resolve(steps)
-    return ResolvedDeepSpeed(resolved.json, resolved.config.resolved(), resolved.notes), steps
-
-
-def _row_length(config: Config, lm_config: Any) -> int:
-    """Tokens of a row: --max_length, unless the model has fewer positions (GPT-Neo's stock mask ends there)."""
-    return min(config.data.max_length, getattr(lm_config, "max_position_embeddings", config.data.max_length))
-
-
-def _tokenise(
-    forget: Sequence[ForgetRecord],
-    retain: Sequence[RetainRecord],
-    tokenizer: Any,
-    config: Config,
-    lm_config: Any,
-    run: _Run,
-) -> ExampleSet:
-    length = _row_length(config, lm_config)
-    return build_examples(forget, retain, tokenizer, config.data.prompt_template, length, run.progress)
-
-
-def _claim_output(config: Config, state: checkpoint.TrainerState) -> Path | None:
-    """Make the output folder ready; the checkpoint to resume from, if there is one.
-
-    Raises:
-        UserError: the folder holds a run and no flag says what to do with it.
-    """
-    output_dir = Path(config.training.output_dir or "")
-    if output_dir.exists() and not output_dir.is_dir():
-        raise UserError(f"--output_dir {output_dir} is a file: name a folder")
-    if config.logging.resume_from_checkpoint is not None:
-        output_dir.mkdir(parents=True, exist_ok=True)
-        (output_dir / DONE).unlink(missing_ok=True)
-        return checkpoint.find(config.logging.resume_from_checkpoint, output_dir)
-    known = (DONE, "metrics.jsonl", "run.yaml", "ds_config.json", "runs", "config.json", "README.md", "model.tmp")
-    left = [p for name in known if (p := output_dir / name).exists()]
-    left += [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors*")]
-    if left and not config.logging.overwrite_output_dir:
-        raise UserError(
-            f"--output_dir {output_dir} already holds a run: pass --resume_from_checkpoint auto to go on, "
-            "--overwrite_output_dir to start afresh, or name another folder"
-        )
-    for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    output_dir.mkdir(parents=True, exist_ok=True)
-    return None
-
-
-def _cache_folder() -> Path:
-    """Where banks are kept for later runs: $WPN_DS_CACHE, or wpn_ds in the user's cache folder."""
-    if "WPN_DS_CACHE" in os.environ:
-        return Path(os.environ["WPN_DS_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wpn_ds"
+        os.replace(partial, self.job.output_dir / name)
 
 
 def _line(what: str, values: Mapping[str, float]) -> str:

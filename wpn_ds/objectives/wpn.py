@@ -120,10 +120,10 @@ class WPN:
     def predicted(self) -> frozenset[Role]:
         """The roles whose tokens go through the head."""
         roles = set()
-        if self.nll_weight > 0 or self.scoring == "likelihood":
+        if self.nll_weight > 0:
             roles.add(Role.WANTED)
         if self.scoring == "likelihood" and self.contrasts:
-            roles.add(Role.UNWANTED)
+            roles |= {Role.WANTED, Role.UNWANTED}
         if self.retain_weight > 0:
             roles.add(Role.RETAIN)
         return frozenset(roles)

@@ -1,0 +1,238 @@
+"""From settings to a job: everything that is decided, read and checked before a model is loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+import shutil
+import sys
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from wpn_ds.config import DONE, Config
+from wpn_ds.data.examples import ExampleSet, build_examples
+from wpn_ds.data.plan import Layout
+from wpn_ds.data.records import ForgetRecord, RetainRecord, read_dataset, read_forget, read_retain
+from wpn_ds.data.tokens import encode_prompt
+from wpn_ds.demo import embedded_file, ensure_planted
+from wpn_ds.ds_json import ResolvedDeepSpeed, resolve_deepspeed
+from wpn_ds.engine import checkpoint
+from wpn_ds.engine.bank import fingerprint_of_model
+from wpn_ds.engine.distributed import World, agree, init, on_main
+from wpn_ds.errors import UserError
+from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id
+from wpn_ds.objectives.wpn import WPN
+
+#: Retain examples on which their NLL is measured at an evaluation.
+RETAIN_EXAMPLES_MEASURED = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run on one rank, as it is before its model is loaded.
+
+    Attributes:
+        config: the settings without "auto".
+        ds_json: the DeepSpeed configuration without "auto".
+        source, lm_config: the starting model.
+        total_steps: optimizer steps of the whole run.
+        objective: what is minimised.
+        layout: how segments become rows.
+        examples: what is trained on.
+        held_out: what the losses are measured on.
+        prompts: token ids of the prompts whose answers are shown at an evaluation.
+        start: the state of a run that has done nothing yet.
+        resume_from: the checkpoint to go on from, if any.
+    """
+
+    config: Config
+    ds_json: dict[str, Any]
+    world: World
+    source: Source
+    lm_config: Any
+    tokenizer: Any
+    total_steps: int
+    objective: WPN
+    layout: Layout
+    examples: ExampleSet
+    held_out: ExampleSet
+    prompts: list[list[int]]
+    start: checkpoint.TrainerState
+    resume_from: Path | None
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.training.output_dir or "")
+
+    @property
+    def pad_id(self) -> int:
+        return pad_token_id(self.tokenizer)
+
+    @property
+    def zero_stage(self) -> int:
+        return self.ds_json.get("zero_optimization", {}).get("stage", 0)
+
+
+def prepare(config: Config) -> Job:
+    """Read the data, join the other ranks, resolve what is open and claim the output folder.
+
+    Raises:
+        UserError: the settings, the data or the output folder don't allow the run; nothing has been written then.
+    """
+    forget, retain, validation = _read_records(config)  # bad input shows before anything is started
+    model_path = config.model.model_name_or_path or str(ensure_planted())
+    world = init(config.training.comm_timeout_minutes)
+    source = Source(
+        model_path,
+        revision=config.model.model_revision,
+        trust_remote_code=config.model.trust_remote_code,
+        allow_key_mismatch=config.model.allow_key_mismatch,
+    )
+    lm_config = load_config(source)
+    resolved, total_steps = _resolve(config, lm_config, world, len(forget))
+    config = resolved.config
+    for note in resolved.notes:
+        say(world, note)
+    if not retain:
+        say(world, "no retain data: the retain term is off, and nothing holds the model to what it knows")
+
+    tokenizer = load_tokenizer(config.model.tokenizer_name or model_path, source)
+    if len(tokenizer) > lm_config.vocab_size:
+        raise UserError(
+            f"the tokenizer has {len(tokenizer)} tokens but {model_path} only {lm_config.vocab_size}: give the model's "
+            "own with --tokenizer_name"
+        )
+    template = config.data.prompt_template
+    # GPT-Neo's stock attention can't take a row that is longer than the model has positions.
+    row_length = min(config.data.max_length, getattr(lm_config, "max_position_embeddings", config.data.max_length))
+
+    def tokenise(forget: Sequence[ForgetRecord], retain: Sequence[RetainRecord]) -> ExampleSet:
+        return build_examples(forget, retain, tokenizer, template, row_length, lambda i, what: progress(world, i, what))
+
+    examples, held_out = tokenise(forget, retain), tokenise(validation, retain[:RETAIN_EXAMPLES_MEASURED])
+    shown = (validation or forget)[: config.logging.sample_prompts]
+    start = checkpoint.TrainerState(
+        step=0,
+        world_size=world.size,
+        data=examples.fingerprint(),
+        model=on_main(world, lambda: fingerprint_of_model(model_path, getattr(lm_config, "_commit_hash", None))),
+        settings=config.to_flat(),
+    )
+    agree(start.data, "the training data")
+    return Job(
+        config=config,
+        ds_json=resolved.json,
+        world=world,
+        source=source,
+        lm_config=lm_config,
+        tokenizer=tokenizer,
+        total_steps=total_steps,
+        objective=_objective(config),
+        layout=Layout(row_length, config.training.tokens_per_micro_batch, config.data.packing, world.size),
+        examples=examples,
+        held_out=held_out,
+        prompts=[encode_prompt(record.prompt, tokenizer, template, row_length) for record in shown],
+        start=start,
+        resume_from=on_main(world, lambda: _claim_output(config)),
+    )
+
+
+def say(world: World, line: str) -> None:
+    """A line for the user, once for the job."""
+    if world.is_main:
+        print(line, file=sys.stderr, flush=True)
+
+
+def progress(world: World, items: Iterable[Any], what: str) -> Iterable[Any]:
+    """A progress bar on rank 0's terminal; nothing elsewhere."""
+    return tqdm(items, desc=what, disable=None if world.is_main else True, leave=False, dynamic_ncols=True)
+
+
+def cache_folder() -> Path:
+    """Where banks are kept for later runs: $WPN_DS_CACHE, or wpn_ds in the user's cache folder."""
+    if "WPN_DS_CACHE" in os.environ:
+        return Path(os.environ["WPN_DS_CACHE"])
+    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wpn_ds"
+
+
+def _read_records(config: Config) -> tuple[list[ForgetRecord], list[RetainRecord], list[ForgetRecord]]:
+    """(forget, retain, validation) records; where no file is named, the embedded ones."""
+    data = config.data
+    if data.embedded:
+        forget = read_forget([embedded_file("forget")])
+        retain = read_retain(data.retain_file or [embedded_file("retain")])
+        return forget, retain, read_forget(data.validation_file or [embedded_file("heldout")])
+    if data.dataset_name is not None:
+        forget = read_dataset(data.dataset_name, data.dataset_split, "forget")
+    else:
+        forget = read_forget(data.train_file)
+    return forget, read_retain(data.retain_file), read_forget(data.validation_file)
+
+
+def _resolve(config: Config, lm_config: Any, world: World, examples: int) -> tuple[ResolvedDeepSpeed, int]:
+    """The DeepSpeed JSON and the settings without "auto", and the number of optimizer steps."""
+    path = config.training.deepspeed
+    assert path is not None
+
+    def resolve(steps: int | None) -> ResolvedDeepSpeed:
+        return resolve_deepspeed(
+            path,
+            config,
+            world_size=world.size,
+            hidden_size=lm_config.hidden_size,
+            device=world.device.type,
+            total_steps=steps,
+        )
+
+    t = resolve(None).config.training  # the JSON may bring the batch size, from which the steps follow
+    steps = t.max_steps or max(1, math.ceil(t.num_train_epochs * examples / t.global_batch_size))
+    resolved = resolve(steps)
+    return ResolvedDeepSpeed(resolved.json, resolved.config.resolved(), resolved.notes), steps
+
+
+def _objective(config: Config) -> WPN:
+    o = config.objective
+    assert o.wpn_targets != "auto" and o.wpn_negatives != "auto" and o.wpn_temperature is not None
+    return WPN(
+        pooling=o.wpn_pooling,
+        scoring=o.wpn_scoring,
+        temperature=o.wpn_temperature,
+        targets=o.wpn_targets,
+        negatives=o.wpn_negatives,
+        wpn_weight=o.wpn_weight,
+        nll_weight=o.nll_weight,
+        retain_weight=o.retain_weight if config.training.retain_batch_size else 0.0,
+        retain_loss=o.retain_loss,
+    )
+
+
+def _claim_output(config: Config) -> Path | None:
+    """Make the output folder ready; the checkpoint to resume from, if there is one.
+
+    Raises:
+        UserError: the folder holds a run and no flag says what to do with it.
+    """
+    output_dir = Path(config.training.output_dir or "")
+    if output_dir.exists() and not output_dir.is_dir():
+        raise UserError(f"--output_dir {output_dir} is a file: name a folder")
+    if config.logging.resume_from_checkpoint is not None:
+        output_dir.mkdir(parents=True, exist_ok=True)
+        found = checkpoint.find(config.logging.resume_from_checkpoint, output_dir)
+        (output_dir / DONE).unlink(missing_ok=True)
+        return found
+    known = (DONE, "metrics.jsonl", "run.yaml", "ds_config.json", "runs", "config.json", "README.md", "model.tmp")
+    left = [p for name in known if (p := output_dir / name).exists()]
+    left += [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors*")]
+    if left and not config.logging.overwrite_output_dir:
+        raise UserError(
+            f"--output_dir {output_dir} already holds a run: pass --resume_from_checkpoint auto to go on, "
+            "--overwrite_output_dir to start afresh, or name another folder"
+        )
+    for path in left:
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    output_dir.mkdir(parents=True, exist_ok=True)
+    return None
