@@ -19,6 +19,7 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` names; a user's mistake is one line and exit code 2."""
+    _quieten()
     args = list(sys.argv[1:] if argv is None else argv)
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, _COMMANDS))
@@ -41,6 +42,7 @@ def train(argv: Sequence[str]) -> int:
     """A training job on this rank; the demo's recipe lies under the flags unless a model is named."""
     from wpn_ds.config import parse_args
 
+    _quieten()
     try:
         config = parse_args(argv)
         if config.model.model_name_or_path is None:
@@ -52,6 +54,12 @@ def train(argv: Sequence[str]) -> int:
     from wpn_ds.engine.loop import run_guarded, train
 
     return run_guarded(lambda: train(config))
+
+
+def _quieten() -> None:
+    """No progress bars of the libraries' own in logs, nor one from every rank. Before they are imported."""
+    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
+        os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
 
 def _guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], int]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -16,7 +15,6 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
-from transformers.utils.logging import disable_progress_bar
 
 from wpn_ds.errors import UserError
 
@@ -68,8 +66,6 @@ def _quieten() -> None:
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # DeepSpeed calls collectives by names that torch has deprecated; a user can do nothing about it.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
-    if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
-        disable_progress_bar()
 
 
 def shutdown() -> None:

@@ -150,6 +150,7 @@ class Telemetry:
         self.active = world.is_main
         self.bar: Any = None
         self.begun = time.perf_counter()
+        self.printed = 0.0
         self.done = self.first = done
         if not self.active:
             return
@@ -180,7 +181,7 @@ class Telemetry:
             self.board.add_hparams(plain, {f"final/{k}": v for k, v in metrics.items()}, run_name=".")
 
     def progress(self, step: int, values: Mapping[str, float] | None) -> None:
-        """Advance the bar, or without a terminal print a line for each logged step."""
+        """Advance the bar, or without a terminal print a line, at most every five seconds."""
         if not self.active:
             return
         short = {k.removeprefix("loss/"): f"{v:.3g}" for k, v in (values or {}).items() if k.startswith("loss/")}
@@ -188,7 +189,8 @@ class Telemetry:
             if short:
                 self.bar.set_postfix(short)
             self.bar.update(step - self.done)
-        elif values is not None:
+        elif values is not None and (step == self.total_steps or time.perf_counter() - self.printed > 5):
+            self.printed = time.perf_counter()
             elapsed = time.perf_counter() - self.begun
             left = elapsed / max(1, step - self.first) * (self.total_steps - step)
             parts = " ".join(f"{name} {value}" for name, value in short.items())
