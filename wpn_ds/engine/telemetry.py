@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import resource
 import sys
 import time
@@ -26,7 +27,7 @@ class ModelShape:
     """What the flop count needs to know.
 
     Attributes:
-        body: parameters of matrix products in the backbone (all but embeddings).
+        body: weights of matrix products in the backbone (neither embeddings nor biases and norms).
         head: parameters of the LM head (vocabulary times its input width).
         layers, width: depth and attention width of the backbone.
     """
@@ -38,8 +39,9 @@ class ModelShape:
 
     @classmethod
     def of(cls, lm: Any) -> ModelShape:
-        def size(parameter: Any) -> int:
-            return getattr(parameter, "ds_numel", parameter.numel())
+        def size(parameter: Any) -> int:  # of the whole weight, which under ZeRO-3 is on no rank
+            shape = getattr(parameter, "ds_shape", parameter.shape)
+            return math.prod(shape) if len(shape) > 1 else 0
 
         embeddings = {id(p) for m in lm.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
         head = lm.get_output_embeddings().weight
