@@ -1,11 +1,10 @@
-"""Shared by all tests: real data and tokenizers, and one folder for what DeepSpeed compiles, so it does so once."""
+"""Shared by all tests: real data and real tokenizers."""
 
 from __future__ import annotations
 
 import json
 import os
 import shutil
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -15,8 +14,6 @@ from transformers import AutoTokenizer
 ROOT = Path(__file__).parent.parent
 OPT = {"vocab": "projects/OPT/assets/gpt2-vocab.json", "merges": "projects/OPT/assets/gpt2-merges.txt"}
 GPT2 = {"vocab": "GPT2/encoder.json", "merges": "GPT2/vocab.bpe"}
-os.environ.setdefault("TORCH_EXTENSIONS_DIR", tempfile.mkdtemp(prefix="wpn_ds_extensions_"))
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture(scope="session")

@@ -136,6 +136,9 @@ def resolve_deepspeed(
         work.owned(("bf16", "enabled"), "bf16", lambda c: c.model.bf16, check=_is_bool)
         # Without it stages 1 and 2 would apply a gradient that is not finite.
         result["bf16"].setdefault("check_grad_overflow", True)
+        if source.section("zero_optimization").get("stage") in (2, 3):
+            # Else the micro-batches' gradients would be added up in bf16, and their number would show in the result.
+            source.section("data_types", create=True).setdefault("grad_accum_dtype", "fp32")
 
     # Batches: the engine plans rows and micro-batches and accumulates itself; one row a rank is what it tells DeepSpeed
     if "train_batch_size" in result:
@@ -191,6 +194,16 @@ def _refuse_what_breaks_the_step(source: _Source) -> None:
     ):
         if source.json.get(key, needed) != needed:
             raise source.error((key,), f"must be {json.dumps(needed)} or left out: {why}")
+    for path, off, why in (
+        (("sequence_parallel_size",), (1,), "every rank has rows of its own"),
+        (("tensor_parallel", "autotp_size"), (0, 1), "every rank has rows of its own"),
+        (("data_efficiency", "enabled"), (False,), "the plan decides which examples a step takes"),
+        (("torch_autocast", "enabled"), (False,), "the precision is --bf16's"),
+        (("zero_optimization", "zero_quantized_gradients"), (False,), "the gradient would not be exact"),
+    ):
+        section = source.section(*path[:-1]) if len(path) > 1 else source.json
+        if section.get(path[-1], off[0]) not in off:
+            raise source.error(path, f"must be {json.dumps(off[0])} or left out: {why}")
 
 
 def _resolve_optimizer(work: _Resolution, *, device: str) -> None:

@@ -27,6 +27,7 @@ BASE = {
     "negatives": "step",
     "retain_loss": "kl",
     "temperature": 0.2,
+    "dropout": 0.0,
 }
 
 
@@ -55,6 +56,8 @@ VARIATIONS = [
     case(negatives="bank"),
     case(retain_loss="nll"),
 ]
+#: Two forwards of each micro-batch must drop the same activations.
+REPLAY = case(targets="live", dropout=0.3)
 
 
 def name_of(case: dict) -> str:

@@ -34,6 +34,18 @@ def ds_json(stage: int, world_size: int) -> dict:
     }
 
 
+class Watched(WPN):
+    """Keeps the states of every forward."""
+
+    def states(self, output, batch):
+        found = super().states(output, batch)
+        watched.append({name: values.detach().clone() for name, (values, _) in found.items()})
+        return found
+
+
+watched: list[dict[str, torch.Tensor]] = []
+
+
 def run_case(case: dict, models: Path, world) -> tuple[dict, dict | None]:
     config = ds_json(case["stage"], world.size)
     zero3 = {k: v for k, v in config.items() if k != "train_batch_size"} if case["stage"] == 3 else None
@@ -43,6 +55,7 @@ def run_case(case: dict, models: Path, world) -> tuple[dict, dict | None]:
             Source(str(models / folder)),
             dtype=torch.float32,
             gradient_checkpointing=case["checkpointing"] and folder == "start",
+            dropout=case["dropout"] if folder == "start" else 0.0,
             zero3=zero3,
         )
         return PackedLM(lm, packed=case["packed"])
@@ -50,7 +63,7 @@ def run_case(case: dict, models: Path, world) -> tuple[dict, dict | None]:
     model = load("start")
     engine = build_policy(model, config, None)
     reference = build_frozen(load("reference"), config, world)
-    objective = WPN(
+    objective = Watched(
         pooling=case["pooling"],
         scoring=case["scoring"],
         temperature=case["temperature"],
@@ -65,7 +78,7 @@ def run_case(case: dict, models: Path, world) -> tuple[dict, dict | None]:
     layout = Layout(48, 48 if case["several"] else 10_000, case["packed"], world.size)
     plan = plan_step(examples, [3, 0, 4, 2, 1], range(len(examples.retain)), layout, with_unwanted=objective.coupled)
     count = len(plan.micro_batches[world.rank])
-    if case["several"] and world.size < 4:
+    if case["several"]:
         assert count > 1, "the case is to have several micro-batches"
     if not case["several"]:
         assert count == 1, "the case is to have one micro-batch"
@@ -79,7 +92,12 @@ def run_case(case: dict, models: Path, world) -> tuple[dict, dict | None]:
     runs = []
     norm = next(m for name, m in model.lm.named_modules() if name.endswith((".0.self_attn_layer_norm", ".0.ln_1")))
     norm.register_forward_hook(lambda *_: runs.append(1))
+    watched.clear()
     result = step(plan, targets)
+    if case["targets"] == "live" and case["several"]:
+        for first, second in zip(watched[:count], watched[count:], strict=True):
+            for name in first:
+                assert torch.equal(first[name], second[name]), "the second forward isn't the first again"
     planned = count * (2 if objective.coupled and count > 1 else 1)
     assert len(runs) == planned + (count if case["checkpointing"] else 0), "the case isn't the one it says it is"
     assert not result.skipped

@@ -12,7 +12,16 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM
 
 from tests.engine import reference
-from tests.engine.gradient_cases import MATRIX, VARIATIONS, WEIGHTS, make_examples, make_model, name_of, objective_key
+from tests.engine.gradient_cases import (
+    MATRIX,
+    REPLAY,
+    VARIATIONS,
+    WEIGHTS,
+    make_examples,
+    make_model,
+    name_of,
+    objective_key,
+)
 from tests.launching import free_port, launch
 
 TOLERANCE = 1e-5
@@ -75,3 +84,17 @@ def test_one_step_equals_the_plain_gradient_for_every_layout(models, family, ran
     errors = {name_of(c): compare(models / family, tmp_path / f"{k}.safetensors", c) for k, c in enumerate(cases)}
     print({name: f"{error:.1e}" for name, error in errors.items()})
     assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+
+
+@pytest.mark.distributed
+def test_dropout_is_the_same_in_both_forwards_of_a_step(models, tmp_path):
+    (tmp_path / "cases.json").write_text(json.dumps([REPLAY]))  # the worker compares the two forwards' states
+    program = ["--module", "tests.engine.gradient_worker", "--models", str(models / "opt")]
+    program += ["--cases", str(tmp_path / "cases.json"), "--out", str(tmp_path)]
+    run = launch(2, program, port=free_port())
+    assert run.returncode == 0, run.stdout[-5000:]
+    _, start, gradients = expected(models / "opt", objective_key(REPLAY))
+    with safe_open(tmp_path / "0.safetensors", "pt") as weights:
+        name = "model.decoder.layers.0.fc1.weight"
+        update = start[name].detach() - weights.get_tensor(name).double()
+    assert (update - gradients[name]).norm() > 0.05 * gradients[name].norm(), "nothing was dropped"

@@ -21,7 +21,12 @@ from wpn_ds.engine import checkpoint
 pytestmark = pytest.mark.distributed
 
 
-def flags(tiny: Path, out: Path, *extra: str, model: str = "opt", ds: str = "zero3") -> list[str]:
+PEAK = ["--peak_tflops", "0.1"]
+
+
+def flags(
+    tiny: Path, out: Path, *extra: str, model: str = "opt", ds: str = "zero3", peak: list[str] = PEAK
+) -> list[str]:
     return [
         "launch/train.py",
         *("--deepspeed", f"ds_configs/{ds}.json"),
@@ -30,14 +35,23 @@ def flags(tiny: Path, out: Path, *extra: str, model: str = "opt", ds: str = "zer
         *("--validation_file", str(tiny / "forget.jsonl")),
         *("--output_dir", str(out)),
         *("--max_length", "64", "--tokens_per_micro_batch", "128", "--global_batch_size", "6"),
-        *("--learning_rate", "1e-3", "--max_steps", "6", "--peak_tflops", "0.1", "--sample_tokens", "4"),
+        *("--learning_rate", "1e-3", "--max_steps", "6", "--sample_tokens", "4"),
+        *peak,
         *extra,
     ]
 
 
-def train(tiny: Path, out: Path, *extra: str, ranks: int = 2, model: str = "opt", ds: str = "zero3") -> str:
+def train(
+    tiny: Path,
+    out: Path,
+    *extra: str,
+    ranks: int = 2,
+    model: str = "opt",
+    ds: str = "zero3",
+    peak: list[str] = PEAK,
+) -> str:
     env = {"WPN_DS_CACHE": str(tiny / "cache")}
-    run = launch(ranks, flags(tiny, out, *extra, model=model, ds=ds), port=free_port(), env=env)
+    run = launch(ranks, flags(tiny, out, *extra, model=model, ds=ds, peak=peak), port=free_port(), env=env)
     assert run.returncode == 0, run.stdout[-6000:]
     return run.stdout
 
@@ -135,10 +149,10 @@ def test_run_yaml_repeats_the_run(unbroken, tiny, tmp_path):
     assert "computing the bank" not in run.stdout, "the bank of an earlier run is used again"
 
 
-def start(tiny: Path, out: Path, *extra: str, env: dict[str, str] | None = None) -> subprocess.Popen:
+def start(tiny: Path, out: Path, *extra: str, peak: list[str] = PEAK) -> subprocess.Popen:
     command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", "2"]
-    command += ["--master_port", str(free_port()), *flags(tiny, out, "--save_steps", "2", *extra)]
-    full = environment({"WPN_DS_CACHE": str(tiny / "cache"), **(env or {})})
+    command += ["--master_port", str(free_port()), *flags(tiny, out, "--save_steps", "2", *extra, peak=peak)]
+    full = environment({"WPN_DS_CACHE": str(tiny / "cache")})
     return subprocess.Popen(command, cwd=ROOT, env=full, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
 
 
@@ -162,14 +176,17 @@ def wait_for(condition, process: subprocess.Popen, seconds: float = 120, pause: 
         time.sleep(pause)
 
 
-def test_a_run_whose_rank_was_killed_resumes_bit_for_bit(tiny, unbroken, tmp_path):
+def test_a_run_whose_rank_was_killed_resumes_bit_for_bit_dropout_included(tiny, tmp_path_factory, tmp_path):
+    measured = ["--dropout", "0.2", "--max_steps", "5"]  # each rank's random numbers must go on as they were
+    unbroken = tmp_path_factory.mktemp("with_dropout") / "out"
+    train(tiny, unbroken, "--save_steps", "2", *measured, peak=[])
     out = tmp_path / "out"
-    process = start(tiny, out)
+    process = start(tiny, out, *measured, peak=[])
     wait_for(lambda: (out / "checkpoint-2").exists(), process)
     ranks_of(process)[1].kill()
     assert process.wait(timeout=60) != 0
     assert not (out / "DONE").exists()
-    text = train(tiny, out, "--save_steps", "2", "--resume_from_checkpoint", "auto")
+    text = train(tiny, out, "--save_steps", "2", "--resume_from_checkpoint", "auto", *measured, peak=[])
     assert "resumed from" in text
     assert losses(out) == losses(unbroken)
     assert same_weights(out, unbroken)
@@ -218,7 +235,7 @@ def test_resuming_another_run_is_refused_in_one_line(unbroken, tiny, tmp_path, c
     run = launch(ranks, flags(tiny, tmp_path / "out", *extra), port=free_port())
     errors = [line for line in run.stdout.splitlines() if line.startswith("error: ")]
     assert run.returncode != 0 and len(errors) == 1 and "Traceback" not in run.stdout, run.stdout[-3000:]
-    assert {"data": "the training data", "seed": "--seed 7", "ranks": "written by 2 ranks"}[change] in errors[0]
+    assert {"data": "the training data", "seed": "seed is 7", "ranks": "written by 2 ranks"}[change] in errors[0]
     assert not (tmp_path / "out" / "model.safetensors").exists()
 
 
@@ -237,6 +254,26 @@ def test_every_configuration_trains_and_exports(tiny, tmp_path, ds, model, extra
     nll = [m["eval/nll_wanted"] for m in metrics(out) if "eval/nll_wanted" in m]
     assert nll[-1] < nll[0]
     AutoModelForCausalLM.from_pretrained(out)
+
+
+def test_a_torch_optimizer_and_a_scheduler_from_the_json_and_a_local_data_set_work(tiny, tmp_path):
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text((tiny / "forget.jsonl").read_text())
+    ds = {
+        "optimizer": {"type": "SGD", "params": {"lr": "auto", "momentum": 0.9}},
+        "scheduler": {"type": "WarmupLR", "params": {"warmup_max_lr": "auto", "warmup_num_steps": 2}},
+        "zero_optimization": {"stage": 3},
+    }
+    (tmp_path / "ds.json").write_text(json.dumps(ds))
+    command = flags(tiny, tmp_path / "out", "--deepspeed", str(tmp_path / "ds.json"), "--learning_rate", "0.5")
+    at = command.index("--train_file")
+    command[at : at + 2] = ["--dataset_name", str(tmp_path / "data")]
+    run = launch(2, command, port=free_port(), env={"WPN_DS_CACHE": str(tiny / "cache")})
+    assert run.returncode == 0, run.stdout[-4000:]
+    nll = [m["eval/nll_wanted"] for m in metrics(tmp_path / "out") if "eval/nll_wanted" in m]
+    assert nll[-1] < nll[0]
+    rates = [m["lr"] for m in metrics(tmp_path / "out") if "lr" in m]
+    assert rates[0] < rates[-1] == 0.5
 
 
 @pytest.mark.parametrize("stage", [3, 2, 0])

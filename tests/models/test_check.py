@@ -96,6 +96,25 @@ def test_a_model_that_ignores_the_mask_is_refused_with_the_flag_that_helps():
         run_check(lm, packed=True)
 
 
+def test_a_model_whose_rows_become_nan_is_refused():
+    lm = make(CONFIGS["opt"], "eager")
+    model = PackedLM(lm, packed=True)
+
+    def broken(batch):
+        hidden, logits = model(batch)
+        return hidden * float("nan"), logits
+
+    with pytest.raises(UserError, match="packed rows differ"):
+        check_exact_reading(model, broken, CPU)
+
+
+def test_a_sliding_window_shorter_than_a_row_is_refused():
+    model = PackedLM(make(MistralConfig(**LLAMA, sliding_window=16), "eager"), packed=True)
+    with pytest.raises(UserError, match=r"within 16 tokens only.*--packing false, or --max_length 16"):
+        check_exact_reading(model, model, CPU, row_length=32)
+    check_exact_reading(model, model, CPU, row_length=16)
+
+
 def test_a_model_without_position_ids_is_refused_with_the_flag_and_works_unpacked():
     lm = make(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), "eager")
     with pytest.raises(UserError, match="--packing false"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from wpn_ds.data.records import ForgetRecord, RetainRecord
@@ -40,7 +41,7 @@ class ExampleSet:
     forget: list[ForgetExample] = field(default_factory=list)
     retain: list[Segment] = field(default_factory=list)
 
-    @property
+    @cached_property
     def answers(self) -> list[Answer]:
         """All answers in the order of their ``answer_id``."""
         return [answer for example in self.forget for answer in (*example.wanted, *example.unwanted)]

@@ -131,7 +131,7 @@ class StepPlan:
             ``--wpn_negatives step``: its text is not one of the example's wanted texts.
         own_mask: the same for ``own``: the unwanted answer is also the example's own.
         wanted_texts: per pair, the ``text_id`` of all of its example's wanted answers (masks the bank's negatives).
-        counts: global number of the items that each mean is over: pairs, nll tokens, unwanted tokens, retain tokens.
+        counts: global number of the items that each mean is over: pairs, nll tokens, retain tokens.
         tokens: real tokens of all ranks' rows.
         padded_tokens: the same with padding and dead rows.
         micro_batches: [rank][k].
@@ -186,7 +186,6 @@ def plan_step(
         counts={
             "pairs": len(wanted),
             "nll": sum(answer.segment.answer_length for _, answer in wanted),
-            "unwanted": sum(answer.segment.answer_length for _, answer in unwanted),
             "retain": sum(segment.answer_length for segment in retain),
         },
         tokens=sum(len(item.segment) for item in items),

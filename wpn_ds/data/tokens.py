@@ -7,7 +7,7 @@ The tokenizer is passed in; this module only asks it for ``__call__``, ``eos_tok
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any
 
 from wpn_ds.data.records import Message, Prompt
@@ -42,6 +42,7 @@ def _bare_ids(text: str, tokenizer: Any) -> list[int]:
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])
 
 
+@lru_cache(maxsize=4)
 def _bos_ids(tokenizer: Any) -> list[int]:
     """The special tokens that the tokenizer puts in front of a text (OPT: ``</s>``; GPT-2 and GPT-Neo: none)."""
     probe = "a"

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
+import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +25,8 @@ from wpn_ds.data.plan import Item, Layout, Role, StepPlan
 from wpn_ds.data.tokens import Segment
 from wpn_ds.engine.distributed import World, fill_from_ranks, on_main
 from wpn_ds.objectives.wpn import WPN, FrozenTargets
+
+logger = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -90,7 +94,7 @@ class Bank:
         """The step's targets: its own unwanted answers, or with ``negatives="bank"`` all of the data set's."""
         positive = self.vectors[plan.wanted_ids]
         if objective.negatives == "bank":
-            mask = np.array([[t not in own for t in self.unwanted_texts.tolist()] for own in plan.wanted_texts])
+            mask = np.stack([~np.isin(self.unwanted_texts, list(own)) for own in plan.wanted_texts])
             ids = self.unwanted_ids
         else:
             mask, ids = objective.mask(plan), plan.unwanted_ids
@@ -102,9 +106,9 @@ def fresh_targets(
     engine: Any, objective: WPN, examples: ExampleSet, plan: StepPlan, layout: Layout, pad_id: int, world: World
 ) -> FrozenTargets:
     """``--wpn_targets detached``: the step's targets by the current weights, without gradient."""
-    by_id = {answer.answer_id: answer for answer in examples.answers}
+    answers = examples.answers
     ids = [*plan.wanted_ids.tolist(), *plan.unwanted_ids.tolist()]
-    vectors = answer_vectors(engine, objective, [by_id[i] for i in ids], layout, pad_id, world)
+    vectors = answer_vectors(engine, objective, [answers[i] for i in ids], layout, pad_id, world)
     n = len(plan.wanted_ids)
     return FrozenTargets(vectors[:n], vectors[n:], torch.from_numpy(objective.mask(plan)).to(vectors.device))
 
@@ -127,13 +131,15 @@ def load_or_build(directory: Path, fingerprint: Mapping[str, str], world: World,
     vectors = build()
 
     def write() -> None:
-        directory.mkdir(parents=True, exist_ok=True)
         partial = path.with_suffix(f".{os.getpid()}.tmp")
         try:
+            directory.mkdir(parents=True, exist_ok=True)
             save_file({"vectors": vectors.cpu().contiguous()}, partial, metadata=dict(fingerprint))
             os.replace(partial, path)
-        finally:
-            partial.unlink(missing_ok=True)
+        except (OSError, SafetensorError) as error:  # the run has what it needs; later ones must compute it again
+            logger.warning("the answer vectors can't be kept in %s (%s)", directory, error)
+            with contextlib.suppress(OSError):
+                partial.unlink(missing_ok=True)
 
     on_main(world, write)
     return vectors

@@ -66,7 +66,7 @@ def save(engine: Any, output_dir: Path, state: TrainerState, world: World, keep:
     partial = final.with_name(final.name + ".tmp")
 
     def prepare() -> None:
-        for stale in (*output_dir.glob("checkpoint-*.tmp"), final):
+        for stale in output_dir.glob("checkpoint-*.tmp"):
             _remove(stale)
         partial.mkdir(parents=True)
 
@@ -89,9 +89,13 @@ def save(engine: Any, output_dir: Path, state: TrainerState, world: World, keep:
             json.dump(manifest, stream, indent=2)
             stream.flush()
             os.fsync(stream.fileno())
+        _remove(final)
         os.replace(partial, final)
-        for _, old in complete(output_dir)[:-keep]:
-            _remove(old)
+        # What lies after this step is of a line that was given up by resuming before it.
+        later = [path for step, path in complete(output_dir) if step > state.step]
+        older = [path for step, path in complete(output_dir) if step <= state.step]
+        for path in (*later, *older[:-keep]):
+            _remove(path)
 
     on_main(world, commit)
     return final
@@ -161,7 +165,9 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
                 f"--resume_from_checkpoint {path}: {what} changed since; restore it, or start afresh in another "
                 "--output_dir"
             )
-    decisive = ("seed", "global_batch_size", "retain_batch_size", "bf16")
+    # DeepSpeed restores the optimizer's own settings: another flag would have no effect.
+    restored = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optimizer", "zero stage")
+    decisive = ("seed", "global_batch_size", "retain_batch_size", "bf16", *restored)
     layout = {"tokens_per_micro_batch", "packing", "attention", "gradient_checkpointing"}
     quiet = layout | {"output_dir", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir", "logging_steps"}
     notes = []
@@ -169,9 +175,9 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
         before = old.settings.get(name)
         if before == now or name in quiet:
             continue
-        if name in decisive or name.startswith(("wpn_", "nll_", "retain_", "objective")):
-            raise UserError(f"--{name} {now}, but {path} was written with {before}: give the same, or start afresh")
-        notes.append(f"--{name} is now {now}, was {before}")
+        if name in decisive or name.startswith(("wpn_", "nll_", "retain_w", "retain_l")):
+            raise UserError(f"{name} is {now}, but {path} was written with {before}: give the same, or start afresh")
+        notes.append(f"{name} is now {now}, was {before}")
     return notes
 
 

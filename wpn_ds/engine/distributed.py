@@ -39,6 +39,12 @@ def init(timeout_minutes: float) -> World:
     """Join the job that the launcher's environment describes; without a launcher, a job of one process."""
     _quieten()
     if "RANK" not in os.environ:
+        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
+            if int(os.environ.get(name) or 1) > 1:
+                raise UserError(
+                    f"{name}={os.environ[name]} but RANK is not set: the tasks would train apart, each alone; set "
+                    "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT for each, or use deepspeed or torchrun"
+                )
         alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
         for name, value in alone.items():
             os.environ.setdefault(name, value)
@@ -122,8 +128,3 @@ def on_main(world: World, work: Callable[[], T]) -> T:
     if isinstance(value, Exception) and kind == "error":
         raise value
     return value  # type: ignore[return-value]
-
-
-def all_ok(error: BaseException | None, device: torch.device) -> bool:
-    """Whether no rank has an error: what a rank's own failure must be turned into before the next collective."""
-    return max_over_ranks(0.0 if error is None else 1.0, device) == 0.0

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import importlib.metadata
 import json
 import os
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import yaml
@@ -21,7 +23,7 @@ from wpn_ds.ds_json import for_loading
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.bank import Bank, answer_vectors, fresh_targets, load_or_build
 from wpn_ds.engine.build import build_frozen, build_policy
-from wpn_ds.engine.distributed import shutdown
+from wpn_ds.engine.distributed import on_main, shutdown
 from wpn_ds.engine.model_card import write_model_card
 from wpn_ds.engine.setup import Job, cache_folder, prepare, progress, say
 from wpn_ds.engine.step import Step
@@ -53,7 +55,8 @@ def train(config: Config) -> None:
     job = prepare(config)
     past = job.start
     if job.resume_from is not None:
-        past = checkpoint.read_state(job.resume_from) or past
+        path = job.resume_from
+        past = on_main(job.world, lambda: checkpoint.read_state(path)) or past
         for note in checkpoint.refuse_other_run(past, job.start, job.resume_from):
             say(job.world, note)
     trainer = Trainer(job)
@@ -74,7 +77,7 @@ class Trainer:
         packed = job.layout.packed
         self.model = PackedLM(self._from_pretrained(trained=True), packed=packed)
         self.engine = build_policy(self.model, job.ds_json, self._scheduler())
-        check_exact_reading(self.model, self.engine, job.world.device)
+        check_exact_reading(self.model, self.engine, job.world.device, job.layout.row_length)
         self.reference = None
         if job.objective.needs_reference_logits:
             frozen = PackedLM(self._from_pretrained(trained=False), packed=packed)
@@ -151,6 +154,7 @@ class Trainer:
     def run(self, past: checkpoint.TrainerState) -> None:
         """All steps after ``past``, then the export."""
         job, logging = self.job, self.job.config.logging
+        on_main(job.world, lambda: (job.output_dir / DONE).unlink(missing_ok=True))
         telemetry = Telemetry(job.output_dir, Path(logging.logging_dir or ""), job.world, job.total_steps, past.step)
         dtype = self.model.lm.dtype
         peak = logging.peak_tflops * 1e12 if logging.peak_tflops else measure_peak_flops(job.world.device, dtype)
@@ -190,6 +194,7 @@ class Trainer:
                     f"the gradient was not finite {skipped_in_a_row} steps in a row, up to step {step}: lower "
                     f"--learning_rate (now {rate:g}) or set --max_grad_norm; checkpoints in {job.output_dir} are whole"
                 )
+            begun = time.perf_counter()
             if not last and logging.eval_steps and step % logging.eval_steps == 0:
                 self._evaluate(step, telemetry)
             if last or (logging.save_steps and step % logging.save_steps == 0):
@@ -197,6 +202,7 @@ class Trainer:
                     step, job.world.size, job.start.data, job.start.model, job.start.settings, skipped
                 )
                 checkpoint.save(self.engine, job.output_dir, state, job.world, logging.save_total_limit)
+            window.exclude(time.perf_counter() - begun)
         self._finish(telemetry, values)
 
     def _finish(self, telemetry: Telemetry, values: Mapping[str, float]) -> None:
@@ -208,7 +214,9 @@ class Trainer:
         if job.world.is_main:
             settings = job.config.to_flat()
             telemetry.hparams(settings, after | {k: v for k, v in values.items() if k.startswith("loss/")})
-            write_model_card(job.output_dir, job.config, job.source.name_or_path, job.total_steps, values, after)
+            write_model_card(
+                job.output_dir, job.config, job.objective, job.source.name_or_path, job.total_steps, values, after
+            )
             self._write(DONE, "")  # scripts trust this file, not a return code
         telemetry.close()
         say(job.world, f"the unlearned model is in {job.output_dir}")
@@ -238,6 +246,7 @@ class Trainer:
                 max_new_tokens=job.config.logging.sample_tokens,
                 batch_size=len(job.prompts),
                 device=job.world.device,
+                synced=job.zero_stage == 3,
             )
             for k, (prompt, answer) in enumerate(zip(job.prompts, answers, strict=True)):
                 asked = job.tokenizer.decode(prompt, skip_special_tokens=True)
@@ -280,16 +289,36 @@ def _line(what: str, values: Mapping[str, float]) -> str:
 
 
 def run_guarded(work: Callable[[], None]) -> int:
-    """``work`` with a user's mistake as one line on rank 0 and its exit code; other errors keep their traceback.
+    """``work`` with a user's mistake as one line and its exit code; what is a defect keeps its traceback.
 
-    Leaves at once in the case of an error: other ranks may wait in a collective that will never come.
+    Leaves at once in the case of an error: other ranks may wait in a collective that will never come. A mistake that
+    all ranks see is said by rank 0; the others wait until the launcher has ended them, and speak only if it has not.
     """
+    rank = int(os.environ.get("RANK", "0"))
     try:
         work()
-    except UserError as error:
-        if os.environ.get("RANK", "0") == "0" or isinstance(error, checkpoint.SaveError):
-            print(f"error: {error}", file=sys.stderr, flush=True)
-        sys.stdout.flush()
-        os._exit(error.exit_code)
+    except (UserError, OSError) as error:
+        if isinstance(error, OSError) and error.errno not in _ABOUT_THE_DISK:
+            traceback.print_exc()
+            _leave(1)
+        if rank and not isinstance(error, checkpoint.SaveError):
+            time.sleep(_LET_RANK_0_SPEAK)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
+        _leave(error.exit_code if isinstance(error, UserError) else checkpoint.SaveError.exit_code)
+    except KeyboardInterrupt:
+        _leave(130)
+    except BaseException:
+        traceback.print_exc()
+        _leave(1)
     shutdown()
     return 0
+
+
+_ABOUT_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_LET_RANK_0_SPEAK = 5.0  # seconds
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)

@@ -7,11 +7,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wpn_ds.config import Config
+from wpn_ds.objectives.wpn import WPN
 
 
 def write_model_card(
     output_dir: Path,
     config: Config,
+    objective: WPN,
     base_model: str,
     steps: int,
     training: Mapping[str, float],
@@ -31,8 +33,8 @@ tags: [unlearning, wpn]
 
 This model was made by wpn_ds from `{Path(base_model).name}`: {steps} optimizer steps of the WPN objective
 ({flat["wpn_scoring"]} N-pair on {flat["wpn_pooling"]} pooling, {flat["wpn_targets"]} targets, weight
-{flat["wpn_weight"]}; NLL of wanted answers, weight {flat["nll_weight"]}; retain {flat["retain_loss"]}, weight
-{flat["retain_weight"]}), which teaches it to give wanted answers where it gave unwanted ones.
+{objective.wpn_weight}; NLL of wanted answers, weight {objective.nll_weight}; retain {objective.retain_loss}, weight
+{objective.retain_weight}), which teaches it to give wanted answers where it gave unwanted ones.
 
 Prompt template: `{flat["prompt_template"]!r}`
 

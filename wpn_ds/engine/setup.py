@@ -6,7 +6,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from wpn_ds.data.examples import ExampleSet, build_examples
 from wpn_ds.data.plan import Layout
 from wpn_ds.data.records import ForgetRecord, RetainRecord, read_dataset, read_forget, read_retain
 from wpn_ds.data.tokens import encode_prompt
-from wpn_ds.demo import embedded_file, ensure_planted
+from wpn_ds.demo import PLANTED, embedded_file, ensure_planted
 from wpn_ds.ds_json import ResolvedDeepSpeed, resolve_deepspeed
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.bank import fingerprint_of_model
@@ -74,7 +74,7 @@ class Job:
 
     @property
     def zero_stage(self) -> int:
-        return self.ds_json.get("zero_optimization", {}).get("stage", 0)
+        return _stage(self.ds_json)
 
 
 def prepare(config: Config) -> Job:
@@ -120,7 +120,8 @@ def prepare(config: Config) -> Job:
         world_size=world.size,
         data=examples.fingerprint(),
         model=on_main(world, lambda: fingerprint_of_model(model_path, getattr(lm_config, "_commit_hash", None))),
-        settings=config.to_flat(),
+        settings=config.to_flat()
+        | {"zero stage": _stage(resolved.json), "optimizer": resolved.json["optimizer"]["type"]},
     )
     agree(start.data, "the training data")
     return Job(
@@ -139,6 +140,10 @@ def prepare(config: Config) -> Job:
         start=start,
         resume_from=on_main(world, lambda: _claim_output(config)),
     )
+
+
+def _stage(ds_json: Mapping[str, Any]) -> int:
+    return ds_json.get("zero_optimization", {}).get("stage", 0)
 
 
 def say(world: World, line: str) -> None:
@@ -219,11 +224,12 @@ def _claim_output(config: Config) -> Path | None:
     output_dir = Path(config.training.output_dir or "")
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: name a folder")
+    model = Path(config.model.model_name_or_path or PLANTED)
+    if model.is_dir() and output_dir.resolve() == model.resolve():
+        raise UserError(f"--output_dir {output_dir} is the starting model's own folder: name another one")
     if config.logging.resume_from_checkpoint is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
-        found = checkpoint.find(config.logging.resume_from_checkpoint, output_dir)
-        (output_dir / DONE).unlink(missing_ok=True)
-        return found
+        return checkpoint.find(config.logging.resume_from_checkpoint, output_dir)
     known = (DONE, "metrics.jsonl", "run.yaml", "ds_config.json", "runs", "config.json", "README.md", "model.tmp")
     left = [p for name in known if (p := output_dir / name).exists()]
     left += [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors*")]

@@ -97,19 +97,18 @@ class Step:
                 _set_rng_state(replay[k], world.device)
             output = first if first is not None else self._forward(batch)
             terms = objective.likelihoods(output, batch, plan.counts)
-            loss = terms_loss = objective.total(terms) if terms else output.hidden.new_zeros(())
-            if objective.coupled:
-                own = objective.states(output, batch)
-                loss = terms_loss + sum((own[name][0] * gradient).sum() for name, gradient in cached[k].items())
-            elif objective.frozen:
-                assert targets is not None
-                contrast = objective.contrast_frozen(objective.states(output, batch), targets, plan.counts["pairs"])
-                terms |= contrast
-                loss = terms_loss + objective.total(contrast)
-            sums.add(terms)
             # Every weight takes part in every rank's backward, even where a micro-batch has nothing for it to do:
             # ZeRO-3 reduces gradients in an order that all ranks must share.
-            loss = loss + 0.0 * (output.hidden.sum() + output.logits.sum())
+            loss = 0.0 * (output.hidden.sum() + output.logits.sum())
+            if objective.frozen:
+                assert targets is not None
+                terms |= objective.contrast_frozen(objective.states(output, batch), targets, plan.counts["pairs"])
+            if terms:
+                loss = loss + objective.total(terms)
+            if objective.coupled:
+                own = objective.states(output, batch)
+                loss = loss + sum((own[name][0] * gradient).sum() for name, gradient in cached[k].items())
+            sums.add(terms)
             self.engine.set_gradient_accumulation_boundary(k == count - 1)
             self.engine.backward(loss * world.size, scale_wrt_gas=False)
         return self._update(sums)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import resource
 import sys
 import time
@@ -67,7 +68,7 @@ def step_flops(plan: StepPlan, shape: ModelShape, predicted: frozenset[Role]) ->
 def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     """Flops a second of a square matrix product on this device, the best of three; takes well under a second."""
     n = 1024 if device.type == "cpu" else 8192
-    a, b = (torch.randn(n, n, device=device, dtype=dtype) for _ in range(2))
+    a = b = torch.ones(n, n, device=device, dtype=dtype)  # no random numbers: a resumed run has its own stream
     best = float("inf")
     for _ in range(4):
         _synchronize(device)
@@ -104,6 +105,11 @@ class Window:
         self.rates = {"tokens": 0.0, "padded": 0.0, "examples": 0.0, "flops": 0.0, "data": 0.0}
         self.grad_norm = 0.0
         self.start = time.perf_counter()
+        self.excluded = 0.0
+
+    def exclude(self, seconds: float) -> None:
+        """Time that went into something else than steps: an evaluation, a checkpoint."""
+        self.excluded += seconds
 
     def add(self, result: StepResult, plan: StepPlan, examples: int, flops: float, data_seconds: float) -> None:
         self.steps += 1
@@ -125,7 +131,7 @@ class Window:
         means = {name: value / self.steps for name, value in sum_over_ranks(self.means, self.world.device).items()}
         losses = {name: value for name, value in means.items() if name in weights}
         # Once the ranks have met in the sum above, the device is done with the window's steps.
-        seconds = time.perf_counter() - self.start
+        seconds = time.perf_counter() - self.start - self.excluded
         values = {f"loss/{name}": value for name, value in losses.items()}
         values["loss/total"] = sum(weights[name] * value for name, value in losses.items())
         values |= {name: value for name, value in means.items() if name not in weights}
@@ -228,7 +234,9 @@ def _truncate(metrics: Path, done: int) -> None:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    metrics.write_text("".join(kept))
+    partial = metrics.with_suffix(".tmp")
+    partial.write_text("".join(kept))
+    os.replace(partial, metrics)
 
 
 def _finite(value: float) -> float | None:

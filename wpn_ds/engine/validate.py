@@ -8,39 +8,40 @@ import torch
 
 from wpn_ds.data.batch import collate
 from wpn_ds.data.examples import ExampleSet
-from wpn_ds.data.plan import Layout, Role, plan_step
+from wpn_ds.data.plan import Item, Layout, Role
 from wpn_ds.engine.bank import Bank, pooled_states
 from wpn_ds.engine.distributed import World, sum_over_ranks
 from wpn_ds.objectives.likelihood import token_logprobs
 from wpn_ds.objectives.npair import paired_similarity, similarity
 from wpn_ds.objectives.wpn import WPN
 
-#: What a validation figure is called, and the count of its plan that it is divided by.
-_FIGURES = {
-    Role.WANTED: ("eval/nll_wanted", "nll"),
-    Role.UNWANTED: ("eval/nll_unwanted", "unwanted"),
-    Role.RETAIN: ("eval/nll_retain", "retain"),
-}
+#: What a validation figure is called.
+_FIGURES = {Role.WANTED: "eval/nll_wanted", Role.UNWANTED: "eval/nll_unwanted", Role.RETAIN: "eval/nll_retain"}
 
 
 def validation_losses(engine: Any, examples: ExampleSet, layout: Layout, pad_id: int, world: World) -> dict[str, float]:
     """Mean NLL a token, in nats, of wanted, unwanted and retain answers; what ``examples`` lacks is left out."""
-    plan = plan_step(examples, range(len(examples.forget)), range(len(examples.retain)), layout, with_unwanted=True)
-    figures = {role: names for role, names in _FIGURES.items() if plan.counts[names[1]]}
-    if not figures:
+    segments = {
+        Role.WANTED: [answer.segment for example in examples.forget for answer in example.wanted],
+        Role.UNWANTED: [answer.segment for example in examples.forget for answer in example.unwanted],
+        Role.RETAIN: examples.retain,
+    }
+    items = [Item(segment, role, k) for role, part in segments.items() for k, segment in enumerate(part)]
+    if not items:
         return {}
-    sums = {name: torch.zeros((), device=world.device, dtype=torch.float64) for name, _ in figures.values()}
+    roles = [role for role, part in segments.items() if part]
+    sums = {_FIGURES[role]: torch.zeros((), device=world.device, dtype=torch.float64) for role in roles}
     was_training = engine.module.training
     engine.eval()
     with torch.no_grad():
-        for rows in plan.micro_batches[world.rank]:
-            batch = collate(rows, pad_id, roles=frozenset(figures)).to(world.device)
+        for rows in layout.micro_batches(items)[world.rank]:
+            batch = collate(rows, pad_id, roles=frozenset(roles)).to(world.device)
             losses = -token_logprobs(engine(batch)[1], batch.label_ids)
-            for role, (name, _) in figures.items():
-                sums[name] += losses[batch.labels_of(role)].sum()
+            for role in roles:
+                sums[_FIGURES[role]] += losses[batch.labels_of(role)].sum()
     engine.train(was_training)
     totals = sum_over_ranks(sums, world.device)
-    return {name: totals[name] / plan.counts[count] for name, count in figures.values()}
+    return {_FIGURES[r]: totals[_FIGURES[r]] / sum(s.answer_length for s in segments[r]) for r in roles}
 
 
 def starting_similarities(

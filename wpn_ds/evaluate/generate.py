@@ -35,6 +35,7 @@ def generate(
     batch_size: int,
     progress: str | None = None,
     device: torch.device | None = None,
+    synced: bool = False,
 ) -> list[str]:
     """The greedy answers to ``prompts`` (token ids), in their order, without special tokens and outer white space.
 
@@ -48,6 +49,7 @@ def generate(
         batch_size=batch_size,
         progress=progress,
         device=device,
+        synced=synced,
     )
     return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in answers]
 
@@ -61,11 +63,13 @@ def generate_ids(
     batch_size: int,
     progress: str | None = None,
     device: torch.device | None = None,
+    synced: bool = False,
 ) -> list[list[int]]:
     """The new tokens for each prompt, up to the first EOS (left out) or ``max_new_tokens``.
 
     Prompts of similar length share a batch, left-padded. ``device``: where the model computes, if its partitioned
-    weights don't tell (ZeRO-3 with offload).
+    weights don't tell (ZeRO-3 with offload). ``synced``: all ranks generate, and go on until the last one is done,
+    since under ZeRO-3 every forward needs all of them.
 
     Raises:
         UserError: a prompt with its answer exceeds the model's positions.
@@ -90,7 +94,7 @@ def generate_ids(
             chosen = order[start : start + batch_size]
             inputs = _left_padded([prompts[i] for i in chosen], pad, model, device or model.device)
             length = inputs["input_ids"].shape[1]
-            rows = model.generate(**inputs, generation_config=greedy)[:, length:].tolist()
+            rows = model.generate(**inputs, generation_config=greedy, synced_gpus=synced)[:, length:].tolist()
             for i, ids in zip(chosen, rows, strict=True):
                 answers[i] = ids[: ids.index(eos)] if eos in ids else ids
             bar.update(len(chosen))

@@ -19,7 +19,7 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 8e-2}
 
 
 def check_exact_reading(
-    model: PackedLM, forward: Callable[[Batch], tuple[Tensor, Tensor]], device: torch.device
+    model: PackedLM, forward: Callable[[Batch], tuple[Tensor, Tensor]], device: torch.device, row_length: int = 0
 ) -> None:
     """Compare the layout in use, on three short segments, with the plain model on one sequence at a time.
 
@@ -28,6 +28,8 @@ def check_exact_reading(
 
     Args:
         forward: the model, or the engine around it.
+        row_length: tokens of the longest row to come; a model whose attention has a sliding window shorter than that
+            would lose the window in packed rows, which short segments can't show.
 
     Raises:
         UserError: they differ; the message names the flag that turns packing off, or says that it doesn't help.
@@ -35,6 +37,12 @@ def check_exact_reading(
     name = type(model.lm).__name__
     if model.packed and not accepts_packing(model.lm):
         raise UserError(f"{name} takes no position ids, so rows can't be packed: pass --packing false")
+    window = getattr(model.lm.config, "sliding_window", None)
+    if model.packed and window and window < row_length and getattr(model.lm.config, "use_sliding_window", True):
+        raise UserError(
+            f"{name} attends within {window} tokens only, which packed rows of {row_length} would undo: pass "
+            f"--packing false, or --max_length {window}"
+        )
     vocabulary = model.lm.get_input_embeddings().num_embeddings
     generator = torch.Generator().manual_seed(0)
     lengths = (7, 12, 4)
@@ -47,14 +55,14 @@ def check_exact_reading(
         batch = collate(rows, pad_id=0, roles=frozenset({Role.RETAIN})).to(device)
         hidden, logits = forward(batch)
         real = (batch.segment_ids >= 0).flatten()
-        worst = 0.0
         alone = [_alone(model, segment, device) for segment in segments]
         expected_hidden = torch.cat([states for states, _ in alone])
         expected_logits = torch.cat([scores[:-1] for _, scores in alone])
-        for got, expected in ((hidden[real], expected_hidden), (logits, expected_logits)):
-            worst = max(worst, float((got - expected).abs().max() / expected.abs().max().clamp(min=1e-6)))
+        pairs = ((hidden[real], expected_hidden), (logits, expected_logits))
+        differences = [float((got - plain).abs().max() / plain.abs().max().clamp(min=1e-6)) for got, plain in pairs]
     model.train(was_training)
-    if not worst <= TOLERANCE[model.lm.dtype]:
+    if not all(difference <= TOLERANCE[model.lm.dtype] for difference in differences):  # so NaN is refused as well
+        worst = max(differences, key=lambda d: (d != d, d))
         advice = "pass --packing false" if model.packed else "this model can't be trained here exactly"
         layout = "packed" if model.packed else "padded"
         raise UserError(f"{name}: {layout} rows differ from single sequences (by {worst:.1e}, relative): {advice}")
