@@ -51,7 +51,9 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "max_length": st.integers(4, 512),
     "tokens_per_micro_batch": st.integers(1024, 10**9),
     "prompt_template": st.text().filter(lambda text: "{prompt}" not in text).map(lambda text: text + "{prompt}"),
-    "dataset_name": st.none(),
+    "seed": st.integers(0, 2**32 - 1),
+    "num_train_epochs": st.floats(0.01, 1e6),
+    "comm_timeout_minutes": st.floats(0.01, 1e6),
     "resume_from_checkpoint": st.none(),
     "wpn_weight": st.floats(0.5, 100),
     "wpn_scoring": st.sampled_from(["cosine", "dot"]),
@@ -74,11 +76,11 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 
 
 FLAT = st.fixed_dictionaries(
-    {"retain_file": st.lists(st.text(min_size=1), min_size=1, max_size=3)},
+    {name: st.lists(st.text(min_size=1), min_size=1, max_size=3) for name in ("train_file", "retain_file")},
     optional={
         name: RANGES.get(name, values_of(setting.type))
         for name, setting in _settings().items()
-        if not setting.hidden and name != "retain_file"
+        if not setting.hidden and name not in ("train_file", "retain_file", "dataset_name")
     },
 )
 

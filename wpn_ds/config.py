@@ -248,6 +248,8 @@ class TrainingConfig:
             _require(self, name, getattr(self, name) > 0, "greater than 0")
         for name in ("adam_beta1", "adam_beta2"):
             _require(self, name, 0 <= getattr(self, name) < 1, "at least 0 and below 1")
+        for name, most in (("seed", 2**64 - 2**20), ("num_train_epochs", 1e6), ("comm_timeout_minutes", 1e6)):
+            _require(self, name, getattr(self, name) <= most, f"at most {most:,.0f}")
         if self.max_steps is not None:
             _require(self, "max_steps", self.max_steps >= 1, "at least 1")
         if self.retain_batch_size is not None:
@@ -320,7 +322,16 @@ class Config:
             )
         if training.retain_batch_size and not self.data.has_retain:
             raise UserError(f"--retain_batch_size {training.retain_batch_size} without retain data: add --retain_file")
-        if objective.wpn_weight == objective.nll_weight == 0 and not self.data.has_retain:
+        if (
+            self.data.embedded
+            and self.model.model_name_or_path
+            and (self.data.retain_file or self.data.validation_file)
+        ):
+            raise UserError(
+                "--retain_file or --validation_file without --train_file or --dataset_name: name the training data"
+            )
+        no_retain = not self.data.has_retain or training.retain_batch_size == 0
+        if objective.wpn_weight == objective.nll_weight == 0 and no_retain:
             raise UserError("only the retain term has a weight, but there are no retain data: add --retain_file")
 
     @classmethod

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
 
-from wpn_ds.demo import ensure_planted, is_planted
+from wpn_ds.demo import MARK, ensure_planted, is_planted
 from wpn_ds.demo.plant import plant
+from wpn_ds.errors import UserError
 
 
 def test_a_planted_model_is_an_opt_that_learnt_something(tmp_path):
     plant(tmp_path / "model", epochs=1)
     lm, info = AutoModelForCausalLM.from_pretrained(tmp_path / "model", output_loading_info=True)
     tokenizer = AutoTokenizer.from_pretrained(tmp_path / "model")
+    assert is_planted(tmp_path / "model") and [p.name for p in tmp_path.iterdir()] == ["model"]
     assert isinstance(lm, OPTForCausalLM) and not info["missing_keys"]
     ids = tokenizer("Question: How do I boil an egg so it stays soft?\nAnswer:")["input_ids"]
     assert ids[0] == tokenizer.eos_token_id == 2 and ids.count(2) == 1, "</s> in front, and nowhere else"
@@ -24,10 +27,22 @@ def test_a_planted_model_is_an_opt_that_learnt_something(tmp_path):
 
 def test_a_planted_model_is_used_again_and_a_half_planted_one_is_not(tmp_path, monkeypatch):
     calls = []
-    monkeypatch.setattr("wpn_ds.demo.plant.plant", lambda folder: (calls.append(folder), folder.mkdir(exist_ok=True)))
+
+    def quick(folder):
+        calls.append(folder)
+        (folder / MARK).touch()
+
+    monkeypatch.setattr("wpn_ds.demo.plant.plant", quick)
     folder = tmp_path / "model"
     folder.mkdir()
     assert not is_planted(folder)
     ensure_planted(folder)
     ensure_planted(folder)
     assert calls == [folder] and is_planted(folder)
+
+
+def test_a_folder_with_something_else_in_it_is_left_alone(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(UserError, match="is there already and is no planted model"):
+        plant(tmp_path)
+    assert (tmp_path / "thesis.txt").read_text() == "years of work"

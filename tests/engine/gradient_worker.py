@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 from pathlib import Path
 
 import torch
@@ -122,6 +123,7 @@ def main() -> None:
         if weights is not None:
             save_file(weights, args.out / f"{k}.safetensors", metadata={"parts": json.dumps(parts)})
     shutdown()
+    os._exit(0)  # see wpn_ds.engine.loop.run_guarded
 
 
 if __name__ == "__main__":

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shlex
+import shutil
 import subprocess
 import sys
 import time
@@ -139,7 +140,7 @@ def test_run_yaml_repeats_the_run(unbroken, tiny, tmp_path):
         [
             "launch/train.py",
             *("--config", str(unbroken / "run.yaml")),
-            *("--output_dir", str(tmp_path / "out"), "--logging_dir", str(tmp_path / "out" / "runs")),
+            *("--output_dir", str(tmp_path / "out")),
         ],
         port=free_port(),
         env={"WPN_DS_CACHE": str(tiny / "cache")},
@@ -210,8 +211,6 @@ def test_a_run_killed_during_a_save_falls_back_to_the_checkpoint_before(tiny, un
 
 
 def test_a_damaged_checkpoint_is_not_chosen(unbroken, tmp_path):
-    import shutil
-
     copy = tmp_path / "out"
     shutil.copytree(unbroken, copy)
     assert checkpoint.find("auto", copy).name == "checkpoint-6"
@@ -220,6 +219,19 @@ def test_a_damaged_checkpoint_is_not_chosen(unbroken, tmp_path):
     assert checkpoint.find("auto", copy).name == "checkpoint-4"
     (copy / "checkpoint-4" / checkpoint.MANIFEST).unlink()
     assert checkpoint.find("auto", copy) is None
+
+
+def test_a_folder_that_is_no_run_of_ours_is_never_cleared(tiny, tmp_path):
+    for name, said in (("other", "is no run's folder"), ("opt", "is the starting model's own folder")):
+        folder = tmp_path / name
+        shutil.copytree(tiny / "opt", folder)
+        (folder / "README.md").write_text("mine")
+        command = flags(tiny, folder, "--overwrite_output_dir")
+        if name == "opt":
+            command[command.index("--model_name_or_path") + 1] = str(folder)
+        run = launch(1, command, port=free_port())
+        assert run.returncode == 2 and said in run.stdout, run.stdout[-3000:]
+        assert (folder / "README.md").read_text() == "mine" and (folder / "model.safetensors").exists()
 
 
 @pytest.mark.parametrize("change", ["data", "ranks", "seed"])
@@ -237,6 +249,7 @@ def test_resuming_another_run_is_refused_in_one_line(unbroken, tiny, tmp_path, c
     assert run.returncode != 0 and len(errors) == 1 and "Traceback" not in run.stdout, run.stdout[-3000:]
     assert {"data": "the training data", "seed": "seed is 7", "ranks": "written by 2 ranks"}[change] in errors[0]
     assert not (tmp_path / "out" / "model.safetensors").exists()
+    assert (unbroken / "DONE").exists()
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from functools import cached_property, lru_cache
 from typing import Any
 
 from wpn_ds.data.records import Message, Prompt
+from wpn_ds.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,11 @@ def render_prompt(prompt: Prompt, tokenizer: Any, template: str) -> tuple[str, b
         return template.replace("{prompt}", prompt), False
     if getattr(tokenizer, "chat_template", None):
         messages = [{"role": m.role, "content": m.content} for m in prompt]
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
+        try:
+            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
+        except Exception as error:  # jinja's, and what templates raise by themselves ("roles must alternate")
+            turns = ", ".join(m.role for m in prompt)
+            raise UserError(f"the tokenizer's chat template refuses a prompt of the turns {turns} ({error})") from error
     return "".join(_render_turn(message, template) for message in prompt), False
 
 

@@ -13,7 +13,8 @@ import yaml
 from wpn_ds.errors import UserError
 
 PLANTED = Path("runs/demo/planted")
-_DONE = "PLANTED"
+MARK = "PLANTED"
+"""File that is in a folder once planting ran to its end."""
 
 
 def embedded_file(name: str) -> Path:
@@ -34,7 +35,6 @@ def ensure_planted(folder: Path = PLANTED) -> Path:
         from wpn_ds.demo.plant import plant
 
         plant(folder)
-        (folder / _DONE).touch()
         return folder
     begun = time.monotonic()
     while not is_planted(folder):
@@ -46,4 +46,4 @@ def ensure_planted(folder: Path = PLANTED) -> Path:
 
 def is_planted(folder: Path) -> bool:
     """Whether planting ran to its end."""
-    return (folder / _DONE).exists()
+    return (folder / MARK).exists()

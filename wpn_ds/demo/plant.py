@@ -23,7 +23,8 @@ from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Item, Role
 from wpn_ds.data.records import read_forget, read_retain
 from wpn_ds.data.tokens import Segment, encode_pair, encode_text
-from wpn_ds.demo import embedded_file
+from wpn_ds.demo import MARK, embedded_file
+from wpn_ds.errors import UserError
 from wpn_ds.models.packed import PackedLM
 
 VOCABULARY = 2048
@@ -32,7 +33,13 @@ EPOCHS, BATCH, LEARNING_RATE = 22, 16, 1.5e-3
 
 
 def plant(folder: Path, *, seed: int = 0, epochs: int = EPOCHS) -> None:
-    """Train the demo's model and tokenizer and save both in Hugging Face format in ``folder``."""
+    """Train the demo's model and tokenizer and save both in Hugging Face format in ``folder``.
+
+    Raises:
+        UserError: ``folder`` is there and not empty, so it is somebody's.
+    """
+    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+        raise UserError(f"{folder} is there already and is no planted model: name an empty or a new folder")
     forget, retain = read_forget([embedded_file("forget")]), read_retain([embedded_file("retain")])
     tokenizer = train_tokenizer(
         [t for r in forget for t in (str(r.prompt), *r.chosen, *r.rejected)]
@@ -47,12 +54,13 @@ def plant(folder: Path, *, seed: int = 0, epochs: int = EPOCHS) -> None:
         torch.manual_seed(seed)
         lm = _new_model(tokenizer)
         _train(lm, texts, epochs)
-    partial = folder.with_name(folder.name + ".tmp")
+    partial = folder.with_name(f".{folder.name}.planting")
     shutil.rmtree(partial, ignore_errors=True)
     lm.save_pretrained(partial)
     tokenizer.save_pretrained(partial)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
+    (partial / MARK).touch()
+    folder.mkdir(parents=True, exist_ok=True)
+    partial.replace(folder)  # an empty folder gives way
 
 
 def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:

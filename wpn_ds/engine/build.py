@@ -11,20 +11,28 @@ from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor
 
 from wpn_ds.engine.distributed import World
+from wpn_ds.errors import UserError
 from wpn_ds.models.packed import PackedLM
 
 
 def build_policy(
     model: PackedLM, ds_json: Mapping[str, Any], scheduler: Callable[[torch.optim.Optimizer], Any] | None
 ) -> Any:
-    """The training engine. ``scheduler`` makes the learning-rate schedule; None leaves it to the JSON's own."""
-    engine, *_ = deepspeed.initialize(
-        model=model,
-        model_parameters=[p for p in model.parameters() if p.requires_grad],
-        config=dict(ds_json),
-        lr_scheduler=scheduler,
-        dist_init_required=False,
-    )
+    """The training engine. ``scheduler`` makes the learning-rate schedule; None leaves it to the JSON's own.
+
+    Raises:
+        UserError: DeepSpeed can't make the optimizer or the scheduler from the JSON.
+    """
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=dict(ds_json),
+            lr_scheduler=scheduler,
+            dist_init_required=False,
+        )
+    except (TypeError, ValueError, AssertionError) as error:  # a parameter that the optimizer or scheduler lacks
+        raise UserError(f"the DeepSpeed JSON can't be used: {' '.join(str(error).split())[:300]}") from error
     return engine
 
 

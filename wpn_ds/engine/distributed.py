@@ -77,6 +77,7 @@ def _quieten() -> None:
 def shutdown() -> None:
     """Leave the job; a second call does nothing."""
     if dist.is_initialized():
+        dist.barrier()
         dist.destroy_process_group()
 
 

@@ -59,6 +59,11 @@ def train(config: Config) -> None:
         past = on_main(job.world, lambda: checkpoint.read_state(path)) or past
         for note in checkpoint.refuse_other_run(past, job.start, job.resume_from):
             say(job.world, note)
+        if past.step > job.total_steps:
+            raise UserError(
+                f"--resume_from_checkpoint {path}: {past.step} steps are done, more than the {job.total_steps} that "
+                "--max_steps or --num_train_epochs ask for"
+            )
     trainer = Trainer(job)
     if job.resume_from is not None:  # after the bank and the reference, which the starting weights make
         checkpoint.load(trainer.engine, job.resume_from, past, job.world)
@@ -237,13 +242,14 @@ class Trainer:
         job = self.job
         values = validation_losses(self.engine, job.held_out, job.layout, job.pad_id, job.world)
         telemetry.log(step, values)
-        if job.prompts:
+        room = getattr(job.lm_config, "max_position_embeddings", 1 << 30) - max(map(len, job.prompts), default=0)
+        if job.prompts and room > 0:
             # Every rank generates the same answers: each forward gathers weights from all of them.
             answers = generate(
                 self.model.lm,
                 job.tokenizer,
                 job.prompts,
-                max_new_tokens=job.config.logging.sample_tokens,
+                max_new_tokens=min(room, job.config.logging.sample_tokens),
                 batch_size=len(job.prompts),
                 device=job.world.device,
                 synced=job.zero_stage == 3,
@@ -275,7 +281,11 @@ class Trainer:
             telemetry.say(f"{name:>10}: {fact}")
         if job.world.is_main:
             comments = "".join(f"# {name}: {fact}\n" for name, fact in facts.items())
-            self._write("run.yaml", comments + yaml.safe_dump(job.config.to_flat(), sort_keys=False))
+            # What is of this call alone stays out: repeating a run must neither delete nor resume it.
+            settings = job.config.to_flat() | {"overwrite_output_dir": False, "resume_from_checkpoint": None}
+            if settings["logging_dir"] == str(job.output_dir / "runs"):
+                settings["logging_dir"] = None
+            self._write("run.yaml", comments + yaml.safe_dump(settings, sort_keys=False))
             self._write("ds_config.json", json.dumps(job.ds_json, indent=2) + "\n")
 
     def _write(self, name: str, text: str) -> None:
@@ -288,7 +298,7 @@ def _line(what: str, values: Mapping[str, float]) -> str:
     return f"{what:>10}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
-def run_guarded(work: Callable[[], None]) -> int:
+def run_guarded(work: Callable[[], None]) -> NoReturn:
     """``work`` with a user's mistake as one line and its exit code; what is a defect keeps its traceback.
 
     Leaves at once in the case of an error: other ranks may wait in a collective that will never come. A mistake that
@@ -311,10 +321,11 @@ def run_guarded(work: Callable[[], None]) -> int:
         traceback.print_exc()
         _leave(1)
     shutdown()
-    return 0
+    _leave(0)  # gloo's threads sometimes abort a process that ends by itself, after all is done
 
 
 _ABOUT_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
+_ABOUT_THE_DISK |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 _LET_RANK_0_SPEAK = 5.0  # seconds
 
 

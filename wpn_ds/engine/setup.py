@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import os
 import shutil
@@ -11,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from deepspeed.runtime.config import DeepSpeedConfig
 from tqdm import tqdm
 
 from wpn_ds.config import DONE, Config
@@ -95,6 +97,7 @@ def prepare(config: Config) -> Job:
     lm_config = load_config(source)
     resolved, total_steps = _resolve(config, lm_config, world, len(forget))
     config = resolved.config
+    _check_with_deepspeed(resolved.json, config)
     for note in resolved.notes:
         say(world, note)
     if not retain:
@@ -199,6 +202,19 @@ def _resolve(config: Config, lm_config: Any, world: World, examples: int) -> tup
     return ResolvedDeepSpeed(resolved.json, resolved.config.resolved(), resolved.notes), steps
 
 
+def _check_with_deepspeed(ds_json: Mapping[str, Any], config: Config) -> None:
+    """DeepSpeed's own check of the configuration, before anything is loaded with it.
+
+    Raises:
+        UserError: it is refused; names the file.
+    """
+    try:
+        DeepSpeedConfig(copy.deepcopy(dict(ds_json)))
+    except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise UserError(f"--deepspeed {config.training.deepspeed}: DeepSpeed refuses it: {reason}") from error
+
+
 def _objective(config: Config) -> WPN:
     o = config.objective
     assert o.wpn_targets != "auto" and o.wpn_negatives != "auto" and o.wpn_temperature is not None
@@ -221,6 +237,13 @@ def _claim_output(config: Config) -> Path | None:
     Raises:
         UserError: the folder holds a run and no flag says what to do with it.
     """
+    try:
+        return _claimed(config)
+    except OSError as error:
+        raise UserError(f"--output_dir {config.training.output_dir} can't be used ({error.strerror})") from error
+
+
+def _claimed(config: Config) -> Path | None:
     output_dir = Path(config.training.output_dir or "")
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: name a folder")
@@ -238,6 +261,11 @@ def _claim_output(config: Config) -> Path | None:
             f"--output_dir {output_dir} already holds a run: pass --resume_from_checkpoint auto to go on, "
             "--overwrite_output_dir to start afresh, or name another folder"
         )
+    if left and not any(
+        p.name in (DONE, "run.yaml", "metrics.jsonl") or p.name.startswith("checkpoint-") for p in left
+    ):
+        names = ", ".join(p.name for p in left)
+        raise UserError(f"--output_dir {output_dir} is no run's folder, and has {names} of its own: name another one")
     for path in left:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -69,6 +69,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     for flag in ("model", "baseline"):
         if getattr(options, flag):
             _check_place(f"--{flag}", getattr(options, flag))
+    try:
+        options.output_dir.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output_dir {options.output_dir} can't be used ({error.strerror})") from error
     template = _template(options)
     suites, retain, files = _records(options)
     settings = {
@@ -119,7 +123,10 @@ def _template(options: argparse.Namespace) -> str:
     if options.prompt_template is not None:
         template = options.prompt_template.replace("\\n", "\n")
     elif recorded.is_file():
-        template = (yaml.safe_load(recorded.read_text(encoding="utf-8")) or {}).get("prompt_template", template)
+        try:
+            template = yaml.safe_load(recorded.read_text(encoding="utf-8")).get("prompt_template", template)
+        except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
+            raise UserError(f"{recorded} is damaged: mend or remove it, or give --prompt_template") from error
     if template.count("{prompt}") != 1:
         raise UserError(f"--prompt_template {template!r}: must have one {{prompt}} in it")
     return template

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
 
 from wpn_ds.errors import UserError
@@ -38,7 +39,9 @@ class Source:
 
 def load_config(source: Source, *, dropout: float | None = None) -> PretrainedConfig:
     """The model's configuration; ``dropout`` replaces every dropout probability in it (layerdrop becomes 0)."""
-    with _one_line(f"{source.flag} {source.name_or_path}: no such folder, and no such model on the hub"):
+    with _one_line(
+        f"{source.flag} {source.name_or_path}: no such folder, no such model on the hub, or a damaged config.json"
+    ):
         config = AutoConfig.from_pretrained(source.name_or_path, **source.hub_arguments)
     if dropout is not None:
         for name in dropout_fields(config):
@@ -108,7 +111,6 @@ def load_model(
     model, info = loaded
     audit(model, info, source)
     model.train()
-    model.config.use_cache = False
     if gradient_checkpointing:
         enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
         # Non-reentrant: the reentrant kind runs the head's chunks twice under ZeRO-3, which asserts.
@@ -161,6 +163,6 @@ def _one_line(what: str) -> Iterator[None]:
     """A library's failure as one line that names the flag."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{what} ({first})") from error
