@@ -157,9 +157,8 @@ class Telemetry:
         self.total_steps = total_steps
         self.active = world.is_main
         self.bar: Any = None
-        self.begun = time.perf_counter()
         self.printed = 0.0
-        self.done = self.first = done
+        self.done = done
         if not self.active:
             return
         self.metrics = output_dir / "metrics.jsonl"
@@ -199,8 +198,7 @@ class Telemetry:
             self.bar.update(step - self.done)
         elif values is not None and (step == self.total_steps or time.perf_counter() - self.printed > 5):
             self.printed = time.perf_counter()
-            elapsed = time.perf_counter() - self.begun
-            left = elapsed / max(1, step - self.first) * (self.total_steps - step)
+            left = values["speed/step_seconds"] * (self.total_steps - step)
             parts = " ".join(f"{name} {value}" for name, value in short.items())
             speed = values["speed/tokens_per_second"]
             self.say(f"step {step}/{self.total_steps}  {parts}  {speed:.0f} tokens/s  {_clock(left)} left")
