@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import os
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +15,6 @@ from wpn_ds.data.records import ForgetRecord, Message, RetainRecord, read_datase
 from wpn_ds.data.sources import DataError
 from wpn_ds.errors import UserError
 
-SHARED = Path(os.environ.get("WPN_DS_SHARED", Path(__file__).parents[2].parent / "shared")) / "data"
 GOOD = {"prompt": "How are you?", "chosen": "Fine, thank you.", "rejected": "None of your business."}
 USER, ANSWER, RUDE = (
     {"role": r, "content": c} for r, c in (("user", "Hi"), ("assistant", "Hello"), ("assistant", "No"))
@@ -199,10 +197,8 @@ def test_data_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
         ("retain", "self_instruct/derived/retain.jsonl", 427),
     ],
 )
-def test_real_files_are_read_whole(kind: str, name: str, count: int) -> None:
-    if not (SHARED / name).is_file():
-        pytest.skip(f"no {SHARED / name}: set WPN_DS_SHARED to the folder that holds data/")
-    records: list[Any] = read_forget([SHARED / name]) if kind == "forget" else read_retain([SHARED / name])
+def test_real_files_are_read_whole(shared_data: Path, kind: str, name: str, count: int) -> None:
+    records: list[Any] = read_forget([shared_data / name]) if kind == "forget" else read_retain([shared_data / name])
     assert len(records) == count
 
 

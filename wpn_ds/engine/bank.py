@@ -24,6 +24,7 @@ from wpn_ds.data.examples import Answer, ExampleSet
 from wpn_ds.data.plan import Item, Layout, Role, StepPlan
 from wpn_ds.data.tokens import Segment
 from wpn_ds.engine.distributed import World, fill_from_ranks, on_main
+from wpn_ds.evaluate.generate import evaluation_mode
 from wpn_ds.objectives.wpn import WPN, FrozenTargets
 
 logger = logging.getLogger(__name__)
@@ -44,16 +45,13 @@ def pooled_states(
     """``[len(segments), d]`` fp32 pooled states by the engine's current weights, the same on every rank."""
     items = [Item(segment, Role.WANTED, k) for k, segment in enumerate(segments)]
     parts, indices = [], []
-    was_training = engine.module.training
-    engine.eval()
-    with torch.no_grad():
+    with evaluation_mode(engine.module):
         for rows in progress(layout.micro_batches(items)[world.rank], f"pooling {of}s"):
             batch = collate(rows, pad_id, roles=frozenset()).to(world.device)
             spans = batch.prompts if of == "prompt" else batch.wanted
             vectors, index = objective.pooled(engine(batch)[0], spans)
             parts.append(vectors.float())
             indices.append(index)
-    engine.train(was_training)
     return fill_from_ranks(torch.cat(parts), torch.cat(indices), len(segments))
 
 

@@ -130,7 +130,9 @@ class Step:
         reference_logits = None
         if self.reference is not None and torch.is_grad_enabled():
             assert batch.retain is not None
-            reference_logits = reference_retain_logits(self.reference, batch.retain)
+            with torch.no_grad():
+                _, at_labels = self.reference(batch.retain)
+            reference_logits = at_labels[batch.retain.labels_of(Role.RETAIN)]
         return Output(hidden, logits, reference_logits)
 
     def _cached_gradients(self, states: list[States], plan: StepPlan, sums: Sums) -> list[dict[str, Tensor]]:
@@ -162,14 +164,6 @@ class Step:
         if norm is None:
             norm = engine.get_global_grad_norm()
         return StepResult(sums, float("inf") if skipped or norm is None else float(norm), skipped)
-
-
-def reference_retain_logits(reference: Any, retain: Batch) -> Tensor:
-    """[R, V] logits of the frozen starting model at the labels of the retain rows."""
-
-    with torch.no_grad():
-        _, logits = reference(retain)
-        return logits[retain.labels_of(Role.RETAIN)]
 
 
 def _gradients_finite(engine: Any, world: World) -> bool:

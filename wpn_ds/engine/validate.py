@@ -11,6 +11,7 @@ from wpn_ds.data.examples import ExampleSet
 from wpn_ds.data.plan import Item, Layout, Role
 from wpn_ds.engine.bank import Bank, pooled_states
 from wpn_ds.engine.distributed import World, sum_over_ranks
+from wpn_ds.evaluate.generate import evaluation_mode
 from wpn_ds.objectives.likelihood import token_logprobs
 from wpn_ds.objectives.npair import paired_similarity, similarity
 from wpn_ds.objectives.wpn import WPN
@@ -31,15 +32,12 @@ def validation_losses(engine: Any, examples: ExampleSet, layout: Layout, pad_id:
         return {}
     roles = [role for role, part in segments.items() if part]
     sums = {_FIGURES[role]: torch.zeros((), device=world.device, dtype=torch.float64) for role in roles}
-    was_training = engine.module.training
-    engine.eval()
-    with torch.no_grad():
+    with evaluation_mode(engine.module):
         for rows in layout.micro_batches(items)[world.rank]:
             batch = collate(rows, pad_id, roles=frozenset(roles)).to(world.device)
             losses = -token_logprobs(engine(batch)[1], batch.label_ids)
             for role in roles:
                 sums[_FIGURES[role]] += losses[batch.labels_of(role)].sum()
-    engine.train(was_training)
     totals = sum_over_ranks(sums, world.device)
     return {_FIGURES[r]: totals[_FIGURES[r]] / sum(s.answer_length for s in segments[r]) for r in roles}
 
