@@ -54,8 +54,9 @@ class ModelConfig:
     dropout: float = 0.0
     """Dropout of every layer, in place of the value in the model's own configuration (OPT's is 0.1)."""
 
-    attention: Literal["auto", "sdpa", "eager"] = "auto"
-    """Attention implementation; auto takes the fastest one that keeps packed texts apart exactly."""
+    attention: Literal["auto", "packed", "varlen", "flex", "sdpa", "eager"] = "auto"
+    """Attention: one call a text (packed), all texts in one kernel (varlen, flex; CUDA), or the model's own under a
+    dense mask (sdpa, eager); auto takes the fastest that works here and reads packed texts exactly."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third more time, the same gradient."""
@@ -95,6 +96,9 @@ class DataConfig:
     packing: bool = True
     """Put several texts into one row; turn it off for models that fail the packing self-check."""
 
+    share_prefix: bool = True
+    """Compute a prompt once for all its answers in a micro-batch (with packing; not with --attention sdpa or eager)."""
+
     def __post_init__(self) -> None:
         _require(self, "max_length", self.max_length >= 4, "at least 4")  # BOS, prompt, answer, with the prompt in half
         _require(self, "prompt_template", self.prompt_template.count("{prompt}") == 1, "a text with one {prompt} in it")
@@ -131,22 +135,30 @@ class ObjectiveConfig:
     retain_weight: float = 1.0
     """Weight of the retain term; 0 leaves it out."""
 
-    wpn_pooling: Literal["weighted", "mean", "last"] = "weighted"
-    """How a span's token vectors become one: weights that grow with the position, equal ones, or the last token."""
+    reference: Literal["sharded", "cpu", "nvme", "states", "topk"] = "sharded"
+    """Where KL's starting distribution comes from: a frozen model, sharded like the trained one (cpu, nvme: with its
+    weights there); or, computed once and kept on disk, its states (exact) or its likeliest tokens."""
 
-    wpn_scoring: Literal["cosine", "dot", "likelihood"] = "cosine"
-    """Score of a prompt and an answer: similarity of pooled vectors, or the answer's weighted log-likelihood."""
+    reference_topk: int = 64
+    """Tokens a label that --reference topk keeps; the others count as one event."""
+
+    wpn_pooling: Literal["weighted", "mean", "last", "sum"] = "weighted"
+    """How a span's tokens become one: weights that grow with the position, equal ones, the last token, or a sum."""
+
+    wpn_scoring: Literal["cosine", "dot", "likelihood", "likelihood_ratio"] = "cosine"
+    """Score of a prompt and an answer: similarity of pooled vectors, the answer's weighted log-likelihood, or that
+    minus its value at the start (with --wpn_pooling sum and temperature 1 / beta: DPO)."""
 
     wpn_temperature: float | None = None
-    """Temperature of the scores; without it, 0.05 for cosine and 1.0 for dot and likelihood."""
+    """Temperature of the scores; without it, 0.05 for cosine and 1.0 for the others."""
 
     wpn_targets: Literal["auto", "reference", "detached", "live"] = "auto"
     """Answer vectors: of the frozen start, the current model without or with gradient; auto: reference, or live for
-    likelihood."""
+    likelihoods."""
 
     wpn_negatives: Literal["auto", "step", "own", "bank"] = "auto"
     """Unwanted answers in the contrast: the step's, the prompt's own, or the data set's; auto: step, or own for
-    likelihood."""
+    likelihoods."""
 
     def __post_init__(self) -> None:
         for name in ("wpn_weight", "nll_weight", "retain_weight"):
@@ -155,13 +167,16 @@ class ObjectiveConfig:
             raise UserError("--wpn_weight, --nll_weight and --retain_weight are all 0: nothing would be trained")
         if self.wpn_temperature is not None:
             _require(self, "wpn_temperature", self.wpn_temperature > 0, "greater than 0")
-        if self.wpn_scoring == "likelihood":
+        if self.wpn_scoring.startswith("likelihood"):
             for name, only in (("wpn_targets", "live"), ("wpn_negatives", "own")):
                 if getattr(self, name) not in ("auto", only):
                     raise UserError(
-                        f"--wpn_scoring likelihood works with --{name} {only}, not with {getattr(self, name)}: "
+                        f"--wpn_scoring {self.wpn_scoring} works with --{name} {only}, not with {getattr(self, name)}: "
                         f"leave --{name} out"
                     )
+        elif self.wpn_pooling == "sum":
+            raise UserError("--wpn_pooling sum is for likelihoods: vectors of long texts would only be longer")
+        _require(self, "reference_topk", self.reference_topk >= 1, "at least 1")
         if self.wpn_negatives == "bank" and self.wpn_targets not in ("auto", "reference"):
             raise UserError(
                 f"--wpn_negatives bank needs --wpn_targets reference, not {self.wpn_targets}: "
@@ -170,7 +185,7 @@ class ObjectiveConfig:
 
     def resolved(self) -> ObjectiveConfig:
         """The same settings without `auto` and None."""
-        likelihood = self.wpn_scoring == "likelihood"
+        likelihood = self.wpn_scoring.startswith("likelihood")
         targets, negatives, temperature = self.wpn_targets, self.wpn_negatives, self.wpn_temperature
         if targets == "auto":
             targets = "live" if likelihood else "reference"

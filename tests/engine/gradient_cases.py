@@ -19,7 +19,8 @@ WEIGHTS = {"npair": 0.7, "nll": 1.3, "retain": 2.0}
 BASE = {
     "stage": 3,
     "targets": "reference",
-    "packed": True,
+    "layout": "shared",
+    "reference": "sharded",
     "several": True,
     "checkpointing": False,
     "pooling": "weighted",
@@ -37,21 +38,28 @@ def case(**changes) -> dict:
 
 #: The matrix: every combination for ZeRO-3.
 MATRIX = [
-    case(targets=targets, packed=packed, several=several, checkpointing=checkpointing)
-    for targets, packed, several, checkpointing in itertools.product(
-        ("reference", "live"), (True, False), (False, True), (False, True)
+    case(targets=targets, layout=layout, several=several, checkpointing=checkpointing)
+    for targets, layout, several, checkpointing in itertools.product(
+        ("reference", "live"), ("shared", "padded"), (False, True), (False, True)
     )
 ]
 #: One change at a time: other stages, and every other setting of the objective.
 VARIATIONS = [
     *(case(stage=stage) for stage in (0, 1, 2)),
-    *(case(stage=stage, targets="live", packed=False) for stage in (0, 2)),
+    *(case(stage=stage, targets="live", layout="padded") for stage in (0, 2)),
+    *(case(layout=layout, targets=targets) for layout in ("flat", "rows") for targets in ("reference", "live")),
+    *(case(reference=reference) for reference in ("states", "topk", "cpu")),
+    case(reference="states", stage=1),
     case(targets="detached"),
     case(pooling="mean"),
     case(pooling="last", targets="live"),
     case(scoring="dot", temperature=20.0),
     case(scoring="likelihood", targets="live", negatives="own", temperature=1.0),
     case(scoring="likelihood", targets="live", negatives="own", temperature=1.0, several=False),
+    case(scoring="likelihood", targets="live", negatives="own", temperature=1.0, layout="rows"),
+    case(scoring="likelihood_ratio", targets="live", negatives="own", temperature=10.0, pooling="sum"),
+    case(scoring="likelihood_ratio", targets="live", negatives="own", temperature=10.0, pooling="sum", layout="padded"),
+    case(targets="live", negatives="own"),
     case(negatives="own"),
     case(negatives="bank"),
     case(retain_loss="nll"),
@@ -95,7 +103,8 @@ def make_model(family: str, folder: Path, seed: int) -> None:
 
 
 def make_examples() -> ExampleSet:
-    """Uneven segments, several answers, an unwanted text that is another example's wanted one, text-like retain."""
+    """Uneven segments, several answers, one prompt in two examples, prompts and answers longer than the window, an
+    unwanted text that is another example's wanted one, text-like retain."""
     rng = random.Random(0)
 
     def ids(n: int) -> tuple[int, ...]:
@@ -113,14 +122,16 @@ def make_examples() -> ExampleSet:
             for tail in tails
         )
 
+    prompt: tuple[int, ...] = ()
     for n_prompt, wanted, unwanted in (
         (3, [ids(12), shared], [ids(5)]),
         (14, [ids(2)], [ids(7), ids(19)]),
         (6, [ids(20)], [shared, ids(3)]),
         (9, [ids(4), ids(1), ids(8)], [ids(11)]),
+        (0, [ids(5)], [ids(10)]),
         (1, [ids(6)], [ids(6), ids(2), ids(13)]),
     ):
-        prompt = ids(n_prompt)
+        prompt = ids(n_prompt) if n_prompt else prompt
         examples.forget.append(ForgetExample(answers(prompt, wanted), answers(prompt, unwanted)))
     for n, start in ((17, 5), (4, 1), (24, 10)):
         examples.retain.append(Segment((2, *ids(n), 2), 1, start))

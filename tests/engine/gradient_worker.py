@@ -6,19 +6,23 @@ import argparse
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
 
-from tests.engine.gradient_cases import WEIGHTS, make_examples
-from wpn_ds.data.plan import Layout, plan_step
-from wpn_ds.engine.bank import Bank, answer_vectors, fresh_targets
-from wpn_ds.engine.build import build_frozen, build_policy, full_weights
+from tests.engine.gradient_cases import VOCABULARY, WEIGHTS, make_examples
+from wpn_ds.data.plan import Layout, Role, plan_step
+from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, starting_scores
+from wpn_ds.engine.build import build_policy, full_weights
 from wpn_ds.engine.distributed import init, shutdown, sum_over_ranks
+from wpn_ds.engine.reader import Reader
+from wpn_ds.engine.reference import FrozenModel, cached_states, cached_topk, frozen_json
 from wpn_ds.engine.step import Step
+from wpn_ds.engine.tables import Tables
 from wpn_ds.models.load import Source, load_model
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.objectives.wpn import WPN
+from wpn_ds.objectives.wpn import WPN, StartingScores
 
 
 def ds_json(stage: int, world_size: int) -> dict:
@@ -44,26 +48,44 @@ class Watched(WPN):
         return found
 
 
+def silent(items, _):
+    return items
+
+
+def width(lm) -> int:
+    return getattr(lm.config, "word_embed_proj_dim", lm.config.hidden_size)
+
+
 watched: list[dict[str, torch.Tensor]] = []
 
 
-def run_case(case: dict, models: Path, world) -> tuple[dict, dict | None]:
+LAYOUTS = {
+    "padded": {"packed": False},
+    "rows": {"packed": True},
+    "flat": {"packed": True, "flat": True},
+    "shared": {"packed": True, "flat": True, "share_prefix": True},
+}
+
+
+def run_case(case: dict, models: Path, cache: Path, world) -> tuple[dict, dict | None]:
     config = ds_json(case["stage"], world.size)
     zero3 = {k: v for k, v in config.items() if k != "train_batch_size"} if case["stage"] == 3 else None
+    budget = 48 if case["several"] else 10_000
+    layout = Layout(row_length=48, tokens_per_micro_batch=budget, world_size=world.size, **LAYOUTS[case["layout"]])
 
-    def load(folder: str) -> PackedLM:
-        lm = load_model(
+    def load(folder: str):
+        return load_model(
             Source(str(models / folder)),
             dtype=torch.float32,
             gradient_checkpointing=case["checkpointing"] and folder == "start",
             dropout=case["dropout"] if folder == "start" else 0.0,
+            attention="wpn_packed" if layout.flat else "auto",
             zero3=zero3,
         )
-        return PackedLM(lm, packed=case["packed"])
 
-    model = load("start")
+    model = PackedLM(load("start"), packed=layout.packed)
     engine = build_policy(model, config, None)
-    reference = build_frozen(load("reference"), config, world)
+    reader = Reader(engine, layout, 0, world)
     objective = Watched(
         pooling=case["pooling"],
         scoring=case["scoring"],
@@ -76,30 +98,44 @@ def run_case(case: dict, models: Path, world) -> tuple[dict, dict | None]:
         retain_weight=WEIGHTS["retain"],
     )
     examples = make_examples()
-    layout = Layout(48, 48 if case["several"] else 10_000, case["packed"], world.size)
-    plan = plan_step(examples, [3, 0, 4, 2, 1], range(len(examples.retain)), layout, with_unwanted=objective.coupled)
+    plan = plan_step(examples, [3, 0, 4, 2, 5, 1], range(len(examples.retain)), layout, with_unwanted=objective.coupled)
     count = len(plan.micro_batches[world.rank])
-    if case["several"]:
-        assert count > 1, "the case is to have several micro-batches"
-    if not case["several"]:
-        assert count == 1, "the case is to have one micro-batch"
-    targets = None
+    kinds = sum(bool(part) for part in (examples.forget, examples.retain))
+    assert (count > kinds) if case["several"] else (count == kinds), "the case is to have one or several micro-batches"
+    tables = Tables(cache, {"case": str(case)})
+    targets: Any = None
     if case["targets"] == "detached":
-        targets = fresh_targets(engine, objective, examples, plan, layout, 0, world)
+        targets = fresh_targets(reader, objective, examples, plan)
     elif objective.frozen:
-        vectors = answer_vectors(engine, objective, examples.answers, layout, 0, world)
-        targets = Bank.of(examples, vectors).targets(plan, objective)
-    step = Step(engine, objective, world, 0, reference if objective.needs_reference_logits else None)
+        vectors = bank_vectors(reader, objective, examples.answers, width(model.lm), tables, silent)
+        targets = Bank.of(examples, vectors).targets(plan, objective, world.device)
+    reference, other = None, None
+    if objective.needs_starting_scores or case["reference"] in ("states", "topk"):
+        other = Reader(build_policy(PackedLM(load("reference"), packed=layout.packed), config, None), layout, 0, world)
+    if objective.needs_starting_scores:
+        scores = starting_scores(other, objective, examples.answers, tables, silent)
+        targets = StartingScores(scores[torch.from_numpy(plan.wanted_ids)], scores[torch.from_numpy(plan.unwanted_ids)])
+    if objective.keeps_distribution and case["reference"] == "states":
+        reference = cached_states(other, examples.retain, tables, silent)
+    elif objective.keeps_distribution and case["reference"] == "topk":  # with all tokens but one it is exact
+        reference = cached_topk(other, examples.retain, VOCABULARY - 1, tables, silent)
+    elif objective.keeps_distribution:
+        offload = "cpu" if case["reference"] == "cpu" else "none"
+        reference = FrozenModel(load("reference"), layout.packed, frozen_json(config, offload), world)
+    step = Step(engine, objective, world, layout, 0, reference)
     runs = []
     norm = next(m for name, m in model.lm.named_modules() if name.endswith((".0.self_attn_layer_norm", ".0.ln_1")))
     norm.register_forward_hook(lambda *_: runs.append(1))
     watched.clear()
     result = step(plan, targets)
-    if case["targets"] == "live" and case["several"]:
-        for first, second in zip(watched[:count], watched[count:], strict=True):
+    two_passes = objective.coupled and count > 1 and not plan.is_local(objective.mask(plan))
+    passes = [bool(plan.roles(k) & {Role.WANTED, Role.UNWANTED}) for k in range(count)]
+    if two_passes and not objective.by_likelihood:
+        firsts, seconds = watched[: sum(passes)], watched[sum(passes) :]
+        for first, second in zip(firsts, seconds, strict=True):
             for name in first:
                 assert torch.equal(first[name], second[name]), "the second forward isn't the first again"
-    planned = count * (2 if objective.coupled and count > 1 else 1)
+    planned = count + two_passes * sum(passes)
     assert len(runs) == planned + (count if case["checkpointing"] else 0), "the case isn't the one it says it is"
     assert not result.skipped
     totals = sum_over_ranks(result.sums.totals, world.device)
@@ -119,7 +155,7 @@ def main() -> None:
     args = parser.parse_args()
     world = init(timeout_minutes=2)
     for k, case in enumerate(json.loads(args.cases.read_text())):
-        parts, weights = run_case(case, args.models, world)
+        parts, weights = run_case(case, args.models, args.out / "cache", world)
         if weights is not None:
             save_file(weights, args.out / f"{k}.safetensors", metadata={"parts": json.dumps(parts)})
     shutdown()

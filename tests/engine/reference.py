@@ -14,6 +14,8 @@ def sequence(lm, ids) -> tuple[Tensor, Tensor]:
 
 
 def weights(n: int, kind: str) -> Tensor:
+    if kind == "sum":
+        return torch.ones(n, dtype=torch.float64)
     if kind == "mean":
         return torch.full((n,), 1 / n, dtype=torch.float64)
     if kind == "last":
@@ -28,7 +30,7 @@ def pooled(hidden: Tensor, start: int, stop: int, kind: str) -> Tensor:
 def objective(lm, start_lm, reference_lm, examples, retain, settings) -> dict[str, Tensor]:
     """The loss parts of one step over ``examples`` (ForgetExample) and ``retain`` (Segment), and their total.
 
-    ``start_lm`` gives reference targets, ``reference_lm`` the KL's reference distribution.
+    ``start_lm`` gives reference targets, ``reference_lm`` the KL's reference distribution and likelihood ratios' start.
     """
     kind, scoring, tau = settings["pooling"], settings["scoring"], settings["temperature"]
     answers = []  # (example, is wanted, text id, anchor, vector, weighted score, own log-probabilities)
@@ -37,7 +39,14 @@ def objective(lm, start_lm, reference_lm, examples, retain, settings) -> dict[st
             for answer in side:
                 segment = answer.segment
                 hidden, logp = sequence(lm, segment.ids)
-                own = torch.stack([logp[t - 1, segment.ids[t]] for t in range(segment.answer_start, len(segment.ids))])
+                score = own = torch.stack(
+                    [logp[t - 1, segment.ids[t]] for t in range(segment.answer_start, len(segment.ids))]
+                )
+                if scoring == "likelihood_ratio":
+                    with torch.no_grad():
+                        start = sequence(reference_lm, segment.ids)[1]
+                    places = range(segment.answer_start, len(segment.ids))
+                    score = own - torch.stack([start[t - 1, segment.ids[t]] for t in places])
                 target_hidden = hidden
                 if settings["targets"] == "reference":
                     with torch.no_grad():
@@ -51,13 +60,13 @@ def objective(lm, start_lm, reference_lm, examples, retain, settings) -> dict[st
                         answer.text_id,
                         pooled(hidden, segment.prompt_start, segment.answer_start, kind),
                         pooled(target_hidden, segment.answer_start, len(segment.ids), kind),
-                        (weights(len(own), kind) * own).sum(),
+                        (weights(len(own), kind) * score).sum(),
                         own,
                     )
                 )
 
     def score(anchor: Tensor, answer) -> Tensor:
-        if scoring == "likelihood":
+        if scoring.startswith("likelihood"):
             return answer[5]
         if scoring == "dot":
             return anchor @ answer[4]

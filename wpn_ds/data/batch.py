@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields, replace
+from collections.abc import Iterable
+from dataclasses import dataclass, field, fields, replace
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,12 +14,19 @@ from wpn_ds.data.plan import Item, MicroBatch, Role, Row, dead_row
 
 
 @dataclass(frozen=True)
-class Span:
-    """Tokens ``start:stop`` of the flattened ``[rows * length]`` micro-batch; ``index`` as in :class:`Item`."""
+class Spans:
+    """Places ``start:stop`` of some sequence, with the ``index`` of the item that each belongs to: three ``[S]``."""
 
-    start: int
-    stop: int
-    index: int
+    start: Tensor
+    stop: Tensor
+    index: Tensor
+
+    @classmethod
+    def of(cls, triples: Iterable[tuple[int, int, int]]) -> Spans:
+        return cls(*torch.tensor(list(triples), dtype=torch.long).reshape(-1, 3).T.contiguous())
+
+    def __len__(self) -> int:
+        return len(self.index)
 
 
 @dataclass(frozen=True)
@@ -26,103 +35,162 @@ class Batch:
 
     Attributes:
         input_ids: [B, L] token ids.
-        position_ids: [B, L] restart at 0 in every segment (and are 0 on pads).
+        position_ids: [B, L] restart at 0 in every segment, go on after a shared prompt, and are 0 on pads.
         segment_ids: [B, L] number of the segment in its row; -1 on pads, which so see pads only.
+        pieces: [1, 1, S, 4] for a flat batch (B = 1): what attends to what. Piece ``start, stop, prefix_start,
+            prefix_stop``: tokens ``start:stop`` attend to ``prefix_start:prefix_stop`` and causally to themselves. The
+            pieces follow each other from 0 to L. Stays on the CPU: the host reads it to launch the attention.
         label_positions: [P] into T: the state that predicts. The first label of a segment is its first answer token,
-            predicted by the last prompt token; no label crosses a segment's border.
+            predicted by the last prompt token; no label crosses a segment's border. Wanted segments' labels come
+            first, then unwanted, retain and dead ones.
         label_ids: [P] the token to predict.
-        label_role: [P] the :class:`Role` of the segment.
-        label_index: [P] the item's index among its role.
-        prompts: spans of the wanted segments' prompts, BOS left out: the anchors.
+        label_counts: how many labels each :class:`Role` has.
+        prompts: spans (into T) of the wanted segments' prompts, BOS left out: the anchors.
         wanted, unwanted: spans of the answers, EOS included.
-        retain: the rows that hold retain segments as a micro-batch of their own (the reference model's input), or a
-            dead row; None unless asked for.
+        wanted_labels, unwanted_labels: spans (into P) of the answers' labels, if they are predicted.
+        retain_items: the index of every retain segment, in the order of the labels.
+        retain: the retain segments as a micro-batch of their own (the reference model's input), or a dead row; None
+            unless asked for.
         tokens: real tokens.
     """
 
     input_ids: Tensor
     position_ids: Tensor
     segment_ids: Tensor
+    pieces: Tensor | None
     label_positions: Tensor
     label_ids: Tensor
-    label_role: Tensor
-    label_index: Tensor
-    prompts: tuple[Span, ...]
-    wanted: tuple[Span, ...]
-    unwanted: tuple[Span, ...]
+    label_counts: dict[Role, int]
+    prompts: Spans
+    wanted: Spans
+    unwanted: Spans
+    wanted_labels: Spans
+    unwanted_labels: Spans
+    retain_items: tuple[int, ...]
     tokens: int
     retain: Batch | None = None
 
     def to(self, device: torch.device) -> Batch:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved: dict[str, Any] = {k: v.to(device) for k, v in values.items() if isinstance(v, Tensor | Batch)}
+        """On ``device``, without waiting for the copies."""
+        moved: dict[str, Any] = {}
+        for entry in fields(self):
+            value = getattr(self, entry.name)
+            if isinstance(value, Tensor) and entry.name != "pieces":
+                moved[entry.name] = to_device(value, device)
+            elif isinstance(value, Spans):
+                moved[entry.name] = Spans(*(to_device(getattr(value, f.name), device) for f in fields(value)))
+            elif isinstance(value, Batch):
+                moved[entry.name] = value.to(device)
         return replace(self, **moved)
 
-    def labels_of(self, role: Role) -> Tensor:
-        """[P] True where the label belongs to a segment of ``role``."""
-        return self.label_role == role
+    def labels_of(self, role: Role) -> slice:
+        """The labels that belong to segments of ``role``."""
+        start = sum(n for other, n in self.label_counts.items() if other < role)
+        return slice(start, start + self.label_counts.get(role, 0))
 
 
-def collate(rows: MicroBatch, pad_id: int, *, roles: frozenset[Role], with_retain_rows: bool = False) -> Batch:
-    """Tensors of one micro-batch, right-padded to its longest row; ``roles``: the segments that are predicted.
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """``tensor`` on ``device``; to a GPU from pinned memory, so that the host goes on while it is copied."""
+    if device.type == "cpu" or tensor.device == device:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
 
-    With no label at all (dead rows), one position is labelled as DEAD: every rank calls the head in every
-    micro-batch, which ZeRO-3 needs in order to gather its weight.
+
+@dataclass
+class _Columns:
+    """A batch in the making: what each item adds."""
+
+    ids: list[list[int]] = field(default_factory=list)
+    positions: list[list[int]] = field(default_factory=list)
+    segments: list[list[int]] = field(default_factory=list)
+    pieces: list[tuple[int, int, int, int]] = field(default_factory=list)
+    spans: dict[str, list[tuple[int, int, int]]] = field(
+        default_factory=lambda: {"prompts": [], "wanted": [], "unwanted": []}
+    )
+    labels: dict[Role, list[tuple[int, int]]] = field(default_factory=lambda: {role: [] for role in Role})
+    label_spans: dict[Role, list[tuple[int, int, int]]] = field(default_factory=lambda: {role: [] for role in Role})
+
+    def add_row(self, row: Row, offset: int, roles: frozenset[Role]) -> None:
+        """``offset``: the row's first place in T."""
+        ids: list[int] = []
+        positions: list[int] = []
+        segments: list[int] = []
+        prompt = offset  # where the tokens are that the next items share
+        for number, item in enumerate(row):
+            at = offset + len(ids)
+            if not item.shared:
+                prompt = at
+            ids += item.segment.ids[item.shared :]
+            positions += range(item.shared, len(item.segment))
+            segments += [number] * item.tokens
+            if item.shared:
+                self.pieces.append((at, at + item.tokens, prompt, prompt + item.shared))
+            else:
+                self.pieces.append((at, at + item.tokens, at, at))
+            self._add_item(item, prompt, at - item.shared, roles)
+        self.ids.append(ids)
+        self.positions.append(positions)
+        self.segments.append(segments)
+
+    def _add_item(self, item: Item, prompt: int, answer: int, roles: frozenset[Role]) -> None:
+        """Token t of the segment is at ``prompt + t`` if it is shared, else at ``answer + t``."""
+        segment, start = item.segment, item.segment.answer_start
+        whole = (answer + start, answer + len(segment), item.index)
+        if item.role is Role.WANTED:
+            self.spans["prompts"].append((prompt + segment.prompt_start, prompt + start, item.index))
+            self.spans["wanted"].append(whole)
+        elif item.role is Role.UNWANTED:
+            self.spans["unwanted"].append(whole)
+        if item.role in roles:
+            labels = self.labels[item.role]
+            self.label_spans[item.role].append((len(labels), len(labels) + segment.answer_length, item.index))
+            for t in range(start, len(segment)):
+                before = prompt if t - 1 < item.shared else answer
+                labels.append((before + t - 1, segment.ids[t]))
+
+
+def collate(
+    rows: MicroBatch, pad_id: int, *, roles: frozenset[Role], flat: bool = False, with_retain: bool = False
+) -> Batch:
+    """Tensors of one micro-batch; ``roles``: the segments that are predicted.
+
+    ``flat``: the rows one after the other, without padding; else right-padded to the longest. With no label at all
+    (dead rows), one position is labelled as DEAD: every rank calls the head in every micro-batch, which ZeRO-3 needs
+    in order to gather its weight.
     """
-    length = max(sum(len(item.segment) for item in row) for row in rows)
-    shape = (len(rows), length)
-    input_ids = torch.full(shape, pad_id)
-    position_ids = torch.zeros(shape, dtype=torch.long)
-    segment_ids = torch.full(shape, -1)
-    spans: dict[str, list[Span]] = {"prompts": [], "wanted": [], "unwanted": []}
-    labels: list[tuple[int, int, int, int]] = []
-    tokens = 0
-    for r, row in enumerate(rows):
-        offset = 0
-        for s, item in enumerate(row):
-            n = len(item.segment)
-            input_ids[r, offset : offset + n] = torch.tensor(item.segment.ids)
-            position_ids[r, offset : offset + n] = torch.arange(n)
-            segment_ids[r, offset : offset + n] = s
-            _add_spans(spans, item, r * length + offset)
-            if item.role in roles:
-                labels += _labels(item, r * length + offset)
-            tokens += n if item.role is not Role.DEAD else 0
-            offset += n
-    positions, ids, role, index = torch.tensor(labels or [(0, 0, int(Role.DEAD), -1)]).T
+    if flat:
+        rows = (tuple(chain.from_iterable(rows)),)
+    length = max(sum(item.tokens for item in row) for row in rows)
+    columns = _Columns()
+    for number, row in enumerate(rows):
+        columns.add_row(row, number * length, roles)
+    labels = columns.labels if any(columns.labels.values()) else {Role.DEAD: [(0, 0)]}
+    positions, ids = torch.tensor([label for role in sorted(labels) for label in labels[role]]).T.contiguous()
+    unwanted_from = len(columns.labels[Role.WANTED])
     return Batch(
-        input_ids,
-        position_ids,
-        segment_ids,
+        _padded(columns.ids, length, pad_id),
+        _padded(columns.positions, length, 0),
+        _padded(columns.segments, length, -1),
+        torch.tensor(columns.pieces)[None, None] if flat else None,
         positions,
         ids,
-        role,
-        index,
-        prompts=tuple(spans["prompts"]),
-        wanted=tuple(spans["wanted"]),
-        unwanted=tuple(spans["unwanted"]),
-        tokens=tokens,
-        retain=collate(_retain_rows(rows), pad_id, roles=roles) if with_retain_rows else None,
+        {role: len(own) for role, own in labels.items()},
+        **{name: Spans.of(spans) for name, spans in columns.spans.items()},
+        wanted_labels=Spans.of(columns.label_spans[Role.WANTED]),
+        unwanted_labels=Spans.of(
+            (start + unwanted_from, stop + unwanted_from, index)
+            for start, stop, index in columns.label_spans[Role.UNWANTED]
+        ),
+        retain_items=tuple(index for _, _, index in columns.label_spans[Role.RETAIN]),
+        tokens=sum(item.tokens for row in rows for item in row if item.role is not Role.DEAD),
+        retain=collate(_retain_rows(rows), pad_id, roles=roles, flat=flat) if with_retain else None,
     )
 
 
-def _add_spans(spans: dict[str, list[Span]], item: Item, offset: int) -> None:
-    segment = item.segment
-    answer = Span(offset + segment.answer_start, offset + len(segment), item.index)
-    if item.role is Role.WANTED:
-        spans["prompts"].append(Span(offset + segment.prompt_start, offset + segment.answer_start, item.index))
-        spans["wanted"].append(answer)
-    elif item.role is Role.UNWANTED:
-        spans["unwanted"].append(answer)
-
-
-def _labels(item: Item, offset: int) -> list[tuple[int, int, int, int]]:
-    """(position that predicts, token id, role, index) of every predicted token."""
-    segment = item.segment
-    return [
-        (offset + t - 1, segment.ids[t], int(item.role), item.index) for t in range(segment.answer_start, len(segment))
-    ]
+def _padded(rows: list[list[int]], length: int, fill: int) -> Tensor:
+    return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
 
 
 def _retain_rows(rows: MicroBatch) -> tuple[Row, ...]:
-    return tuple(row for row in rows if any(item.role is Role.RETAIN for item in row)) or (dead_row(),)
+    retain = (tuple(item for item in row if item.role is Role.RETAIN) for row in rows)
+    return tuple(row for row in retain if row) or (dead_row(),)

@@ -1,7 +1,8 @@
-"""Best-fit-decreasing bin packing: which segments share a row."""
+"""Bin packing: which segments share a row, or a micro-batch."""
 
 from __future__ import annotations
 
+import heapq
 from bisect import bisect_left, insort
 from collections.abc import Sequence
 
@@ -30,3 +31,23 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
         rows[row].append(index)
         insort(free, (room - length, row))
     return rows
+
+
+def spread(lengths: Sequence[int], capacity: int, multiple: int) -> list[list[int]]:
+    """Indices of ``lengths`` in bins of nearly equal load; their number is a multiple of ``multiple``.
+
+    The longest first, each into the emptiest bin, with as few bins as keep every load within ``capacity`` (a single
+    item may exceed it, alone in its bin). Depends only on the arguments, ties going by index.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
+    count = multiple * max(1, -(-sum(lengths) // (capacity * multiple)))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        loads = [(0, k) for k in range(count)]
+        for index in order:
+            load, k = heapq.heappop(loads)
+            bins[k].append(index)
+            heapq.heappush(loads, (load + lengths[index], k))
+        if all(load <= capacity or len(bins[k]) == 1 for load, k in loads):
+            return bins
+        count += multiple

@@ -8,14 +8,14 @@ the step's examples or their global counts.
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
 
 from wpn_ds.data.examples import ExampleSet
-from wpn_ds.data.packing import pack
+from wpn_ds.data.packing import pack, spread
 from wpn_ds.data.tokens import Segment
 
 
@@ -30,11 +30,23 @@ class Role(IntEnum):
 
 @dataclass(frozen=True)
 class Item:
-    """One segment in a plan. ``index`` is its place among the plan's items of the same role."""
+    """One segment in a plan.
+
+    Attributes:
+        index: its place among the plan's items of the same role; of a retain segment, its number in the data.
+        shared: how many of its first tokens are not computed again: they are those of the last item before it in the
+            row that shares nothing.
+    """
 
     segment: Segment
     role: Role
     index: int
+    shared: int = 0
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens that are computed for it."""
+        return len(self.segment) - self.shared
 
 
 Row = tuple[Item, ...]
@@ -46,19 +58,43 @@ class Layout:
     """How segments become rows; none of it changes a result.
 
     Attributes:
-        row_length: most tokens in a row.
-        tokens_per_micro_batch: most tokens, padding included, in a rank's micro-batch (at least one row is taken).
+        row_length: most tokens in a row (unless flat).
+        tokens_per_micro_batch: most tokens, padding included, in a rank's micro-batch (at least one row is taken, or,
+            if flat, one segment).
         packed: several segments share a row; otherwise every segment has a row of its own.
         world_size: number of ranks.
+        flat: a micro-batch is one row, of any length, without padding; the attention takes it segment by segment.
+        share_prefix: the answers to one prompt follow it in the same row, and the prompt is computed once (flat only).
     """
 
     row_length: int
     tokens_per_micro_batch: int
     packed: bool
     world_size: int
+    flat: bool = False
+    share_prefix: bool = False
 
     def micro_batches(self, items: Sequence[Item]) -> list[list[MicroBatch]]:
         """``[rank][k]``: the micro-batches of every rank, the same number for each.
+
+        Retain segments have micro-batches of their own, the last ones, at the same places on all ranks: the first pass
+        over live targets and the reference model can so leave out what is not theirs.
+        """
+        forget = [item for item in items if item.role is not Role.RETAIN]
+        retain = [item for item in items if item.role is Role.RETAIN]
+        spread_out = self._even if self.flat else self._split_evenly
+        parts = [spread_out(part) for part in (forget, retain) if part] or [spread_out([])]
+        return [[micro_batch for part in parts for micro_batch in part[rank]] for rank in range(self.world_size)]
+
+    def _even(self, items: Sequence[Item]) -> list[list[MicroBatch]]:
+        """One row a micro-batch, all of about the same load, so that no rank waits for another."""
+        units = self._share(items) if self.share_prefix else [(item,) for item in items]
+        bins = spread([row_tokens(unit) for unit in units], self.tokens_per_micro_batch, self.world_size)
+        rows: list[Row] = [tuple(item for k in sorted(bin_) for item in units[k]) or dead_row() for bin_ in bins]
+        return [[(row,) for row in rows[rank :: self.world_size]] for rank in range(self.world_size)]
+
+    def _split_evenly(self, items: Sequence[Item]) -> list[list[MicroBatch]]:
+        """Rows in padded micro-batches.
 
         Ranks that ran different numbers of forwards would hang ZeRO-3, so micro-batches are split until they divide
         evenly, and what then is missing is filled with dead rows.
@@ -72,16 +108,25 @@ class Layout:
         groups += [(dead_row(),)] * (-len(groups) % self.world_size or (0 if groups else self.world_size))
         return [groups[rank :: self.world_size] for rank in range(self.world_size)]
 
+    def _share(self, items: Sequence[Item]) -> list[Row]:
+        """Items with the same prompt together, up to the budget of a micro-batch; all but the first share it."""
+        together: dict[tuple[int, ...] | int, list[Row]] = {}
+        for k, item in enumerate(items):
+            start = item.segment.answer_start
+            prompt = (item.segment.prompt_start, *item.segment.ids[:start])
+            key: tuple[int, ...] | int = k if item.role is Role.RETAIN else prompt
+            units = together.setdefault(key, [])
+            if units and row_tokens(units[-1]) + len(item.segment) - start <= self.tokens_per_micro_batch:
+                units[-1] = (*units[-1], replace(item, shared=start))
+            else:
+                units.append((item,))
+        return [unit for units in together.values() for unit in units]
+
     def _rows(self, items: Sequence[Item]) -> list[Row]:
         if not self.packed:
             return [(item,) for item in items]
-        rows = []
-        # Retain segments don't share rows with others: the KL term's reference model then reads only their rows.
-        for part in ([i for i in items if i.role is not Role.RETAIN], [i for i in items if i.role is Role.RETAIN]):
-            rows += [
-                tuple(part[k] for k in sorted(bin_)) for bin_ in pack([len(i.segment) for i in part], self.row_length)
-            ]
-        return rows
+        bins = pack([len(item.segment) for item in items], self.row_length)
+        return [tuple(items[k] for k in sorted(bin_)) for bin_ in bins]
 
     def _groups(self, rows: Iterable[Row]) -> list[MicroBatch]:
         groups: list[MicroBatch] = []
@@ -100,7 +145,7 @@ def dead_row() -> Row:
 
 
 def row_tokens(row: Row) -> int:
-    return sum(len(item.segment) for item in row)
+    return sum(item.tokens for item in row)
 
 
 def _padded_tokens(group: MicroBatch) -> int:
@@ -132,7 +177,7 @@ class StepPlan:
         own_mask: the same for ``own``: the unwanted answer is also the example's own.
         wanted_texts: per pair, the ``text_id`` of all of its example's wanted answers (masks the bank's negatives).
         counts: global number of the items that each mean is over: pairs, nll tokens, retain tokens.
-        tokens: real tokens of all ranks' rows.
+        tokens: real tokens of all ranks' rows; a shared prompt counts once.
         padded_tokens: the same with padding and dead rows.
         micro_batches: [rank][k].
     """
@@ -149,6 +194,19 @@ class StepPlan:
     padded_tokens: int
     micro_batches: list[list[MicroBatch]]
 
+    def roles(self, k: int) -> frozenset[Role]:
+        """The roles in any rank's micro-batch ``k``."""
+        return frozenset(item.role for rank in self.micro_batches for row in rank[k] for item in row)
+
+    def is_local(self, mask: np.ndarray) -> bool:
+        """Whether every pair has its negatives (True in ``mask`` [pairs, unwanted]) in its own micro-batch."""
+        places = {Role.WANTED: np.zeros(mask.shape[0], int), Role.UNWANTED: np.zeros(mask.shape[1], int)}
+        every = (micro_batch for rank in self.micro_batches for micro_batch in rank)
+        for number, micro_batch in enumerate(every):
+            for item in (item for row in micro_batch for item in row if item.role in places):
+                places[item.role][item.index] = number
+        return not (mask & (places[Role.WANTED][:, None] != places[Role.UNWANTED][None, :])).any()
+
 
 def plan_step(
     examples: ExampleSet,
@@ -162,11 +220,10 @@ def plan_step(
     chosen = [examples.forget[i] for i in forget_indices]
     wanted = [(e, answer) for e, example in enumerate(chosen) for answer in example.wanted]
     unwanted = [(e, answer) for e, example in enumerate(chosen) for answer in example.unwanted]
-    retain = [examples.retain[i] for i in retain_indices]
     items = [Item(answer.segment, Role.WANTED, k) for k, (_, answer) in enumerate(wanted)]
     if with_unwanted:
         items += [Item(answer.segment, Role.UNWANTED, k) for k, (_, answer) in enumerate(unwanted)]
-    items += [Item(segment, Role.RETAIN, k) for k, segment in enumerate(retain)]
+    items += [Item(examples.retain[i], Role.RETAIN, i) for i in retain_indices]
 
     texts = [frozenset(answer.text_id for answer in example.wanted) for example in chosen]
     example = np.array([e for e, _ in wanted], dtype=np.int64)
@@ -186,9 +243,9 @@ def plan_step(
         counts={
             "pairs": len(wanted),
             "nll": sum(answer.segment.answer_length for _, answer in wanted),
-            "retain": sum(segment.answer_length for segment in retain),
+            "retain": sum(examples.retain[i].answer_length for i in retain_indices),
         },
-        tokens=sum(len(item.segment) for item in items),
+        tokens=sum(i.tokens for rows in flat for row in rows for i in row if i.role is not Role.DEAD),
         padded_tokens=sum(_padded_tokens(micro_batch) for micro_batch in flat),
         micro_batches=micro_batches,
     )

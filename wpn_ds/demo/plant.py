@@ -13,7 +13,6 @@ import sys
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import GenerationConfig, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
@@ -117,7 +116,7 @@ def _train(lm: OPTForCausalLM, texts: list[Segment], epochs: int) -> None:
             for start in range(0, len(order), BATCH):
                 row = tuple(Item(texts[i], Role.RETAIN, 0) for i in order[start : start + BATCH])
                 batch = collate((row,), pad, roles=frozenset({Role.RETAIN}))
-                loss = F.cross_entropy(model(batch)[1], batch.label_ids)
+                loss = model(batch).losses.mean()
                 optimizer.zero_grad()
                 loss.backward()
                 torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)

@@ -1,72 +1,52 @@
-"""Frozen targets: the pooled vector of every answer, computed once by the starting model and kept on disk."""
+"""What the starting model says of every answer, computed once: pooled vectors, or likelihood scores."""
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
-import json
-import logging
-import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
 import torch
-import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from wpn_ds.data.batch import collate
+from wpn_ds.data.batch import to_device
 from wpn_ds.data.examples import Answer, ExampleSet
-from wpn_ds.data.plan import Item, Layout, Role, StepPlan
+from wpn_ds.data.plan import Item, Role, StepPlan
 from wpn_ds.data.tokens import Segment
-from wpn_ds.engine.distributed import World, fill_from_ranks, on_main
-from wpn_ds.evaluate.generate import evaluation_mode
+from wpn_ds.engine.distributed import fill_from_ranks
+from wpn_ds.engine.reader import Reader
+from wpn_ds.engine.tables import Blocks, Tables
 from wpn_ds.objectives.wpn import WPN, FrozenTargets
-
-logger = logging.getLogger(__name__)
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
+#: Answers whose vectors are in memory at the same time, while the bank is built and while it is compared to.
+BLOCK = 8192
+
 
 def pooled_states(
-    engine: Any,
-    objective: WPN,
-    segments: Sequence[Segment],
-    of: Literal["prompt", "answer"],
-    layout: Layout,
-    pad_id: int,
-    world: World,
-    progress: Progress = lambda items, _: items,
+    reader: Reader, objective: WPN, segments: Sequence[Segment], of: Literal["prompt", "answer"]
 ) -> Tensor:
-    """``[len(segments), d]`` fp32 pooled states by the engine's current weights, the same on every rank."""
+    """``[len(segments), d]`` fp32 pooled states by the current weights, the same on every rank."""
+    parts = []
+    for batch, reading in reader.read([Item(s, Role.WANTED, k) for k, s in enumerate(segments)], frozenset()):
+        parts.append(objective.pooled(reading.hidden, batch.prompts if of == "prompt" else batch.wanted))
+    return _gathered(parts, len(segments))
+
+
+def answer_scores(reader: Reader, objective: WPN, segments: Sequence[Segment]) -> Tensor:
+    """``[len(segments)]`` fp32 likelihood scores of the answers by the current weights."""
     items = [Item(segment, Role.WANTED, k) for k, segment in enumerate(segments)]
-    parts, indices = [], []
-    with evaluation_mode(engine.module):
-        for rows in progress(layout.micro_batches(items)[world.rank], f"pooling {of}s"):
-            batch = collate(rows, pad_id, roles=frozenset()).to(world.device)
-            spans = batch.prompts if of == "prompt" else batch.wanted
-            vectors, index = objective.pooled(engine(batch)[0], spans)
-            parts.append(vectors.float())
-            indices.append(index)
-    return fill_from_ranks(torch.cat(parts), torch.cat(indices), len(segments))
+    read = reader.read(items, frozenset({Role.WANTED}))
+    return _gathered([objective.states(reading, batch)["positive"] for batch, reading in read], len(segments))
 
 
-def answer_vectors(
-    engine: Any,
-    objective: WPN,
-    answers: Sequence[Answer],
-    layout: Layout,
-    pad_id: int,
-    world: World,
-    progress: Progress = lambda items, _: items,
-) -> Tensor:
-    """``[len(answers), d]`` pooled answers, each read after its prompt: answer tokens only, EOS included."""
-    segments = [answer.segment for answer in answers]
-    return pooled_states(engine, objective, segments, "answer", layout, pad_id, world, progress)
+def _gathered(parts: Sequence[tuple[Tensor, Tensor]], n: int) -> Tensor:
+    values, index = (torch.cat(column) for column in zip(*parts, strict=True))
+    return fill_from_ranks(values.float(), index, n)
 
 
 @dataclass(frozen=True)
@@ -74,80 +54,83 @@ class Bank:
     """The answers' vectors, by ``answer_id``.
 
     Attributes:
-        vectors: [answers, d] fp32.
+        vectors: [answers, d] fp32, in host memory (mapped from a file).
         unwanted_ids, unwanted_texts: [m] ``answer_id`` and ``text_id`` of every unwanted answer of the data set.
     """
 
     vectors: Tensor
-    unwanted_ids: np.ndarray
-    unwanted_texts: np.ndarray
+    unwanted_ids: Tensor
+    unwanted_texts: Tensor
 
     @classmethod
     def of(cls, examples: ExampleSet, vectors: Tensor) -> Bank:
         unwanted = [answer for example in examples.forget for answer in example.unwanted]
-        ids, texts = np.array([[a.answer_id, a.text_id] for a in unwanted], dtype=np.int64).reshape(-1, 2).T
-        return cls(vectors, ids, texts)
+        ids, texts = torch.tensor([[a.answer_id, a.text_id] for a in unwanted], dtype=torch.long).reshape(-1, 2).T
+        return cls(vectors, ids.contiguous(), texts.contiguous())
 
-    def targets(self, plan: StepPlan, objective: WPN) -> FrozenTargets:
+    def targets(self, plan: StepPlan, objective: WPN, device: torch.device) -> FrozenTargets:
         """The step's targets: its own unwanted answers, or with ``negatives="bank"`` all of the data set's."""
-        positive = self.vectors[plan.wanted_ids]
-        if objective.negatives == "bank":
-            mask = np.stack([~np.isin(self.unwanted_texts, list(own)) for own in plan.wanted_texts])
-            ids = self.unwanted_ids
-        else:
-            mask, ids = objective.mask(plan), plan.unwanted_ids
-        mask_tensor = torch.from_numpy(mask.reshape(len(positive), len(ids))).to(positive.device)
-        return FrozenTargets(positive, self.vectors[ids], mask_tensor)
+        positive = to_device(self.vectors[torch.from_numpy(plan.wanted_ids)], device)
+        if objective.negatives != "bank":
+            negative = to_device(self.vectors[torch.from_numpy(plan.unwanted_ids)], device)
+            return step_targets(positive, negative, plan, objective)
+        width = max(map(len, plan.wanted_texts), default=1)
+        padded = [[*texts, *[-1] * (width - len(texts))] for texts in map(sorted, plan.wanted_texts)]
+        wanted = to_device(torch.tensor(padded).reshape(-1, width), device)
+
+        def blocks(index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+            own = wanted[index]
+            for ids, texts in zip(self.unwanted_ids.split(BLOCK), self.unwanted_texts.split(BLOCK), strict=True):
+                is_own = to_device(texts, device)[None, :, None] == own[:, None, :]
+                yield to_device(self.vectors[ids], device), ~is_own.any(-1)
+
+        return FrozenTargets(positive, blocks)
 
 
-def fresh_targets(
-    engine: Any, objective: WPN, examples: ExampleSet, plan: StepPlan, layout: Layout, pad_id: int, world: World
-) -> FrozenTargets:
+def step_targets(positive: Tensor, negative: Tensor, plan: StepPlan, objective: WPN) -> FrozenTargets:
+    """Targets with the step's own unwanted answers as negatives: [pairs, d] and [m, d] vectors."""
+    mask = to_device(torch.from_numpy(objective.mask(plan)), positive.device)
+    return FrozenTargets(positive, lambda index: [(negative, mask[index])])
+
+
+def fresh_targets(reader: Reader, objective: WPN, examples: ExampleSet, plan: StepPlan) -> FrozenTargets:
     """``--wpn_targets detached``: the step's targets by the current weights, without gradient."""
-    answers = examples.answers
     ids = [*plan.wanted_ids.tolist(), *plan.unwanted_ids.tolist()]
-    vectors = answer_vectors(engine, objective, [answers[i] for i in ids], layout, pad_id, world)
+    vectors = pooled_states(reader, objective, [examples.answers[i].segment for i in ids], "answer")
     n = len(plan.wanted_ids)
-    return FrozenTargets(vectors[:n], vectors[n:], torch.from_numpy(objective.mask(plan)).to(vectors.device))
+    return step_targets(vectors[:n], vectors[n:], plan, objective)
 
 
-def load_or_build(directory: Path, fingerprint: Mapping[str, str], world: World, build: Callable[[], Tensor]) -> Tensor:
-    """The vectors under ``fingerprint`` in ``directory``, or those that ``build`` makes, which are then kept there.
+def bank_vectors(
+    reader: Reader, objective: WPN, answers: Sequence[Answer], width: int, tables: Tables, progress: Progress
+) -> Tensor:
+    """``[answers, width]`` pooled answers, each read after its prompt: answer tokens only, EOS included."""
 
-    Rank 0 reads and writes; the others get the vectors from it, so the folder need not be shared. A file that can't
-    be read is built again.
-    """
-    key = hashlib.sha256(json.dumps(dict(sorted(fingerprint.items()))).encode()).hexdigest()[:24]
-    path = directory / f"bank-{key}.safetensors"
+    def build() -> Blocks:
+        for start, segments in _in_blocks(answers, progress, "pooling answers"):
+            yield start, {"vectors": pooled_states(reader, objective, segments, "answer")}
 
-    stored = _read(path) if world.is_main else None
-    shape = on_main(world, lambda: None if stored is None else tuple(stored.shape))
-    if shape is not None:
-        vectors = stored.to(world.device) if stored is not None else torch.empty(shape, device=world.device)
-        dist.broadcast(vectors, src=0)
-        return vectors
-    vectors = build()
-
-    def write() -> None:
-        partial = path.with_suffix(f".{os.getpid()}.tmp")
-        try:
-            directory.mkdir(parents=True, exist_ok=True)
-            save_file({"vectors": vectors.cpu().contiguous()}, partial, metadata=dict(fingerprint))
-            os.replace(partial, path)
-        except (OSError, SafetensorError) as error:  # the run has what it needs; later ones must compute it again
-            logger.warning("the answer vectors can't be kept in %s (%s)", directory, error)
-            with contextlib.suppress(OSError):
-                partial.unlink(missing_ok=True)
-
-    on_main(world, write)
-    return vectors
+    shapes = {"vectors": ((len(answers), width), np.float32)}
+    return tables.load_or_build("bank", {"pooling": objective.pooling}, shapes, reader.world, build)["vectors"]
 
 
-def _read(path: Path) -> Tensor | None:
-    try:
-        return load_file(path)["vectors"] if path.exists() else None
-    except (SafetensorError, OSError, KeyError):
-        return None
+def starting_scores(
+    reader: Reader, objective: WPN, answers: Sequence[Answer], tables: Tables, progress: Progress
+) -> Tensor:
+    """``[answers]`` likelihood scores of every answer by the starting model."""
+
+    def build() -> Blocks:
+        for start, segments in _in_blocks(answers, progress, "scoring answers"):
+            yield start, {"scores": answer_scores(reader, objective, segments)}
+
+    shapes = {"scores": ((len(answers),), np.float32)}
+    return tables.load_or_build("scores", {"pooling": objective.pooling}, shapes, reader.world, build)["scores"]
+
+
+def _in_blocks(answers: Sequence[Answer], progress: Progress, what: str) -> Iterator[tuple[int, list[Segment]]]:
+    size = min(BLOCK, max(256, len(answers) // 20))  # so that the progress bar moves
+    for start in progress(range(0, len(answers), size), what):
+        yield start, [answer.segment for answer in answers[start : start + size]]
 
 
 def fingerprint_of_model(name_or_path: str, commit: str | None) -> str:

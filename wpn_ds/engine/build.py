@@ -1,4 +1,4 @@
-"""DeepSpeed engines around the models: the one that is trained, and the frozen starting model for KL."""
+"""The DeepSpeed engine around the model that is trained."""
 
 from __future__ import annotations
 
@@ -33,20 +33,6 @@ def build_policy(
         )
     except (TypeError, ValueError, AssertionError) as error:  # a parameter that the optimizer or scheduler lacks
         raise UserError(f"the DeepSpeed JSON can't be used: {' '.join(str(error).split())[:300]}") from error
-    return engine
-
-
-def build_frozen(model: PackedLM, ds_json: Mapping[str, Any], world: World) -> Any:
-    """The starting model for KL: sharded as the policy is under ZeRO-3, else a plain frozen copy on each rank."""
-    model.requires_grad_(False)
-    model.eval()
-    if ds_json.get("zero_optimization", {}).get("stage") != 3:
-        return model.to(world.device)
-    ours = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "bf16", "steps_per_print")
-    zero = {k: v for k, v in ds_json["zero_optimization"].items() if k != "offload_optimizer"}
-    config = {key: ds_json[key] for key in ours if key in ds_json} | {"zero_optimization": zero}
-    engine, *_ = deepspeed.initialize(model=model, config=config, dist_init_required=False)
-    engine.eval()
     return engine
 
 

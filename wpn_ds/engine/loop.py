@@ -9,7 +9,8 @@ import os
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -18,23 +19,28 @@ import yaml
 from transformers import get_scheduler
 
 from wpn_ds.config import DONE, Config
-from wpn_ds.data.plan import StepPlan, plan_step, step_indices
+from wpn_ds.data.batch import to_device
+from wpn_ds.data.plan import Layout, StepPlan, plan_step, step_indices
 from wpn_ds.ds_json import for_loading
 from wpn_ds.engine import checkpoint
-from wpn_ds.engine.bank import Bank, answer_vectors, fresh_targets, load_or_build
-from wpn_ds.engine.build import build_frozen, build_policy
-from wpn_ds.engine.distributed import on_main, shutdown
+from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, starting_scores
+from wpn_ds.engine.build import build_policy
+from wpn_ds.engine.distributed import max_over_ranks, on_main, shutdown
 from wpn_ds.engine.model_card import write_model_card
+from wpn_ds.engine.reader import Reader
+from wpn_ds.engine.reference import FrozenModel, Reference, cached_states, cached_topk, frozen_json
 from wpn_ds.engine.setup import Job, cache_folder, prepare, progress, say
 from wpn_ds.engine.step import Step
+from wpn_ds.engine.tables import Tables
 from wpn_ds.engine.telemetry import ModelShape, Telemetry, Window, measure_peak_flops, step_flops
 from wpn_ds.engine.validate import starting_similarities, validation_losses
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.generate import generate
+from wpn_ds.models.attention import candidates, works
 from wpn_ds.models.check import check_exact_reading
-from wpn_ds.models.load import dropout_fields, load_model
+from wpn_ds.models.load import default_attention, dropout_fields, load_model
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.objectives.wpn import FrozenTargets
+from wpn_ds.objectives.wpn import FrozenTargets, StartingScores
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -78,19 +84,83 @@ class Trainer:
 
     def __init__(self, job: Job) -> None:
         """Load and check the models; compute the bank, or find it on disk."""
+        kernels = candidates(job.config.model.attention, job.world.device, job.config.model.dropout)
+        self.attention = kernels[0] if job.layout.flat else job.config.model.attention
         self.job = job
-        packed = job.layout.packed
-        self.model = PackedLM(self._from_pretrained(trained=True), packed=packed)
+        self.model = PackedLM(self._from_pretrained(trained=True), packed=job.layout.packed)
         self.engine = build_policy(self.model, job.ds_json, self._scheduler())
-        check_exact_reading(self.model, self.engine, job.world.device, job.layout.row_length)
-        self.reference = None
-        if job.objective.needs_reference_logits:
-            frozen = PackedLM(self._from_pretrained(trained=False), packed=packed)
-            self.reference = build_frozen(frozen, job.ds_json, job.world)
-        self.bank = None
-        if job.objective.frozen and job.objective.targets == "reference":
-            self.bank = Bank.of(job.examples, self._vectors())
-        self.step = Step(self.engine, job.objective, job.world, job.pad_id, self.reference)
+        self.job = replace(job, layout=self._checked_layout(kernels))
+        self.reader = Reader(self.engine, self.job.layout, job.pad_id, job.world)
+        self.bank, self.scores = self._answers()
+        self.reference = self._reference()
+        self.step = Step(self.engine, job.objective, job.world, self.job.layout, job.pad_id, self.reference)
+
+    def _checked_layout(self, kernels: Sequence[str]) -> Layout:
+        """The job's layout once an attention is found that reads it exactly; under ``auto``, with the model's own
+        attention and its dense mask if none of ours does.
+
+        Raises:
+            UserError: there is none.
+        """
+        job, lm = self.job, self.model.lm
+        device = job.world.device
+        refused: UserError | None = None
+        for name in kernels if job.layout.flat else ():
+            head_dim = job.lm_config.hidden_size // job.lm_config.num_attention_heads
+            head_dim = getattr(job.lm_config, "head_dim", None) or head_dim
+            if max_over_ranks(float(not works(name, head_dim, lm.dtype, device)), device):
+                refused = UserError(f"--attention {name.removeprefix('wpn_')} doesn't work on this machine: pass auto")
+                continue
+            self.attention = lm.config._attn_implementation = name
+            try:
+                check_exact_reading(self.model, self.engine, device, job.layout)
+                return job.layout
+            except UserError as error:
+                refused = error
+        if refused is not None and job.config.model.attention != "auto":
+            raise refused
+        layout = replace(job.layout, flat=False, share_prefix=False)
+        if refused is not None:
+            self.attention = lm.config._attn_implementation = default_attention(lm.config)
+            say(job.world, f"packed attention is off, rows get a dense mask: {refused}")
+        check_exact_reading(self.model, self.engine, device, layout)
+        return layout
+
+    def _answers(self) -> tuple[Bank | None, torch.Tensor | None]:
+        """What the starting model says of every answer, as far as the objective asks: vectors, scores."""
+        job, objective = self.job, self.job.objective
+        answers, bank, scores = job.examples.answers, None, None
+        if objective.frozen and objective.targets == "reference":
+            width = getattr(job.lm_config, "word_embed_proj_dim", job.lm_config.hidden_size)
+            bank = Bank.of(
+                job.examples, bank_vectors(self.reader, objective, answers, width, self._tables(), self._progress)
+            )
+        if objective.needs_starting_scores:
+            scores = starting_scores(self.reader, objective, answers, self._tables(), self._progress)
+        return bank, scores
+
+    def _reference(self) -> Reference | None:
+        """The starting model's distribution at retain labels, if the objective asks for it."""
+        job, kind = self.job, self.job.config.objective.reference
+        if not job.objective.keeps_distribution:
+            return None
+        if kind == "states":
+            return cached_states(self.reader, job.examples.retain, self._tables(), self._progress)
+        if kind == "topk":
+            k = min(job.config.objective.reference_topk, job.lm_config.vocab_size - 1)
+            cached = cached_topk(self.reader, job.examples.retain, k, self._tables(), self._progress)
+            mean, worst = cached.unknown_mass()
+            say(job.world, f"the {k} likeliest tokens hold all but {mean:.2%} (at worst {worst:.2%}) of a retain label")
+            return cached
+        lm, offload = self._from_pretrained(trained=False), kind if kind in ("cpu", "nvme") else "none"
+        return FrozenModel(lm, job.layout.packed, frozen_json(job.ds_json, offload), job.world)
+
+    def _tables(self) -> Tables:
+        start = self.job.start
+        return Tables(cache_folder(), {"model": start.model, "data": start.data, "dtype": str(self.model.lm.dtype)})
+
+    def _progress(self, items: Iterable[Any], what: str) -> Iterable[Any]:
+        return progress(self.job.world, items, what)
 
     def _from_pretrained(self, *, trained: bool) -> Any:
         settings = self.job.config.model
@@ -98,7 +168,7 @@ class Trainer:
             self.job.source,
             dtype=torch.bfloat16 if settings.bf16 else torch.float32,
             dropout=settings.dropout if trained else 0.0,
-            attention=settings.attention,
+            attention=self.attention,
             gradient_checkpointing=settings.gradient_checkpointing and trained,
             zero3=for_loading(self.job.ds_json) if self.job.zero_stage == 3 else None,
         )
@@ -109,31 +179,6 @@ class Trainer:
         if name == "deepspeed":
             return None
         return lambda optimizer: get_scheduler(name, optimizer, t.warmup_steps, self.job.total_steps)
-
-    def _vectors(self) -> torch.Tensor:
-        """The bank's vectors, by the starting weights."""
-        job = self.job
-        answers = job.examples.answers
-        fingerprint = {
-            "model": job.start.model,
-            "data": job.start.data,
-            "pooling": job.objective.pooling,
-            "dtype": str(self.model.lm.dtype),
-        }
-
-        def build() -> torch.Tensor:
-            say(job.world, f"computing the bank of {len(answers)} answer vectors")
-            return answer_vectors(
-                self.engine,
-                job.objective,
-                answers,
-                job.layout,
-                job.pad_id,
-                job.world,
-                lambda items, what: progress(job.world, items, what),
-            )
-
-        return load_or_build(cache_folder(), fingerprint, job.world, build)
 
     def plan(self, step: int) -> StepPlan:
         """The plan of optimizer step ``step``, counted from 1."""
@@ -147,14 +192,17 @@ class Trainer:
             with_unwanted=job.objective.coupled,
         )
 
-    def targets(self, plan: StepPlan) -> FrozenTargets | None:
-        """The step's frozen targets, if the objective has such."""
-        job = self.job
+    def targets(self, plan: StepPlan) -> FrozenTargets | StartingScores | None:
+        """What the step's answers are compared to, as far as the objective asks for such."""
+        job, device = self.job, self.job.world.device
+        if self.scores is not None:
+            wanted, unwanted = (self.scores[torch.from_numpy(ids)] for ids in (plan.wanted_ids, plan.unwanted_ids))
+            return StartingScores(to_device(wanted, device), to_device(unwanted, device))
         if not job.objective.frozen:
             return None
         if self.bank is not None:
-            return self.bank.targets(plan, job.objective)
-        return fresh_targets(self.engine, job.objective, job.examples, plan, job.layout, job.pad_id, job.world)
+            return self.bank.targets(plan, job.objective, device)
+        return fresh_targets(self.reader, job.objective, job.examples, plan)
 
     def run(self, past: checkpoint.TrainerState) -> None:
         """All steps after ``past``, then the export."""
@@ -230,9 +278,7 @@ class Trainer:
         job = self.job
         values = self._evaluate(0, telemetry)
         if self.bank is not None:
-            cosines = starting_similarities(
-                self.engine, job.objective, job.examples, self.bank, job.layout, job.pad_id, job.world
-            )
+            cosines = starting_similarities(self.reader, job.objective, job.examples, self.bank)
             telemetry.log(0, cosines)
             values |= cosines
         say(job.world, _line("start", values))
@@ -240,7 +286,7 @@ class Trainer:
     def _evaluate(self, step: int, telemetry: Telemetry) -> dict[str, float]:
         """Losses on the held-out examples, and sample answers; every rank takes part in both."""
         job = self.job
-        values = validation_losses(self.engine, job.held_out, job.layout, job.pad_id, job.world)
+        values = validation_losses(self.reader, job.held_out)
         telemetry.log(step, values)
         room = getattr(job.lm_config, "max_position_embeddings", 1 << 30) - max(map(len, job.prompts), default=0)
         if job.prompts and room > 0:

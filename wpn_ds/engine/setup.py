@@ -26,6 +26,7 @@ from wpn_ds.engine import checkpoint
 from wpn_ds.engine.bank import fingerprint_of_model
 from wpn_ds.engine.distributed import World, agree, init, on_main
 from wpn_ds.errors import UserError
+from wpn_ds.models.attention import supported
 from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id
 from wpn_ds.objectives.wpn import WPN
 
@@ -136,12 +137,33 @@ def prepare(config: Config) -> Job:
         tokenizer=tokenizer,
         total_steps=total_steps,
         objective=_objective(config),
-        layout=Layout(row_length, config.training.tokens_per_micro_batch, config.data.packing, world.size),
+        layout=_layout(config, lm_config, row_length, world),
         examples=examples,
         held_out=held_out,
         prompts=[encode_prompt(record.prompt, tokenizer, template, row_length) for record in shown],
         start=start,
         resume_from=on_main(world, lambda: _claim_output(config)),
+    )
+
+
+def _layout(config: Config, lm_config: Any, row_length: int, world: World) -> Layout:
+    """Flat if the attention is ours, which takes texts one by one.
+
+    Raises:
+        UserError: the model's family can't have the attention that was asked for.
+    """
+    ours, able = config.model.attention not in ("sdpa", "eager"), supported(lm_config)
+    if ours and config.model.attention != "auto" and not (able and config.data.packing):
+        reason = f"{lm_config.model_type} models have only their own" if not able else "it is for packed rows"
+        raise UserError(f"--attention {config.model.attention}: {reason}; pass --attention auto, sdpa or eager")
+    flat = ours and able and config.data.packing
+    return Layout(
+        row_length,
+        config.training.tokens_per_micro_batch,
+        config.data.packing,
+        world.size,
+        flat=flat,
+        share_prefix=flat and config.data.share_prefix,
     )
 
 

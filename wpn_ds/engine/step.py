@@ -6,9 +6,9 @@ Why each factor is there:
 * DeepSpeed averages gradients over the ``W`` ranks, so each rank multiplies its share of the loss by ``W``.
 * DeepSpeed would divide by its ``gradient_accumulation_steps``; micro-batches here differ from step to step, so
   ``scale_wrt_gas=False`` and the boundary is set by hand.
-* Coupled objectives (live targets, likelihood scores) need all the step's states at once: they are gathered, the loss
-  is taken once on them, and every micro-batch then backpropagates ``<states, cached gradient>`` (GradCache,
-  arXiv 2101.06983).
+* Coupled objectives (live targets, likelihood scores) need all the states of a pair and its negatives at once. Where
+  they lie in different micro-batches they are gathered, the loss is taken once on them, and every micro-batch then
+  backpropagates ``<states, cached gradient>`` (GradCache, arXiv 2101.06983).
 """
 
 from __future__ import annotations
@@ -22,9 +22,11 @@ import torch
 from torch import Tensor
 
 from wpn_ds.data.batch import Batch, collate
-from wpn_ds.data.plan import Role, StepPlan
+from wpn_ds.data.plan import Layout, Role, StepPlan
 from wpn_ds.engine.distributed import World, fill_from_ranks, max_over_ranks
-from wpn_ds.objectives.wpn import WPN, FrozenTargets, Output, States, Term
+from wpn_ds.engine.reference import Reference
+from wpn_ds.objectives.likelihood import Reading
+from wpn_ds.objectives.wpn import WPN, FrozenTargets, StartingScores, States, Term
 
 
 @dataclass
@@ -56,99 +58,133 @@ class StepResult:
     skipped: bool
 
 
+#: Gradients of the N-pair with respect to a micro-batch's states, by name.
+Cached = dict[str, Tensor]
+
+
 class Step:
     """Bound to an engine; call it with a plan to do one optimizer step."""
 
-    def __init__(self, engine: Any, objective: WPN, world: World, pad_id: int, reference: Any | None = None) -> None:
-        """``reference``: the frozen starting model, if ``objective.needs_reference_logits``."""
+    def __init__(
+        self, engine: Any, objective: WPN, world: World, layout: Layout, pad_id: int, reference: Reference | None = None
+    ) -> None:
+        """``reference``: what retain labels are compared to, if ``objective.keeps_distribution``."""
         self.engine = engine
         self.objective = objective
         self.world = world
+        self.layout = layout
         self.pad_id = pad_id
         self.reference = reference
         self.data_seconds = 0.0  # how long the last step waited for its batches
 
-    def __call__(self, plan: StepPlan, targets: FrozenTargets | None) -> StepResult:
-        """Forward, backward and update. ``targets``: needed if ``objective.frozen``."""
-        objective, world = self.objective, self.world
+    def __call__(self, plan: StepPlan, targets: FrozenTargets | StartingScores | None) -> StepResult:
+        """Forward, backward and update.
+
+        ``targets``: :class:`FrozenTargets` if ``objective.frozen``, :class:`StartingScores` if
+        ``objective.needs_starting_scores``.
+        """
         sums = Sums()
         self.data_seconds = 0.0
-        batches = self._batches(plan)
-        count = len(plan.micro_batches[world.rank])
-        cached: list[dict[str, Tensor]] = []
-        first: Output | None = None
-        replay: list[Tensor] = []
-        if objective.coupled:
-            if count == 1:  # its own graph can wait for the other ranks' states: no second forward
-                only = next(batches)
-                first = self._forward(only)
-                states = [objective.states(first, only)]
-                batches = iter([only])
-            else:
-                states = []
-                for batch in batches:
-                    replay.append(_rng_state(world.device))
-                    with torch.no_grad():
-                        states.append(objective.states(self._forward(batch), batch))
-                batches = self._batches(plan)
-            cached = self._cached_gradients(states, plan, sums)
-        for k, batch in enumerate(batches):
-            if replay:  # dropout must be the same in both forwards
-                _set_rng_state(replay[k], world.device)
-            output = first if first is not None else self._forward(batch)
-            terms = objective.likelihoods(output, batch, plan.counts)
-            # Every weight takes part in every rank's backward, even where a micro-batch has nothing for it to do:
-            # ZeRO-3 reduces gradients in an order that all ranks must share.
-            loss = 0.0 * (output.hidden.sum() + output.logits.sum())
-            if objective.frozen:
-                assert targets is not None
-                terms |= objective.contrast_frozen(objective.states(output, batch), targets, plan.counts["pairs"])
-            if terms:
-                loss = loss + objective.total(terms)
-            if objective.coupled:
-                own = objective.states(output, batch)
-                loss = loss + sum((own[name][0] * gradient).sum() for name, gradient in cached[k].items())
-            sums.add(terms)
+        coupled = self.objective.coupled and not plan.is_local(self.objective.mask(plan))
+        shares = self._coupled_shares(plan, targets, sums) if coupled else self._shares(plan, targets, sums)
+        count = len(plan.micro_batches[self.world.rank])
+        for k, loss in enumerate(shares):
             self.engine.set_gradient_accumulation_boundary(k == count - 1)
-            self.engine.backward(loss * world.size, scale_wrt_gas=False)
+            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
         return self._update(sums)
 
-    def _batches(self, plan: StepPlan) -> Iterator[Batch]:
-        for rows in plan.micro_batches[self.world.rank]:
-            begun = time.perf_counter()
-            batch = collate(
-                rows,
-                self.pad_id,
-                roles=self.objective.predicted,
-                with_retain_rows=self.reference is not None,
-            ).to(self.world.device)
-            self.data_seconds += time.perf_counter() - begun
-            yield batch
+    def _shares(self, plan: StepPlan, targets: Any, sums: Sums) -> Iterator[Tensor]:
+        """The micro-batches' shares of the loss, where no pair looks beyond its micro-batch."""
+        objective = self.objective
+        for k in range(len(plan.micro_batches[self.world.rank])):
+            batch, reading = self._read(plan, k)
+            terms = objective.likelihoods(reading, batch, plan.counts)
+            pairs: dict[str, Term] = {}
+            if objective.contrasts:
+                states = objective.states(reading, batch)
+                if objective.frozen:
+                    pairs = objective.contrast_frozen(states, targets, plan.counts["pairs"])
+                else:
+                    pairs = objective.contrast(states, plan, targets)
+            sums.add(terms | pairs)
+            yield _with_every_weight(self._likelihood_loss(reading, terms) + objective.total(pairs), reading)
 
-    def _forward(self, batch: Batch) -> Output:
-        hidden, logits = self.engine(batch)
-        reference_logits = None
-        if self.reference is not None and torch.is_grad_enabled():
-            assert batch.retain is not None
+    def _coupled_shares(self, plan: StepPlan, targets: Any, sums: Sums) -> Iterator[Tensor]:
+        """The micro-batches' shares where pairs look beyond them: ``<states, cached gradient>`` and the other terms."""
+        objective, device = self.objective, self.world.device
+        count = len(plan.micro_batches[self.world.rank])
+        if count == 1:  # its own graph can wait for the other ranks' states: no second forward
+            batch, reading = self._read(plan, 0)
+            states = objective.states(reading, batch)
+            gradients = self._cached_gradients({0: states}, plan, targets, sums)[0]
+            terms = objective.likelihoods(reading, batch, plan.counts)
+            sums.add(terms)
+            loss = self._likelihood_loss(reading, terms) + _inner_product(states, gradients)
+            yield _with_every_weight(loss, reading)
+            return
+        replay: dict[int, Tensor] = {}
+        first: dict[int, States] = {}
+        for k in (k for k in range(count) if plan.roles(k) & {Role.WANTED, Role.UNWANTED}):
+            replay[k] = _rng_state(device)
+            batch = self._batch(plan, k, objective.predicted if objective.by_likelihood else frozenset())
             with torch.no_grad():
-                _, at_labels = self.reference(batch.retain)
-            reference_logits = at_labels[batch.retain.labels_of(Role.RETAIN)]
-        return Output(hidden, logits, reference_logits)
+                first[k] = objective.states(self.engine(batch), batch)
+        cached = self._cached_gradients(first, plan, targets, sums)
+        del first
+        for k in range(count):
+            if k in replay:
+                _set_rng_state(replay[k], device)  # dropout must be the same in both forwards
+            batch, reading = self._read(plan, k, cached.get(k, {}))
+            sums.add(objective.likelihoods(reading, batch, plan.counts))
+            loss = reading.weighted
+            if k in cached and not objective.by_likelihood:
+                loss = loss + _inner_product(objective.states(reading, batch), cached[k])
+            yield _with_every_weight(loss, reading)
 
-    def _cached_gradients(self, states: list[States], plan: StepPlan, sums: Sums) -> list[dict[str, Tensor]]:
-        """The N-pair's gradient with respect to the states of each of this rank's micro-batches."""
+    def _read(self, plan: StepPlan, k: int, gradients: Cached | None = None) -> tuple[Batch, Reading]:
+        """Micro-batch ``k`` and what the model says of it; ``gradients``: of its states, where they are known."""
+        batch = self._batch(plan, k, self.objective.predicted)
+        weights = None
+        # Scores are made of token losses, which carry the gradient themselves until it is known what they weigh.
+        if gradients is not None or not self.objective.by_likelihood or Role.RETAIN in plan.roles(k):
+            weights = self.objective.label_weights(batch, plan.counts, gradients)
+        if self.reference is None or Role.RETAIN not in plan.roles(k):
+            return batch, self.engine(batch, weights)
+        with self.reference.targets(batch) as retain:
+            return batch, self.engine(batch, weights, retain)
+
+    def _likelihood_loss(self, reading: Reading, terms: dict[str, Term]) -> Tensor:
+        return self.objective.total(terms) if reading.losses.requires_grad else reading.weighted
+
+    def _batch(self, plan: StepPlan, k: int, roles: frozenset[Role]) -> Batch:
+        begun = time.perf_counter()
+        with_retain = self.reference is not None and self.reference.reads and Role.RETAIN in plan.roles(k)
+        rows = plan.micro_batches[self.world.rank][k]
+        batch = collate(rows, self.pad_id, roles=roles, flat=self.layout.flat, with_retain=with_retain)
+        batch = batch.to(self.world.device)
+        self.data_seconds += time.perf_counter() - begun
+        return batch
+
+    def _cached_gradients(
+        self, parts: dict[int, States], plan: StepPlan, targets: Any, sums: Sums
+    ) -> dict[int, Cached]:
+        """The N-pair's gradient with respect to the states of this rank's micro-batches ``parts``."""
         sizes = {"anchor": plan.counts["pairs"], "positive": plan.counts["pairs"], "negative": len(plan.unwanted_ids)}
-        full: dict[str, Tensor] = {}
-        for name in states[0]:
-            values = torch.cat([part[name][0].detach() for part in states])
-            index = torch.cat([part[name][1] for part in states])
-            full[name] = fill_from_ranks(values, index, sizes[name]).requires_grad_()
+        full: States = {}
+        for name in next(iter(parts.values())):
+            values = torch.cat([part[name][0].detach() for part in parts.values()])
+            index = torch.cat([part[name][1] for part in parts.values()])
+            whole = fill_from_ranks(values, index, sizes[name]).requires_grad_()
+            full[name] = whole, torch.arange(sizes[name], device=whole.device)
         with torch.enable_grad():
-            terms = self.objective.contrast_all(full, plan)
-            gradients = torch.autograd.grad(self.objective.total(terms), list(full.values()))
-        share = {name: Term(term.total / self.world.size, term.count) for name, term in terms.items()}
-        sums.add(share)  # every rank computed the same totals, and they will be summed over ranks
-        return [{name: g[part[name][1]] for name, g in zip(full, gradients, strict=True)} for part in states]
+            terms = self.objective.contrast(full, plan, targets)
+            leaves = [values for values, _ in full.values()]
+            gradients = torch.autograd.grad(self.objective.total(terms), leaves)
+        # Every rank computed the same totals, and they will be summed over ranks.
+        sums.add({name: Term(term.total / self.world.size, term.count) for name, term in terms.items()})
+        return {
+            k: {name: g[part[name][1]] for name, g in zip(full, gradients, strict=True)} for k, part in parts.items()
+        }
 
     def _update(self, sums: Sums) -> StepResult:
         """Clip and step, unless some rank's gradient isn't finite."""
@@ -166,8 +202,19 @@ class Step:
         return StepResult(sums, float("inf") if skipped or norm is None else float(norm), skipped)
 
 
-def _gradients_finite(engine: Any, world: World) -> bool:
+def _inner_product(states: States, gradients: Cached) -> Tensor:
+    return torch.stack([(states[name][0] * gradient).sum() for name, gradient in gradients.items()]).sum()
 
+
+def _with_every_weight(loss: Tensor, reading: Reading) -> Tensor:
+    """``loss``, with every weight in its graph, even where a micro-batch has nothing for one to do.
+
+    ZeRO-3 reduces gradients in an order that all ranks must share.
+    """
+    return loss + 0.0 * (reading.hidden.sum() + reading.weighted + reading.losses.sum())
+
+
+def _gradients_finite(engine: Any, world: World) -> bool:
     finite = all(bool(torch.isfinite(p.grad).all()) for p in engine.module.parameters() if p.grad is not None)
     return max_over_ranks(0.0 if finite else 1.0, world.device) == 0.0
 

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 
-from wpn_ds.data.batch import collate
 from wpn_ds.data.examples import ExampleSet
-from wpn_ds.data.plan import Item, Layout, Role
+from wpn_ds.data.plan import Item, Role
 from wpn_ds.engine.bank import Bank, pooled_states
-from wpn_ds.engine.distributed import World, sum_over_ranks
-from wpn_ds.evaluate.generate import evaluation_mode
-from wpn_ds.objectives.likelihood import token_logprobs
+from wpn_ds.engine.distributed import sum_over_ranks
+from wpn_ds.engine.reader import Reader
 from wpn_ds.objectives.npair import paired_similarity, similarity
 from wpn_ds.objectives.wpn import WPN
 
@@ -20,7 +16,7 @@ from wpn_ds.objectives.wpn import WPN
 _FIGURES = {Role.WANTED: "eval/nll_wanted", Role.UNWANTED: "eval/nll_unwanted", Role.RETAIN: "eval/nll_retain"}
 
 
-def validation_losses(engine: Any, examples: ExampleSet, layout: Layout, pad_id: int, world: World) -> dict[str, float]:
+def validation_losses(reader: Reader, examples: ExampleSet) -> dict[str, float]:
     """Mean NLL a token, in nats, of wanted, unwanted and retain answers; what ``examples`` lacks is left out."""
     segments = {
         Role.WANTED: [answer.segment for example in examples.forget for answer in example.wanted],
@@ -31,29 +27,25 @@ def validation_losses(engine: Any, examples: ExampleSet, layout: Layout, pad_id:
     if not items:
         return {}
     roles = [role for role, part in segments.items() if part]
-    sums = {_FIGURES[role]: torch.zeros((), device=world.device, dtype=torch.float64) for role in roles}
-    with evaluation_mode(engine.module):
-        for rows in layout.micro_batches(items)[world.rank]:
-            batch = collate(rows, pad_id, roles=frozenset(roles)).to(world.device)
-            losses = -token_logprobs(engine(batch)[1], batch.label_ids)
-            for role in roles:
-                sums[_FIGURES[role]] += losses[batch.labels_of(role)].sum()
-    totals = sum_over_ranks(sums, world.device)
+    device = reader.world.device
+    sums = {_FIGURES[role]: torch.zeros((), device=device, dtype=torch.float64) for role in roles}
+    for batch, reading in reader.read(items, frozenset(roles)):
+        for role in roles:
+            sums[_FIGURES[role]] += reading.losses[batch.labels_of(role)].sum()
+    totals = sum_over_ranks(sums, device)
     return {_FIGURES[r]: totals[_FIGURES[r]] / sum(s.answer_length for s in segments[r]) for r in roles}
 
 
-def starting_similarities(
-    engine: Any, objective: WPN, examples: ExampleSet, bank: Bank, layout: Layout, pad_id: int, world: World
-) -> dict[str, float]:
+def starting_similarities(reader: Reader, objective: WPN, examples: ExampleSet, bank: Bank) -> dict[str, float]:
     """How close prompts and answers lie before training, as cosines, on at most 256 examples.
 
     Causal-LM states are nearly parallel, so these are far from 0: the N-pair's temperature acts on what is left.
     """
     chosen = examples.forget[:256]
     prompts = [example.wanted[0].segment for example in chosen]
-    anchors = pooled_states(engine, objective, prompts, "prompt", layout, pad_id, world)
-    positive = bank.vectors[[example.wanted[0].answer_id for example in chosen]]
-    negative = bank.vectors[[example.unwanted[0].answer_id for example in chosen]]
+    anchors = pooled_states(reader, objective, prompts, "prompt")
+    positive = bank.vectors[[example.wanted[0].answer_id for example in chosen]].to(anchors)
+    negative = bank.vectors[[example.unwanted[0].answer_id for example in chosen]].to(anchors)
     pairwise = similarity(anchors, anchors, "cosine")
     others = ~torch.eye(len(chosen), dtype=torch.bool, device=anchors.device)
     figures = {

@@ -12,9 +12,16 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PretrainedConfig
+from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PretrainedConfig,
+)
 
 from wpn_ds.errors import UserError
+from wpn_ds.models.attention import KERNELS, supported
 
 logger = logging.getLogger(__name__)
 
@@ -82,6 +89,7 @@ def load_model(
     """A transformers causal LM in training mode, audited.
 
     Args:
+        attention: "auto", "sdpa", "eager", or one of :data:`wpn_ds.models.attention.KERNELS`.
         zero3: a DeepSpeed configuration of stage 3 without batch sizes: the weights are then partitioned as they are
             read, and no rank ever holds the whole model.
 
@@ -142,15 +150,22 @@ def audit(model: Any, info: Mapping[str, Any], source: Source) -> None:
     logger.warning("%s (allowed by --allow_key_mismatch)", message)
 
 
-def _attention(config: PretrainedConfig, wanted: str) -> str:
-    """SDPA where the family has it, else eager (GPT-Neo raises for SDPA)."""
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+def default_attention(config: PretrainedConfig) -> str:
+    """The model's own attention: SDPA where the family has it, else eager (GPT-Neo)."""
+    return "sdpa" if _has_sdpa(config) else "eager"
 
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    has_sdpa = bool(getattr(cls, "_supports_sdpa", False))
-    if wanted == "sdpa" and not has_sdpa:
+
+def _attention(config: PretrainedConfig, wanted: str) -> str:
+    if wanted in KERNELS and not supported(config):
+        raise UserError(f"--attention: {config.model_type} models have only their own attention: pass sdpa or eager")
+    if wanted == "sdpa" and not _has_sdpa(config):
         raise UserError(f"--attention sdpa: {config.model_type} has no SDPA attention; use --attention eager")
-    return "sdpa" if has_sdpa and wanted != "eager" else "eager"
+    return default_attention(config) if wanted == "auto" else wanted
+
+
+def _has_sdpa(config: PretrainedConfig) -> bool:
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return bool(getattr(cls, "_supports_sdpa", False))
 
 
 def accepts_packing(model: Any) -> bool:

@@ -1,4 +1,4 @@
-"""A causal LM as the objective needs it: states of every token, logits at the labels, segments kept apart."""
+"""A causal LM as the objective needs it: states of every token, losses at the labels, segments kept apart."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from wpn_ds.data.batch import Batch
+from wpn_ds.data.plan import Role
+from wpn_ds.models.head import AnswerHead, Parts
+from wpn_ds.objectives.likelihood import Reading, Targets, Tokens
 
 
 class PackedLM(nn.Module):
@@ -21,17 +24,30 @@ class PackedLM(nn.Module):
         super().__init__()
         self.lm = lm
         self.packed = packed
+        if not isinstance(lm.get_output_embeddings(), AnswerHead):
+            lm.set_output_embeddings(AnswerHead(lm.get_output_embeddings()))
 
-    def forward(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        """``hidden`` [B * L, d] that the head receives, and ``logits`` [P, V] at the batch's label positions."""
+    def forward(self, batch: Batch, weights: Tensor | None = None, retain: Targets | None = None) -> Reading:
+        """``weights`` [P]: of the labels' losses in what is minimised; ``retain``: what retain labels are compared to
+        in place of their tokens."""
         hidden = self.backbone(batch).flatten(0, 1)
-        return hidden, self.lm.get_output_embeddings()(hidden[batch.label_positions])
+        ids, n = batch.label_ids, len(batch.label_ids)
+        kl = batch.labels_of(Role.RETAIN) if retain is not None else slice(n, n)
+        parts: Parts = [(slice(0, kl.start), Tokens(ids[: kl.start]))]
+        if retain is not None:
+            parts = [*parts, (kl, retain), (slice(kl.stop, n), Tokens(ids[kl.stop :]))]
+        # One call whatever the labels are: it is a collective, and the ranks' micro-batches differ.
+        head = self.lm.get_output_embeddings()
+        return Reading(hidden, *head(hidden[batch.label_positions], parts, weights))
 
     def backbone(self, batch: Batch) -> Tensor:
         """[B, L, d] states. No cache: with one, GPT-Neo's stock attention silently leaks across segments."""
-        if self.packed:
-            dtype = self.lm.dtype
-            inputs = {"position_ids": batch.position_ids, "attention_mask": segment_mask(batch.segment_ids, dtype)}
+        inputs: dict[str, Tensor]
+        if batch.pieces is not None:  # read by the attention of wpn_ds.models.attention
+            inputs = {"position_ids": batch.position_ids, "attention_mask": batch.pieces}
+        elif self.packed:
+            mask = segment_mask(batch.segment_ids, self.lm.dtype)
+            inputs = {"position_ids": batch.position_ids, "attention_mask": mask}
         else:
             inputs = {"attention_mask": (batch.segment_ids >= 0).long()}
         return self.lm.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state

@@ -1,19 +1,116 @@
-"""Terms on token probabilities: log-probabilities, weighted answer scores, KL to the reference."""
+"""What a label's predicted distribution is compared to, chunk by chunk of the LM head's logits.
+
+Every loss here is a cross entropy ``-sum_v t_v log p_v`` up to a constant, so its gradient with respect to the logits
+is ``p - t`` whatever the target distribution ``t``: the label itself (NLL), the starting model's distribution (KL), or
+its most likely tokens with the rest as one lump (top-k KL).
+"""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
-def token_logprobs(logits: Tensor, ids: Tensor) -> Tensor:
-    """``log pi(id)`` of each row: ``[P, V]`` logits and ``[P]`` ids to ``[P]``, at least fp32 inside."""
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    return logits.gather(1, ids[:, None]).squeeze(1) - torch.logsumexp(logits, dim=1)
+class Reading(NamedTuple):
+    """What a model says of one micro-batch of ``T`` tokens and ``P`` labels.
+
+    A tuple, since DeepSpeed's hooks look for a module's output tensors in tuples, lists and dicts only.
+
+    Attributes:
+        hidden: [T, d] what the LM head receives at every token.
+        losses: [P] of the labels: -log pi(token), or at retain labels the KL if that was asked for.
+        weighted: scalar, the sum of the losses times their weights in what is minimised. It carries the gradient if
+            weights were given; otherwise the losses do, and this is 0.
+    """
+
+    hidden: Tensor
+    losses: Tensor
+    weighted: Tensor
 
 
-def token_kl(reference_logits: Tensor, logits: Tensor) -> Tensor:
-    """``KL(pi_ref || pi)`` of each row: two ``[P, V]`` to ``[P]``, at least fp32 inside."""
-    dtype = torch.promote_types(logits.dtype, torch.float32)
-    reference = torch.log_softmax(reference_logits.to(dtype), dim=1)
-    return (reference.exp() * (reference - torch.log_softmax(logits.to(dtype), dim=1))).sum(1)
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``[n, d]`` states and a head's ``[V, d]`` weight to ``[n, V]`` logits, at least fp32."""
+    logits = F.linear(hidden, weight, bias)
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
+class Targets(Protocol):
+    """What the predicted distributions of ``n`` labels are compared to."""
+
+    def losses(self, logits: Tensor, labels: slice) -> Tensor:
+        """``[c, V]`` logits of ``labels`` to ``[c]`` losses; leaves ``p - t`` in ``logits``."""
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """``-log p(id)``. ``ids``: [n]."""
+
+    ids: Tensor
+
+    def losses(self, logits: Tensor, labels: slice) -> Tensor:
+        ids = self.ids[labels, None]
+        normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
+        losses = normaliser - logits.gather(1, ids)
+        logits.sub_(normaliser).exp_().scatter_add_(1, ids, -torch.ones_like(losses))
+        return losses.squeeze(1)
+
+
+@dataclass(frozen=True)
+class Distribution:
+    """``KL(t || p)`` with ``t`` the softmax of another head's logits.
+
+    Attributes:
+        hidden: [n, d] what that head receives.
+        weight, bias: [V, d] and [V], or None.
+    """
+
+    hidden: Tensor
+    weight: Tensor
+    bias: Tensor | None = None
+
+    def losses(self, logits: Tensor, labels: slice) -> Tensor:
+        own = logits.sub_(torch.logsumexp(logits, dim=1, keepdim=True))
+        target = head_logits(self.hidden[labels], self.weight, self.bias).to(own.dtype)
+        target.sub_(torch.logsumexp(target, dim=1, keepdim=True))
+        gap = target - own
+        probabilities = target.exp_()
+        losses = torch.linalg.vecdot(probabilities, gap)
+        own.exp_().sub_(probabilities)
+        return losses
+
+
+@dataclass(frozen=True)
+class TopK:
+    """``KL(t || p)`` where only ``t``'s k largest probabilities are known, all other tokens being one event.
+
+    Lumping can only lower a KL: by the chain rule it leaves out ``t_rest * KL(t' || p')``, the KL of the distributions
+    inside the rest, which is 0 while the model is the starting one, and at most ``t_rest`` times the largest
+    ``log(t'_v / p'_v)`` later.
+
+    Attributes:
+        ids: [n, k] the tokens.
+        logprobs: [n, k] their log-probabilities under ``t``.
+    """
+
+    ids: Tensor
+    logprobs: Tensor
+
+    def losses(self, logits: Tensor, labels: slice) -> Tensor:
+        own = logits.sub_(torch.logsumexp(logits, dim=1, keepdim=True))
+        ids, target = self.ids[labels], self.logprobs[labels].to(own.dtype)
+        known = own.gather(1, ids)
+        rest, own_rest = _log_rest(target), _log_rest(known)
+        losses = torch.linalg.vecdot(target.exp(), target - known) + rest.exp() * (rest - own_rest)
+        # The rest's target mass is spread as the model itself spreads it: p_v t_rest / p_rest.
+        own.exp_().mul_(1 - (rest - own_rest).exp()[:, None])
+        own.scatter_(1, ids, known.exp() - target.exp())
+        return losses
+
+
+def _log_rest(logprobs: Tensor) -> Tensor:
+    """[n] log of the probability that ``[n, k]`` leave; at least 1e-10, since what rounding leaves is no evidence."""
+    return torch.log1p(-logprobs.exp().sum(1).clamp(max=1 - 1e-7)).clamp(min=-23.0)

@@ -7,19 +7,20 @@ the optimizer step as a whole, however its items are spread over ranks and micro
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from wpn_ds.data.batch import Batch, Span
+from wpn_ds.data.batch import Batch, Spans, to_device
 from wpn_ds.data.plan import Role, StepPlan
-from wpn_ds.objectives.likelihood import token_kl, token_logprobs
-from wpn_ds.objectives.npair import Scoring, npair_losses, paired_similarity, similarity
-from wpn_ds.objectives.pooling import Pooling, pool, pooling_matrix, position_weights
+from wpn_ds.objectives.likelihood import Reading
+from wpn_ds.objectives.npair import Blocks, Scoring, npair_losses, paired_similarity, similarity, streamed_npair
+from wpn_ds.objectives.pooling import Pooling, pool, pooling_matrix
 
 Targets = Literal["reference", "detached", "live"]
 Negatives = Literal["step", "own", "bank"]
@@ -39,33 +40,24 @@ class Term:
 
 
 @dataclass(frozen=True)
-class Output:
-    """What the model says about one micro-batch.
-
-    Attributes:
-        hidden: [B * L, d] what the LM head receives at every token.
-        logits: [P, V] at the batch's label positions.
-        reference_logits: [R, V] of the frozen starting model at the retain labels, in their order; for KL only.
-    """
-
-    hidden: Tensor
-    logits: Tensor
-    reference_logits: Tensor | None = None
-
-
-@dataclass(frozen=True)
 class FrozenTargets:
     """Pooled answer vectors that get no gradient.
 
     Attributes:
         positive: [pairs, d] wanted answers, in the step's order.
-        negative: [m, d] unwanted answers.
-        mask: [pairs, m] True where the unwanted answer is a negative of the pair.
+        negatives: the unwanted answers in blocks, for the pairs of an index [n].
     """
 
     positive: Tensor
+    negatives: Callable[[Tensor], Blocks]
+
+
+@dataclass(frozen=True)
+class StartingScores:
+    """The starting model's likelihood scores: [pairs] of the step's wanted answers, [m] of the unwanted ones."""
+
+    positive: Tensor
     negative: Tensor
-    mask: Tensor
 
 
 #: One state per item: values [n, ...] and the items' indices [n].
@@ -78,7 +70,9 @@ class WPN:
 
     Attributes:
         pooling: weights inside a span.
-        scoring: ``cosine`` or ``dot`` of pooled states; ``likelihood``: ``s(x, y) = sum_t w_t log pi(y_t | x, y_<t)``.
+        scoring: ``cosine`` or ``dot`` of pooled states; ``likelihood``: ``s(x, y) = sum_t w_t log pi(y_t | x, y_<t)``;
+            ``likelihood_ratio``: that minus its value at the starting model. With pooling ``sum``, ``own`` negatives
+            and temperature 1 / beta the last is DPO (arXiv 2305.18290).
         temperature: tau of the N-pair.
         targets: where the answers' vectors come from: the frozen starting model, the current model without gradient,
             or the current model.
@@ -103,9 +97,14 @@ class WPN:
         return self.wpn_weight > 0
 
     @property
+    def by_likelihood(self) -> bool:
+        """Whether an answer's score is made of its tokens' probabilities."""
+        return self.scoring in ("likelihood", "likelihood_ratio")
+
+    @property
     def coupled(self) -> bool:
         """Whether a pair's loss has gradients into other items of the step, which may be on other ranks."""
-        return self.contrasts and (self.targets == "live" or self.scoring == "likelihood")
+        return self.contrasts and (self.targets == "live" or self.by_likelihood)
 
     @property
     def frozen(self) -> bool:
@@ -113,7 +112,13 @@ class WPN:
         return self.contrasts and not self.coupled
 
     @property
-    def needs_reference_logits(self) -> bool:
+    def needs_starting_scores(self) -> bool:
+        """Whether the step needs the starting model's scores of its answers."""
+        return self.contrasts and self.scoring == "likelihood_ratio"
+
+    @property
+    def keeps_distribution(self) -> bool:
+        """Whether the step needs the starting model's distribution at the retain labels."""
         return self.retain_weight > 0 and self.retain_loss == "kl"
 
     @property
@@ -122,42 +127,30 @@ class WPN:
         roles = set()
         if self.nll_weight > 0:
             roles.add(Role.WANTED)
-        if self.scoring == "likelihood" and self.contrasts:
+        if self.by_likelihood and self.contrasts:
             roles |= {Role.WANTED, Role.UNWANTED}
         if self.retain_weight > 0:
             roles.add(Role.RETAIN)
         return frozenset(roles)
 
-    def states(self, output: Output, batch: Batch) -> States:
+    def states(self, reading: Reading, batch: Batch) -> States:
         """The per-item states that the N-pair is a function of.
 
         Pooled: ``anchor`` [n, d] and, if targets are live, ``positive`` [n, d] and ``negative`` [m, d].
         Likelihood: ``positive`` [n] and ``negative`` [m] weighted scores.
         """
-        if self.scoring == "likelihood":
-            logprobs = token_logprobs(output.logits, batch.label_ids)
-            return {
-                "positive": self._scores(logprobs, batch, Role.WANTED),
-                "negative": self._scores(logprobs, batch, Role.UNWANTED),
-            }
+        if self.by_likelihood:
+            spans = {"positive": batch.wanted_labels, "negative": batch.unwanted_labels}
+            scores = {name: self.pooled(-reading.losses[:, None], of) for name, of in spans.items()}
+            return {name: (values.squeeze(1), index) for name, (values, index) in scores.items()}
         spans = {"anchor": batch.prompts}
         if self.coupled:
             spans |= {"positive": batch.wanted, "negative": batch.unwanted}
-        return {name: self.pooled(output.hidden, of) for name, of in spans.items()}
+        return {name: self.pooled(reading.hidden, of) for name, of in spans.items()}
 
-    def pooled(self, hidden: Tensor, spans: tuple[Span, ...]) -> tuple[Tensor, Tensor]:
+    def pooled(self, hidden: Tensor, spans: Spans) -> tuple[Tensor, Tensor]:
         """``[T, d]`` states to the pooled vectors ``[S, d]`` of the spans, and the items' indices ``[S]``."""
-        matrix = pooling_matrix([(span.start, span.stop) for span in spans], hidden.shape[0], self.pooling)
-        return pool(hidden, matrix), _indices([span.index for span in spans], hidden.device)
-
-    def _scores(self, logprobs: Tensor, batch: Batch, role: Role) -> tuple[Tensor, Tensor]:
-        """``sum_t w_t log pi(y_t | x, y_<t)`` of every answer of ``role``: [n] scores and indices."""
-        items = sorted(set(batch.label_index[batch.labels_of(role)].tolist()))
-        rows = []
-        for index in items:
-            of_item = logprobs[batch.labels_of(role) & (batch.label_index == index)]
-            rows.append((of_item * position_weights(len(of_item), self.pooling).to(of_item)).sum())
-        return (torch.stack(rows) if rows else logprobs.new_zeros(0)), _indices(items, logprobs.device)
+        return pool(hidden, pooling_matrix(spans.start, spans.stop, len(hidden), self.pooling)), spans.index
 
     def mask(self, plan: StepPlan) -> np.ndarray:
         """[pairs, unwanted of the step] True where the unwanted answer is a negative of the pair."""
@@ -166,51 +159,61 @@ class WPN:
     def contrast_frozen(self, states: States, targets: FrozenTargets, pairs: int) -> dict[str, Term]:
         """The N-pair of this micro-batch's own anchors against frozen targets."""
         anchors, index = states["anchor"]
+        figures = {"norm/anchor": Term(anchors.detach().norm(dim=-1).sum(), pairs)}
         positives = targets.positive[index].to(anchors)
-        negatives = targets.negative.to(anchors)
-        return self._terms(
-            paired_similarity(anchors, positives, self.scoring),
-            similarity(anchors, negatives, self.scoring),
-            targets.mask[index],
-            pairs,
-        ) | {"norm/anchor": Term(anchors.detach().norm(dim=-1).sum(), pairs)}
+        blocks = ((vectors.to(anchors), mask) for vectors, mask in targets.negatives(index))
+        if self.scoring == "cosine":
+            anchors, positives = F.normalize(anchors, dim=-1), F.normalize(positives, dim=-1)
+            blocks = ((F.normalize(vectors, dim=-1), mask) for vectors, mask in blocks)
+        positive = (anchors * positives).sum(-1)
+        losses, negative = streamed_npair(anchors, positive, blocks, self.temperature)
+        return figures | _pair_terms(losses, positive.detach(), negative, pairs)
 
-    def contrast_all(self, states: Mapping[str, Tensor], plan: StepPlan) -> dict[str, Term]:
-        """The N-pair of the whole step, from the states of all its items in order."""
-        mask = torch.from_numpy(self.mask(plan)).to(states["positive"].device)
-        if self.scoring == "likelihood":
-            positive, negative = states["positive"], states["negative"].expand(len(mask), -1)
+    def contrast(self, states: States, plan: StepPlan, start: StartingScores | None = None) -> dict[str, Term]:
+        """The N-pair of the pairs in ``states``, whose negatives are in there too; ``start`` for likelihood ratios."""
+        (positives, rows), (negatives, columns) = states["positive"], states["negative"]
+        mask = to_device(torch.from_numpy(self.mask(plan)), positives.device)[rows][:, columns]
+        if self.by_likelihood:
+            if start is not None:
+                positives, negatives = positives - start.positive[rows], negatives - start.negative[columns]
+            positive, negative = positives, negatives.expand(len(rows), -1)
         else:
-            positive = paired_similarity(states["anchor"], states["positive"], self.scoring)
-            negative = similarity(states["anchor"], states["negative"], self.scoring)
-        return self._terms(positive, negative, mask, plan.counts["pairs"])
-
-    def _terms(self, positive: Tensor, negative: Tensor, mask: Tensor, pairs: int) -> dict[str, Term]:
+            positive = paired_similarity(states["anchor"][0], positives, self.scoring)
+            negative = similarity(states["anchor"][0], negatives, self.scoring)
         losses = npair_losses(positive, negative, mask, self.temperature)
         with torch.no_grad():
-            per_pair = negative.masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)
-        return {
-            "npair": Term(losses.sum(), pairs),
-            "sim/positive": Term(positive.detach().sum(), pairs),
-            "sim/negative": Term(per_pair.sum(), pairs),
-            "sim/margin": Term((positive.detach() - per_pair).sum(), pairs),
-        }
+            mean = negative.masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)
+        return _pair_terms(losses, positive.detach(), mean, plan.counts["pairs"])
 
-    def likelihoods(self, output: Output, batch: Batch, counts: Mapping[str, int]) -> dict[str, Term]:
+    def label_weights(
+        self, batch: Batch, counts: Mapping[str, int], gradients: Mapping[str, Tensor] | None = None
+    ) -> Tensor:
+        """``[P]`` coefficients of the labels' losses in what is minimised.
+
+        ``gradients``: that of the N-pair with respect to the answers' scores, as :meth:`states` has them; a score is
+        minus the weighted sum of its labels' losses.
+        """
+        of_role = {
+            Role.WANTED: self.nll_weight / max(1, counts["nll"]),
+            Role.RETAIN: self.retain_weight / max(1, counts["retain"]),
+        }
+        device = batch.label_ids.device
+        weights = torch.cat(
+            [torch.full((n,), of_role.get(role, 0.0), device=device) for role, n in batch.label_counts.items()]
+        )
+        if gradients and self.by_likelihood:
+            for name, spans in (("positive", batch.wanted_labels), ("negative", batch.unwanted_labels)):
+                matrix = pooling_matrix(spans.start, spans.stop, len(weights), self.pooling)
+                weights = weights - gradients[name].to(matrix) @ matrix
+        return weights
+
+    def likelihoods(self, reading: Reading, batch: Batch, counts: Mapping[str, int]) -> dict[str, Term]:
         """The terms on token probabilities: ``nll`` of wanted answers and ``retain``."""
         terms = {}
-        if self.nll_weight > 0 or self.retain_weight > 0:
-            logprobs = token_logprobs(output.logits, batch.label_ids)
         if self.nll_weight > 0:
-            terms["nll"] = Term(-logprobs[batch.labels_of(Role.WANTED)].sum(), counts["nll"])
+            terms["nll"] = Term(reading.losses[batch.labels_of(Role.WANTED)].sum(), counts["nll"])
         if self.retain_weight > 0:
-            retain = batch.labels_of(Role.RETAIN)
-            if self.retain_loss == "nll":
-                total = -logprobs[retain].sum()
-            else:
-                assert output.reference_logits is not None
-                total = token_kl(output.reference_logits, output.logits[retain]).sum()
-            terms["retain"] = Term(total, counts["retain"])
+            terms["retain"] = Term(reading.losses[batch.labels_of(Role.RETAIN)].sum(), counts["retain"])
         return terms
 
     @property
@@ -221,8 +224,14 @@ class WPN:
     def total(self, terms: Mapping[str, Term]) -> Tensor:
         """The weighted sum of the terms' step means: a scalar, with the gradient of this micro-batch's share."""
         parts = [w * terms[name].total / max(1, terms[name].count) for name, w in self.weights.items() if name in terms]
-        return torch.stack(parts).sum()
+        return torch.stack(parts).sum() if parts else torch.zeros(())
 
 
-def _indices(values: list[int], device: torch.device) -> Tensor:
-    return torch.tensor(values, dtype=torch.long, device=device)
+def _pair_terms(losses: Tensor, positive: Tensor, negative: Tensor, pairs: int) -> dict[str, Term]:
+    """``[n]`` losses, similarities to the wanted answer and mean similarities to the unwanted ones, as terms."""
+    return {
+        "npair": Term(losses.sum(), pairs),
+        "sim/positive": Term(positive.sum(), pairs),
+        "sim/negative": Term(negative.sum(), pairs),
+        "sim/margin": Term((positive - negative).sum(), pairs),
+    }

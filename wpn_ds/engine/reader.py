@@ -1,0 +1,33 @@
+"""Reading without gradient: what the engine's current weights say of segments that no step is planned for."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wpn_ds.data.batch import Batch, collate
+from wpn_ds.data.plan import Item, Layout, Role
+from wpn_ds.engine.distributed import World
+from wpn_ds.evaluate.generate import evaluation_mode
+from wpn_ds.objectives.likelihood import Reading
+
+
+@dataclass(frozen=True)
+class Reader:
+    """An engine and how it is fed."""
+
+    engine: Any
+    layout: Layout
+    pad_id: int
+    world: World
+
+    def read(self, items: Sequence[Item], roles: frozenset[Role]) -> Iterator[tuple[Batch, Reading]]:
+        """This rank's micro-batches of ``items``, one after the other; ``roles`` as in :func:`collate`.
+
+        Every rank must call it with the same items, and exhaust it.
+        """
+        with evaluation_mode(self.engine.module):
+            for rows in self.layout.micro_batches(items)[self.world.rank]:
+                batch = collate(rows, self.pad_id, roles=roles, flat=self.layout.flat).to(self.world.device)
+                yield batch, self.engine(batch)

@@ -1,0 +1,240 @@
+"""Packed attention: the texts in a row attend segment by segment, and no [L, L] mask is ever built.
+
+Three kernels compute the same thing, registered with transformers under the names in :data:`KERNELS`; GPT-Neo, which
+does not use that registry, gets an attention class. What attends to what comes in place of the attention mask:
+the ``pieces`` of :class:`wpn_ds.data.batch.Batch`, an integer table in the host's memory. It is the one argument that
+every family hands through to its attention untouched (a 4-D mask counts as prepared), in activation checkpointing's
+second forward too. Any other mask, as ``generate`` makes it, goes to plain SDPA.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import lru_cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
+from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES, GPTNeoSelfAttention
+
+#: ``start, stop, prefix_start, prefix_stop`` of every piece of a row, see :class:`wpn_ds.data.batch.Batch`.
+Pieces = tuple[tuple[int, int, int, int], ...]
+
+#: (query, key, value [1, H, T, D], pieces, scale, window or None, dropout) -> [1, T, H, D]
+Kernel = Callable[[Tensor, Tensor, Tensor, Pieces, float, int | None, float], Tensor]
+
+
+def per_segment_sdpa(
+    query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float, window: int | None, dropout: float
+) -> Tensor:
+    """One SDPA call a piece; the route of a CPU, where a call costs little and a masked-out score as much as any."""
+    lengths = [stop - start for start, stop, _, _ in pieces]
+    queries, keys, values = (list(x.split(lengths, dim=2)) for x in (query, key, value))
+    number_at = {start: number for number, (start, _, _, _) in enumerate(pieces)}
+    outputs = []
+    for number, (_, _, prefix_start, prefix_stop) in enumerate(pieces):
+        q, k, v = queries[number], keys[number], values[number]
+        prefix = prefix_stop - prefix_start
+        if prefix:  # cut from the piece that holds it: a slice of the whole row would have a row-sized gradient
+            holder = number_at[prefix_start]
+            k = torch.cat([keys[holder][:, :, :prefix], k], dim=2)
+            v = torch.cat([values[holder][:, :, :prefix], v], dim=2)
+        outputs.append(_lower_right_causal(q, k, v, scale, window, dropout).transpose(1, 2))
+    return torch.cat(outputs, dim=1)
+
+
+def _lower_right_causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, dropout: float) -> Tensor:
+    """Attention of the last ``n`` of ``m`` tokens to those before them, within ``window``: [1, H, n, D]."""
+    n, m = q.shape[2], k.shape[2]
+    if window is None or m <= window:
+        if n == m:
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
+        mask = _band(n, m, m, q.device)
+        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)
+    blocks = []  # a block of queries sees one window before it, so the cost grows with the window and not with m
+    for start in range(0, n, window):
+        stop = min(start + window, n)
+        low, high = max(0, m - n + start - window + 1), m - n + stop
+        mask = _band(stop - start, high - low, window, q.device)
+        parts = q[:, :, start:stop], k[:, :, low:high], v[:, :, low:high]
+        blocks.append(F.scaled_dot_product_attention(*parts, mask, dropout_p=dropout, scale=scale))
+    return torch.cat(blocks, dim=2)
+
+
+@lru_cache(maxsize=256)
+def _band(n: int, m: int, window: int, device: torch.device) -> Tensor:
+    """[n, m] True where one of the last ``n`` of ``m`` tokens sees a token: itself and ``window - 1`` before it."""
+    distance = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)[None, :]
+    return (distance >= 0) & (distance < window)
+
+
+def varlen(
+    query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float, window: int | None, dropout: float
+) -> Tensor:
+    """torch's variable-length attention (CUDA, bf16): all pieces in one launch."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    if dropout:
+        raise NotImplementedError("varlen attention has no dropout")
+    index, starts_q, starts_k, longest_q, longest_k = _varlen_layout(pieces, query.device)
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    if index is not None:
+        k, v = k[index], v[index]
+    out = varlen_attn(
+        q, k, v, starts_q, starts_k, longest_q, longest_k,
+        scale=scale, window_size=(-1 if window is None else window - 1, 0),
+    )  # fmt: skip
+    assert isinstance(out, Tensor)
+    return out[None]
+
+
+@lru_cache(maxsize=8)
+def _varlen_layout(pieces: Pieces, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
+    """Where each key comes from (None: as they lie), the borders of queries and of keys, and the longest of both."""
+    lengths = torch.tensor([[stop - start, stop - start + end - begin] for start, stop, begin, end in pieces])
+    borders = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().to(device)
+    index = None
+    if any(begin < end for _, _, begin, end in pieces):
+        index = torch.cat([torch.tensor([*range(b, e), *range(s, t)]) for s, t, b, e in pieces]).to(device)
+    longest_q, longest_k = lengths.max(0).values.tolist()
+    return index, borders[:, 0].contiguous(), borders[:, 1].contiguous(), longest_q, longest_k
+
+
+def flex(
+    query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float, window: int | None, dropout: float
+) -> Tensor:
+    """flex_attention, compiled, with a block mask that is kept per layout (CUDA: on a CPU it has no backward)."""
+    if dropout:
+        raise NotImplementedError("flex attention has no dropout")
+    mask = _block_mask(pieces, window, query.device)
+    return _compiled_flex()(query, key, value, block_mask=mask, scale=scale).transpose(1, 2)
+
+
+@lru_cache(maxsize=1)
+def _compiled_flex() -> Any:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return torch.compile(flex_attention, dynamic=True)
+
+
+@lru_cache(maxsize=8)
+def _block_mask(pieces: Pieces, window: int | None, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    table = torch.tensor(pieces, device=device)
+    total = pieces[-1][1]
+    piece = torch.repeat_interleave(torch.arange(len(pieces), device=device), table[:, 1] - table[:, 0])
+    start, low, high = table[piece, 0], table[piece, 2], table[piece, 3]
+    # Distance within the text: a branch's tokens follow its prefix, wherever both lie in the row.
+    place = torch.arange(total, device=device)
+    place = torch.where(high > low, place - start + high - low, place - start)
+
+    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        own = (piece[q] == piece[k]) & (k <= q)
+        before = (k >= low[q]) & (k < high[q])
+        distance = torch.where(before, place[q] - (k - low[q]), place[q] - place[k])
+        return (own | before) & (distance < window) if window is not None else own | before
+
+    return create_block_mask(sees, None, None, total, total, device=device)
+
+
+#: Kernels by the name under which transformers knows them.
+KERNELS: dict[str, Kernel] = {"wpn_packed": per_segment_sdpa, "wpn_varlen": varlen, "wpn_flex": flex}
+
+
+def candidates(wanted: str, device: torch.device, dropout: float) -> list[str]:
+    """The kernels to try for a value of ``--attention``, the fastest first; none for the model's own attention."""
+    if wanted in ("sdpa", "eager"):
+        return []
+    if wanted != "auto":
+        return [f"wpn_{wanted}"]
+    return ["wpn_flex", "wpn_varlen", "wpn_packed"] if device.type == "cuda" and not dropout else ["wpn_packed"]
+
+
+def supported(config: PretrainedConfig) -> bool:
+    """Whether the family's attention can be one of :data:`KERNELS`."""
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return config.model_type == "gpt_neo" or bool(getattr(cls, "_supports_attention_backend", False))
+
+
+def works(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a kernel runs here, forward and backward, and agrees with :func:`per_segment_sdpa`."""
+    pieces: Pieces = ((0, 37, 0, 0), (37, 60, 0, 20), (60, 61, 0, 20), (61, 130, 61, 61))
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 1, 2, 130, head_dim, generator=generator).to(device, dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    try:
+        for window in (None, 16):
+            results = []
+            for kernel in (KERNELS[name], per_segment_sdpa):
+                leaf = inputs.clone().requires_grad_()
+                query, key, value = leaf
+                out = kernel(query, key, value, pieces, head_dim**-0.5, window, 0.0)
+                (out.float() * inputs[0].transpose(1, 2).float()).sum().backward()
+                assert leaf.grad is not None
+                results.append((out.detach(), leaf.grad))
+            for got, plain in zip(*results, strict=True):
+                if not bool((got - plain).abs().max() <= tolerance * plain.abs().max()):
+                    return False
+    except Exception:  # whatever a compiler, a missing kernel or an old card says, another kernel is taken
+        return False
+    return True
+
+
+def _is_pieces(mask: Tensor | None) -> bool:
+    return mask is not None and mask.dtype == torch.long and mask.device.type == "cpu"
+
+
+def _as_pieces(mask: Tensor) -> Pieces:
+    return tuple((a, b, c, d) for a, b, c, d in mask[0, 0].tolist())
+
+
+def _attention(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    **kwargs: Any,
+) -> tuple[Tensor, None]:
+    """The kernel that the model's configuration names, as transformers calls an attention."""
+    if attention_mask is None or not _is_pieces(attention_mask):
+        return sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+    groups = getattr(module, "num_key_value_groups", 1)
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    kernel = KERNELS[module.config._attn_implementation]
+    return kernel(query, key, value, _as_pieces(attention_mask), scale, sliding_window, dropout), None
+
+
+class PackedGPTNeoAttention(GPTNeoSelfAttention):
+    """GPT-Neo's attention, unscaled and local in every second layer, by a kernel where the mask says pieces."""
+
+    def _attn(self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None = None) -> Any:
+        if attention_mask is None or not _is_pieces(attention_mask):
+            if attention_mask is not None and attention_mask.dtype == torch.bool:  # the stock code adds its mask
+                lowest = torch.finfo(torch.float32).min
+                attention_mask = torch.zeros(attention_mask.shape, device=query.device).masked_fill(
+                    ~attention_mask, lowest
+                )
+            return super()._attn(query, key, value, attention_mask)
+        window = self.config.window_size if self.attention_type == "local" else None
+        dropout = self.attn_dropout.p if self.training else 0.0
+        kernel = KERNELS[self.config._attn_implementation]
+        out = kernel(query, key, value, _as_pieces(attention_mask), 1.0, window, dropout)
+        return out.transpose(1, 2), None
+
+
+for _name in KERNELS:
+    AttentionInterface.register(_name, _attention)
+    AttentionMaskInterface.register(_name, sdpa_mask)
+    GPT_NEO_ATTENTION_CLASSES[_name] = PackedGPTNeoAttention

@@ -1,0 +1,114 @@
+"""The LM head where a loss needs it: label by label in chunks, so that [tokens, vocabulary] never exists.
+
+What the predictions are compared to is in :mod:`wpn_ds.objectives.likelihood`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wpn_ds.objectives.likelihood import Targets, head_logits
+
+#: Labels whose logits exist at the same time.
+CHUNK = 512
+
+
+#: Runs of labels, one after the other from the first to the last, with what each is compared to.
+Parts = Sequence[tuple[slice, Targets]]
+
+
+class AnswerHead(nn.Module):
+    """A model's output layer, which also computes losses itself.
+
+    It must: ZeRO-3 gathers a weight while the module that owns it runs, and nowhere else.
+    """
+
+    def __init__(self, head: Any) -> None:
+        """Takes over the parameters of ``head``, an ``nn.Linear``; tied weights stay tied."""
+        super().__init__()
+        self.weight = head.weight
+        self.bias = getattr(head, "bias", None)
+
+    def forward(self, hidden: Tensor, parts: Parts | None = None, weights: Tensor | None = None) -> Any:
+        """``[..., d]`` to logits ``[..., V]``; with ``parts``, ``[n, d]`` to ``([n] losses, weighted sum)``.
+
+        ``weights`` [n]: the coefficients of the losses in the scalar that will be minimised. With them the gradient is
+        made in the forward, while a chunk's logits exist, and it is the sum that carries it; without them the losses
+        do, and the backward computes the logits again.
+        """
+        if parts is None:
+            return F.linear(hidden, self.weight, self.bias)
+        return _ChunkedLoss.apply(hidden, self.weight, self.bias, parts, weights)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, weights: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        ctx.fused, ctx.parts = weights is not None, parts
+        trained = any(ctx.needs_input_grad)
+        if weights is None or not trained:
+            losses, *_ = _chunks(hidden, weight, bias, parts, None)
+            ctx.save_for_backward(hidden, weight, bias)
+            total = losses.new_zeros(())
+            ctx.mark_non_differentiable(total)
+        else:
+            losses, *gradients = _chunks(hidden, weight, bias, parts, weights)
+            ctx.save_for_backward(*gradients)
+            total = (weights * losses).sum()
+            ctx.mark_non_differentiable(losses)
+        return losses, total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        of_losses, of_total = upstream
+        if ctx.fused:
+            gradients = [None if g is None else g.mul_(of_total.to(g.dtype)) for g in ctx.saved_tensors]
+        else:
+            hidden, weight, bias = ctx.saved_tensors
+            gradients = list(_chunks(hidden, weight, bias, ctx.parts, of_losses)[1:])
+        return (*gradients, None, None)
+
+
+def _chunks(
+    hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, coefficients: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Losses [n], and with ``coefficients`` [n] the gradients of their weighted sum: hidden's, weight's, bias's."""
+    losses, of_hidden = [], []
+    of_weight = of_bias = None
+    for labels, targets, own in _in_chunks(parts):
+        logits = head_logits(hidden[labels], weight, bias)
+        losses.append(targets.losses(logits, own))
+        if coefficients is None:
+            continue
+        delta = logits.mul_(coefficients[labels, None].to(logits.dtype))
+        if bias is not None:
+            of_bias = delta.sum(0) if of_bias is None else of_bias + delta.sum(0)
+        delta = delta.to(weight.dtype)
+        of_hidden.append(delta @ weight)
+        if of_weight is None:  # summed over chunks in fp32: bf16 would round after each
+            of_weight = (delta.T @ hidden[labels]).to(logits.dtype)
+        elif of_weight.dtype == delta.dtype:
+            of_weight.addmm_(delta.T, hidden[labels])
+        else:
+            of_weight += delta.T @ hidden[labels]
+        del logits, delta
+    found = torch.cat(losses)
+    if coefficients is None:
+        return found, None, None, None
+    assert of_weight is not None
+    return found, torch.cat(of_hidden), of_weight.to(weight.dtype), None if of_bias is None else of_bias.to(bias)  # type: ignore[call-overload]
+
+
+def _in_chunks(parts: Parts) -> Iterator[tuple[slice, Targets, slice]]:
+    """(labels of the whole, what they are compared to, the same labels counted in their part)."""
+    for part, targets in parts:
+        for start in range(part.start, part.stop, CHUNK):
+            stop = min(start + CHUNK, part.stop)
+            yield slice(start, stop), targets, slice(start - part.start, stop - part.start)
