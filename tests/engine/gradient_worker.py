@@ -141,7 +141,7 @@ def run_case(case: dict, models: Path, cache: Path, world) -> tuple[dict, dict |
     totals = sum_over_ranks(result.sums.totals, world.device)
     parts = {name: total / result.sums.counts[name] for name, total in totals.items()}
     weights = full_weights(model.lm, world)
-    parts["grad_norm"] = result.grad_norm
+    parts["grad_norm"] = float(result.grad_norm)
     engine.destroy()
     return parts, weights
 

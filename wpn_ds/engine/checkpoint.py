@@ -168,14 +168,17 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
     # DeepSpeed restores the optimizer's own settings: another flag would have no effect.
     restored = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optimizer", "zero stage")
     decisive = ("seed", "global_batch_size", "retain_batch_size", "bf16", *restored)
-    layout = {"tokens_per_micro_batch", "packing", "attention", "gradient_checkpointing"}
+    if new.settings["reference"] == "topk":
+        decisive = (*decisive, "reference_topk")
+    layout = {"tokens_per_micro_batch", "packing", "share_prefix", "attention", "gradient_checkpointing"}
     quiet = layout | {"output_dir", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir", "logging_steps"}
     notes = []
     for name, now in new.settings.items():
         before = old.settings.get(name)
         if before == now or name in quiet:
             continue
-        if name in decisive or name.startswith(("wpn_", "nll_", "retain_w", "retain_l")):
+        approximate = name == "reference" and "topk" in (before, now)  # the other kinds are all exact
+        if approximate or name in decisive or name.startswith(("wpn_", "nll_", "retain_w", "retain_l")):
             raise UserError(f"{name} is {now}, but {path} was written with {before}: give the same, or start afresh")
         notes.append(f"{name} is now {now}, was {before}")
     return notes

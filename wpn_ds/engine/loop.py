@@ -314,6 +314,7 @@ class Trainer:
             "model": f"{job.source.name_or_path}, {parameters:,} parameters, {self.model.lm.dtype}",
             "ranks": f"{job.world.size} on {job.world.device.type}, ZeRO stage {job.zero_stage}, "
             f"peak {peak / 1e12:.3g} TFLOP/s each",
+            "attention": f"{self.attention}{', prompts shared' * job.layout.share_prefix}",
             "data": f"{len(job.examples.forget)} forget, {len(job.examples.retain)} retain; "
             f"cut: {cut.prompts} prompts, {cut.answers} answers",
             "steps": f"{job.total_steps} of {t.global_batch_size} forget + {t.retain_batch_size} retain examples",

@@ -55,8 +55,8 @@ class FrozenModel:
     def __init__(self, lm: Any, packed: bool, ds_json: Mapping[str, Any], world: World) -> None:
         """``ds_json``: from :func:`frozen_json`."""
         lm.requires_grad_(False)
-        self.head = lm.get_output_embeddings()
         model: Any = States(lm, packed=packed)
+        self.head = lm.get_output_embeddings()
         self.sharded = ds_json.get("zero_optimization", {}).get("stage") == 3
         if self.sharded:
             model, *_ = deepspeed.initialize(model=model, config=dict(ds_json), dist_init_required=False)

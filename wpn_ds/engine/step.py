@@ -49,12 +49,13 @@ class StepResult:
 
     Attributes:
         sums: the terms' totals of this rank, to be summed over ranks and divided by their global counts.
-        grad_norm: global gradient norm before clipping; inf if the gradient was not finite.
+        grad_norm: global gradient norm before clipping, on the device if DeepSpeed leaves it there; inf if the
+            gradient was not finite.
         skipped: the gradient was not finite on some rank; all ranks left the weights alone.
     """
 
     sums: Sums
-    grad_norm: float
+    grad_norm: Tensor | float
     skipped: bool
 
 
@@ -199,7 +200,7 @@ class Step:
         skipped = not engine.was_step_applied()
         if norm is None:
             norm = engine.get_global_grad_norm()
-        return StepResult(sums, float("inf") if skipped or norm is None else float(norm), skipped)
+        return StepResult(sums, float("inf") if skipped or norm is None else norm, skipped)
 
 
 def _inner_product(states: States, gradients: Cached) -> Tensor:

@@ -54,13 +54,13 @@ class ModelShape:
 def step_flops(plan: StepPlan, shape: ModelShape, predicted: frozenset[Role]) -> float:
     """Model flops of one optimizer step, over all ranks, of the trained forwards and their backwards.
 
-    ``3 * (2 * body * tokens + 2 * layers * width * sum n^2 + 2 * head * predicted tokens)``: two flops a
-    multiply-add, twice the forward for the backward; causal attention within a segment of n tokens costs
-    ``2 n^2 width`` a layer. Padding, recomputation, the reference model and no-gradient passes are not counted:
-    MFU = step_flops / (step seconds * ranks * peak flops of a device).
+    ``3 * (2 * body * tokens + 2 * layers * width * sum (n^2 - s^2) + 2 * head * predicted tokens)``: two flops a
+    multiply-add, twice the forward for the backward; causal attention within a segment of n tokens, s of them shared
+    with another, costs ``2 (n^2 - s^2) width`` a layer. Padding, recomputation, the reference model and no-gradient
+    passes are not counted: MFU = step_flops / (step seconds * ranks * peak flops of a device).
     """
     items = [item for rank in plan.micro_batches for batch in rank for row in batch for item in row]
-    squares = sum(len(item.segment) ** 2 for item in items)
+    squares = sum(len(item.segment) ** 2 - item.shared**2 for item in items)
     labels = sum(item.segment.answer_length for item in items if item.role in predicted)
     return 3.0 * (2 * shape.body * plan.tokens + 2 * shape.layers * shape.width * squares + 2 * shape.head * labels)
 
@@ -103,7 +103,7 @@ class Window:
         self.steps = 0
         self.means: dict[str, Tensor] = {}
         self.rates = {"tokens": 0.0, "padded": 0.0, "examples": 0.0, "flops": 0.0, "data": 0.0}
-        self.grad_norm = 0.0
+        self.grad_norm: Tensor | float = 0.0
         self.start = time.perf_counter()
         self.excluded = 0.0
 
@@ -136,7 +136,7 @@ class Window:
         values["loss/total"] = sum(weights[name] * value for name, value in losses.items())
         values |= {name: value for name, value in means.items() if name not in weights}
         values |= {
-            "grad_norm": self.grad_norm,
+            "grad_norm": float(self.grad_norm),
             "speed/tokens_per_second": self.rates["tokens"] / seconds,
             "speed/examples_per_second": self.rates["examples"] / seconds,
             "speed/step_seconds": seconds / self.steps,
