@@ -21,12 +21,14 @@ BELOW = {
     "wpn_ds.objectives": BASE | {"wpn_ds.config", "wpn_ds.data"},
     "wpn_ds.models": BASE | {"wpn_ds.config", "wpn_ds.data", "wpn_ds.objectives"},  # the head computes losses
     "wpn_ds.evaluate.generate": BASE,
+    "wpn_ds.sizes": BASE | {"wpn_ds.models"},
 }
 LOWER = set(BELOW)
 BELOW |= {
     "wpn_ds.demo": LOWER,
     "wpn_ds.evaluate": LOWER,
     "wpn_ds.engine": LOWER | {"wpn_ds.demo"},
+    "wpn_ds.estimate": LOWER,
     "wpn_ds.inspect_command": LOWER | {"wpn_ds.demo"},
     "wpn_ds.demo.command": LOWER | {"wpn_ds.demo", "wpn_ds.engine", "wpn_ds.evaluate"},
 }

@@ -23,11 +23,11 @@ def test_help_names_every_command_and_answers_without_loading_torch():
     code = "import sys, wpn_ds.cli; wpn_ds.cli.main(['--help']); sys.exit('torch' in sys.modules)"
     run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
-    for name in ("train", "evaluate", "inspect", "plant", "demo"):
+    for name in ("train", "evaluate", "estimate", "inspect", "plant", "demo"):
         assert f"  {name}" in run.stdout
 
 
-@pytest.mark.parametrize("command", ["train", "evaluate", "inspect", "plant", "demo"])
+@pytest.mark.parametrize("command", ["train", "evaluate", "estimate", "inspect", "plant", "demo"])
 def test_every_command_has_help(command):
     run = wpn_ds(command, "--help")
     assert run.returncode == 0 and "usage:" in run.stdout, run.stderr
@@ -46,6 +46,7 @@ def test_every_command_has_help(command):
         ([*JOB, "--wpn_weight", "0", "--nll_weight", "0", "--retain_batch_size", "0"], "retain"),
         ([*JOB, "--seed", "99999999999999999999"], "--seed"),
         (["inspect", "nowhere.jsonl"], "nowhere.jsonl"),
+        (["estimate", "--model", "./nowhere"], "--model ./nowhere"),
         (["evaluate", "--model", "./nowhere", "--output_dir", "o"], "--model ./nowhere"),
     ],
 )

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import copy
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +13,16 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.launching import environment, free_port
 from wpn_ds.config import Config
-from wpn_ds.ds_json import KNOWN_KEYS, OPTIMIZER_FLAGS, ResolvedDeepSpeed, for_loading, resolve_deepspeed
+from wpn_ds.ds_json import (
+    KNOWN_KEYS,
+    OPTIMIZER_FLAGS,
+    ResolvedDeepSpeed,
+    bucket_sizes,
+    for_loading,
+    resolve_deepspeed,
+)
 from wpn_ds.errors import UserError
 
 DS_CONFIGS = sorted((Path(__file__).parent.parent / "ds_configs").glob("*.json"))
@@ -58,8 +68,17 @@ def scheduler(**params: Any) -> dict[str, Any]:
 # The shipped files
 
 
-def test_the_four_shipped_files_are_there() -> None:
-    assert [path.stem for path in DS_CONFIGS] == ["zero1", "zero2", "zero3", "zero3_offload"]
+def test_the_five_shipped_files_are_there() -> None:
+    assert [path.stem for path in DS_CONFIGS] == ["zero1", "zero2", "zero3", "zero3_nvme", "zero3_offload"]
+
+
+@pytest.fixture(autouse=True)
+def nvme_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The folder that zero3_nvme.json asks for."""
+    folder = tmp_path / "nvme"
+    folder.mkdir()
+    monkeypatch.setenv("NVME_PATH", str(folder))
+    return folder
 
 
 @pytest.mark.parametrize("path", DS_CONFIGS, ids=lambda path: path.stem)
@@ -80,9 +99,9 @@ def test_a_shipped_file_takes_everything_from_the_flags(path: Path, device: str)
     assert resolved.config == config
     assert resolved.notes == []
     params = {"lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1}
-    offloaded = path.stem == "zero3_offload"
+    offloaded = path.stem in ("zero3_offload", "zero3_nvme")
     if device == "cpu" and not offloaded:
-        params["torch_adam"] = True
+        params |= {"torch_adam": True, "fused": True}
     assert resolved.json["optimizer"] == {"type": "AdamW", "params": params}
     assert resolved.json["gradient_clipping"] == 0.5
     assert resolved.json["bf16"] == {"enabled": True, "check_grad_overflow": True}
@@ -168,7 +187,7 @@ def test_the_callers_dictionary_is_left_as_it_is() -> None:
 # "auto"
 
 
-def test_autos_are_filled_as_transformers_does() -> None:
+def test_autos_are_filled() -> None:
     content = {
         "fp16": {"enabled": "auto", "loss_scale": 0},
         "bf16": {"enabled": "auto"},
@@ -183,8 +202,8 @@ def test_autos_are_filled_as_transformers_does() -> None:
     resolved = resolve(content, make(learning_rate=2e-5, warmup_steps=10))
     assert resolved.json["zero_optimization"] == {
         "stage": 3,
-        "reduce_bucket_size": HIDDEN * HIDDEN,
-        "stage3_prefetch_bucket_size": int(0.9 * HIDDEN * HIDDEN),
+        "reduce_bucket_size": 12 * HIDDEN * HIDDEN,
+        "stage3_prefetch_bucket_size": 12 * HIDDEN * HIDDEN,
         "stage3_param_persistence_threshold": 10 * HIDDEN,
     }
     assert resolved.json["scheduler"]["params"] == {
@@ -194,6 +213,108 @@ def test_autos_are_filled_as_transformers_does() -> None:
         "total_num_steps": 100,
     }
     assert resolved.json["fp16"]["enabled"] is resolved.json["bf16"]["enabled"] is False
+
+
+@pytest.mark.parametrize("world_size", [1, 8, 64, 512])
+@pytest.mark.parametrize("hidden", [64, 768, 1024, 2048, 4096, 9216])
+def test_a_bucket_is_long_enough_for_the_wire_and_no_longer_than_a_layer(hidden: int, world_size: int) -> None:
+    sizes = bucket_sizes(hidden, world_size)
+    layer = 12 * hidden**2
+    for key in ("reduce_bucket_size", "allgather_bucket_size", "stage3_prefetch_bucket_size"):
+        assert sizes[key] <= layer
+        assert sizes[key] == layer or sizes[key] / world_size >= 2**18
+        assert sizes[key] == layer or sizes[key] >= 2**24
+        assert sizes[key] % 2 == 0  # DeepSpeed asserts it of the all-gather bucket
+        assert 2 * sizes[key] <= 2**28  # bytes in bf16, up to 512 ranks
+    # Biases and norms stay whole, matrices don't.
+    assert 4 * hidden <= sizes["stage3_param_persistence_threshold"] < hidden**2
+
+
+def test_a_size_that_the_file_gives_is_kept() -> None:
+    content = {"zero_optimization": {"stage": 3, "reduce_bucket_size": 7, "stage3_prefetch_bucket_size": "auto"}}
+    resolved = resolve(content).json["zero_optimization"]
+    assert resolved["reduce_bucket_size"] == 7
+    assert resolved["stage3_prefetch_bucket_size"] == bucket_sizes(HIDDEN, 2)["stage3_prefetch_bucket_size"]
+
+
+# NVMe
+
+
+def nvme(path: Any, part: str = "offload_param", **more: Any) -> dict[str, Any]:
+    return {"zero_optimization": {"stage": 3, part: {"device": "nvme", "nvme_path": path, **more}}}
+
+
+@pytest.mark.parametrize("part", ["offload_param", "offload_optimizer"])
+def test_the_nvme_folder_may_be_an_environment_variable(part: str, nvme_path: Path) -> None:
+    resolved = resolve(nvme("$NVME_PATH", part)).json["zero_optimization"][part]
+    assert resolved == {"device": "nvme", "nvme_path": str(nvme_path)}
+    (nvme_path / "7").mkdir()
+    resolved = resolve(nvme("${NVME_PATH}/7", part)).json["zero_optimization"][part]
+    assert resolved["nvme_path"] == str(nvme_path / "7")
+
+
+@pytest.mark.parametrize("part", ["offload_param", "offload_optimizer"])
+def test_an_nvme_folder_that_is_not_there_is_named_with_file_and_line(
+    part: str, write: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    where = f":1: zero_optimization.{part}.nvme_path: "
+    for said in (None, "", 3):
+        path = write(json.dumps(nvme(said, part)))
+        assert error(path).startswith(f"{path}:1: zero_optimization.{part}.nvme_path: must be a folder")
+    assert where + "/no/such is no folder that can be written to" in error(write(json.dumps(nvme("/no/such", part))))
+    monkeypatch.delenv("NVME_PATH")
+    path = write(json.dumps(nvme("$NVME_PATH/x", part)))
+    assert where + "$NVME_PATH/x is not set" in error(path)
+    # An estimate is made where the disk is not.
+    assert resolve(path, device=None).json["zero_optimization"][part]["nvme_path"] == "$NVME_PATH/x"
+
+
+@pytest.mark.parametrize(("hidden", "world_size"), [(64, 1), (4096, 1), (4096, 3), (9216, 16)])
+def test_nvme_buffers_hold_a_ranks_part_of_the_embedding(hidden: int, world_size: int) -> None:
+    resolved = resolve(nvme("$NVME_PATH", buffer_size="auto"), hidden_size=hidden, world_size=world_size)
+    assert resolved.json["zero_optimization"]["offload_param"]["buffer_size"] * world_size >= 50272 * hidden
+    kept = resolve(nvme("$NVME_PATH", buffer_size=5), hidden_size=hidden)
+    assert kept.json["zero_optimization"]["offload_param"]["buffer_size"] == 5
+
+
+NVME_RUN = """
+import json, sys
+import torch, deepspeed
+from wpn_ds.config import Config
+from wpn_ds.ds_json import resolve_deepspeed
+deepspeed.init_distributed("gloo")
+config = Config.from_flat({"bf16": True}, explicit={})
+for path in sys.argv[1:]:
+    torch.manual_seed(0)
+    ds = resolve_deepspeed(path, config, world_size=1, hidden_size=1024, device="cpu").json
+    ds["zero_optimization"].get("offload_param", {})["max_in_cpu"] = 0
+    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(3)))
+    engine, *_ = deepspeed.initialize(model=model, config=ds, model_parameters=list(model.parameters()))
+    losses = []
+    for _ in range(3):
+        loss = engine(torch.ones(1, 1024, dtype=torch.bfloat16)).float().square().mean()
+        engine.backward(loss)
+        engine.step()
+        losses.append(loss.item())
+    print("losses", *losses)
+"""
+
+
+@pytest.mark.distributed
+def test_deepspeed_trains_from_nvme_as_from_memory(tmp_path: Path, nvme_path: Path) -> None:
+    from deepspeed.ops.op_builder import AsyncIOBuilder
+
+    if not AsyncIOBuilder().is_compatible(verbose=False):
+        pytest.skip("DeepSpeed's async_io can't be built here (it needs libaio and its header, libaio-dev)")
+    script = tmp_path / "run.py"
+    script.write_text(NVME_RUN)
+    files = [str(path) for path in DS_CONFIGS if path.stem in ("zero3_nvme", "zero3_offload")]
+    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    env = environment({**rank, "MASTER_PORT": str(free_port()), "NVME_PATH": str(nvme_path)})
+    run = subprocess.run([sys.executable, script, *files], env=env, capture_output=True, text=True, check=False)
+    losses = [line for line in run.stdout.splitlines() if line.startswith("losses")]
+    assert len(losses) == 2 and losses[0] == losses[1], run.stderr[-3000:]
+    assert list(nvme_path.rglob("*.swp")), "nothing went to the disk"
 
 
 def test_no_warm_up_is_one_step_for_deepspeed_which_refuses_none() -> None:
@@ -353,6 +474,17 @@ def test_bf16_is_switched_on_by_the_flag_alone_and_stays_out_without_it() -> Non
 def test_fp16_is_refused_with_the_way_out() -> None:
     assert "--bf16" in error({"fp16": {"enabled": True}})
     assert resolve({"fp16": {"enabled": False}}).json["fp16"] == {"enabled": False}
+
+
+@pytest.mark.parametrize(
+    "key", ["zero_quantized_gradients", "zero_quantized_weights", "zero_quantized_nontrainable_weights"]
+)
+def test_zero_plus_plus_may_not_round_and_may_keep_second_shards(key: str) -> None:
+    assert f"zero_optimization.{key}: must be false or left out" in error(
+        {"zero_optimization": {"stage": 3, key: True}}
+    )
+    kept = {"stage": 3, key: False, "zero_hpz_partition_size": 2}
+    assert resolve({"zero_optimization": kept}).json["zero_optimization"] == kept
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from wpn_ds.errors import UserError
 _COMMANDS = {
     "train": "unlearn a model (under `deepspeed`: launch/train.py, the same flags)",
     "evaluate": "what a model answers: harmless rates, retain perplexity, report.html",
+    "estimate": "memory and communication of a run, whether it fits, and what to change if not",
     "inspect": "counts, token lengths, padding waste, truncation and duplicates of data files",
     "plant": "train the demo's small model with its unwanted answers",
     "demo": "plant, evaluate, unlearn, evaluate: the whole story in minutes",
@@ -87,6 +88,12 @@ def _evaluate(argv: Sequence[str]) -> int:
     return run(argv)
 
 
+def _estimate(argv: Sequence[str]) -> int:
+    from wpn_ds.estimate import run
+
+    return run(argv)
+
+
 def _inspect(argv: Sequence[str]) -> int:
     from wpn_ds.inspect_command import run
 
@@ -108,6 +115,7 @@ def _demo(argv: Sequence[str]) -> int:
 _COMMAND_FUNCTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": _guarded(_evaluate),
+    "estimate": _guarded(_estimate),
     "inspect": _guarded(_inspect),
     "plant": _guarded(_plant),
     "demo": _guarded(_demo),

@@ -120,8 +120,7 @@ def run_case(case: dict, models: Path, cache: Path, world) -> tuple[dict, dict |
     elif objective.keeps_distribution and case["reference"] == "topk":  # with all tokens but one it is exact
         reference = cached_topk(other, examples.retain, VOCABULARY - 1, tables, silent)
     elif objective.keeps_distribution:
-        offload = "cpu" if case["reference"] == "cpu" else "none"
-        reference = FrozenModel(load("reference"), layout.packed, frozen_json(config, offload), world)
+        reference = FrozenModel(load("reference"), layout.packed, frozen_json(config, case["reference"]), world)
     step = Step(engine, objective, world, layout, 0, reference)
     runs = []
     norm = next(m for name, m in model.lm.named_modules() if name.endswith((".0.self_attn_layer_norm", ".0.ln_1")))

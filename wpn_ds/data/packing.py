@@ -40,7 +40,8 @@ def spread(lengths: Sequence[int], capacity: int, multiple: int) -> list[list[in
     item may exceed it, alone in its bin). Depends only on the arguments, ties going by index.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    count = multiple * max(1, -(-sum(lengths) // (capacity * multiple)))
+    load = sum(min(length, capacity) for length in lengths)
+    count = multiple * max(1, -(-load // (capacity * multiple)))
     while True:
         bins: list[list[int]] = [[] for _ in range(count)]
         loads = [(0, k) for k in range(count)]

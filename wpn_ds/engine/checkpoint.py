@@ -167,7 +167,7 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
             )
     # DeepSpeed restores the optimizer's own settings: another flag would have no effect.
     restored = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optimizer", "zero stage")
-    decisive = ("seed", "global_batch_size", "retain_batch_size", "bf16", *restored)
+    decisive: tuple[str, ...] = ("seed", "global_batch_size", "retain_batch_size", "bf16", *restored)
     if new.settings["reference"] == "topk":
         decisive = (*decisive, "reference_topk")
     layout = {"tokens_per_micro_batch", "packing", "share_prefix", "attention", "gradient_checkpointing"}

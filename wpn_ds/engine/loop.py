@@ -152,8 +152,8 @@ class Trainer:
             mean, worst = cached.unknown_mass()
             say(job.world, f"the {k} likeliest tokens hold all but {mean:.2%} (at worst {worst:.2%}) of a retain label")
             return cached
-        lm, offload = self._from_pretrained(trained=False), kind if kind in ("cpu", "nvme") else "none"
-        return FrozenModel(lm, job.layout.packed, frozen_json(job.ds_json, offload), job.world)
+        ds_json = frozen_json(job.ds_json, kind)
+        return FrozenModel(self._from_pretrained(trained=False), job.layout.packed, ds_json, job.world)
 
     def _tables(self) -> Tables:
         start = self.job.start

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -22,6 +23,7 @@ from wpn_ds.engine.bank import Progress
 from wpn_ds.engine.distributed import World, fill_from_ranks
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.tables import Blocks, Tables
+from wpn_ds.errors import UserError
 from wpn_ds.models.head import CHUNK
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.likelihood import Distribution, Targets, TopK, head_logits
@@ -76,19 +78,29 @@ class FrozenModel:
             yield Distribution(states, self.head.weight.detach(), bias)
 
 
-def frozen_json(ds_json: Mapping[str, Any], offload: str) -> dict[str, Any]:
+def frozen_json(ds_json: Mapping[str, Any], kind: str) -> dict[str, Any]:
     """The configuration for :class:`FrozenModel`: the policy's without its optimizer.
 
-    ``offload``: "none" keeps the parameters where the policy's are; "cpu" and "nvme" move them there, nvme to the path
-    that the policy's own offload names.
+    ``kind``: as ``--reference``. "sharded" keeps the parameters where the policy's are; "cpu" and "nvme" move them
+    there, nvme to the disk that the policy's own offload names.
+
+    Raises:
+        UserError: offload without ZeRO-3, or nvme without a path.
     """
     ours = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "bf16", "aio")
     config = {key: copy.deepcopy(ds_json[key]) for key in (*ours, "steps_per_print") if key in ds_json}
     zero = copy.deepcopy(dict(ds_json.get("zero_optimization", {})))
     optimizer = zero.pop("offload_optimizer", {})
-    if offload != "none":
-        path = zero.get("offload_param", {}).get("nvme_path") or optimizer.get("nvme_path")
-        zero["offload_param"] = {"device": offload, "pin_memory": True} | ({"nvme_path": path} if path else {})
+    if kind != "sharded":
+        if zero.get("stage") != 3:
+            raise UserError(f"--reference {kind} needs ZeRO stage 3, which alone moves parameters: pass another JSON")
+        own = zero.get("offload_param", {})
+        path = own.get("nvme_path") or optimizer.get("nvme_path")
+        zero["offload_param"] = {"pin_memory": True, **own, "device": kind, "nvme_path": path}
+        if kind == "nvme" and not path:
+            raise UserError("--reference nvme: the DeepSpeed JSON's offload names no nvme_path; see zero3_nvme.json")
+    if zero.get("offload_param", {}).get("device") == "nvme":  # an engine clears its folder when it starts
+        zero["offload_param"]["nvme_path"] = os.path.join(zero["offload_param"]["nvme_path"], "reference")
     return config | {"zero_optimization": zero}
 
 

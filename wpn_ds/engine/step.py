@@ -189,13 +189,14 @@ class Step:
 
     def _update(self, sums: Sums) -> StepResult:
         """Clip and step, unless some rank's gradient isn't finite."""
-        engine = self.engine
-        if engine.zero_optimization_stage() == 0 and not _gradients_finite(engine, self.world):
-            engine.zero_grad()  # ZeRO finds this out by itself in step(); plain data parallelism would apply it
-            engine.optimizer.zero_grad()
-            engine.skipped_steps += 1
-            return StepResult(sums, float("inf"), True)
-        norm = _plain_gradient_norm(engine) if engine.zero_optimization_stage() == 0 else None
+        engine, norm = self.engine, None
+        if engine.zero_optimization_stage() == 0:  # ZeRO finds this out by itself in step(); this would apply it
+            norm = _gradient_norm(engine)
+            if max_over_ranks(0.0 if torch.isfinite(norm) else 1.0, self.world.device):
+                engine.zero_grad()
+                engine.optimizer.zero_grad()
+                engine.skipped_steps += 1
+                return StepResult(sums, float("inf"), True)
         engine.step()
         skipped = not engine.was_step_applied()
         if norm is None:
@@ -215,14 +216,9 @@ def _with_every_weight(loss: Tensor, reading: Reading) -> Tensor:
     return loss + 0.0 * (reading.hidden.sum() + reading.weighted + reading.losses.sum())
 
 
-def _gradients_finite(engine: Any, world: World) -> bool:
-    finite = all(bool(torch.isfinite(p.grad).all()) for p in engine.module.parameters() if p.grad is not None)
-    return max_over_ranks(0.0 if finite else 1.0, world.device) == 0.0
-
-
-def _plain_gradient_norm(engine: Any) -> float:
+def _gradient_norm(engine: Any) -> Tensor:
     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
-    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads])).item()
+    return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]))
 
 
 def _rng_state(device: torch.device) -> Tensor:

@@ -64,10 +64,14 @@ class Tables:
         if in_memory:
             shutil.rmtree(partial, ignore_errors=True)
             columns = {name: np.empty(shape, dtype) for name, (shape, dtype) in shapes.items()}
-        for start, block in build():
-            for name, rows in block.items():
-                if columns is not None:
-                    columns[name][start : start + len(rows)] = rows.cpu().numpy()
+        try:
+            for start, block in build():
+                for name, rows in block.items():
+                    if columns is not None:
+                        columns[name][start : start + len(rows)] = rows.cpu().numpy()
+        except BaseException:
+            shutil.rmtree(partial, ignore_errors=True)
+            raise
         if in_memory:
             assert columns is not None
             return {name: torch.from_numpy(column) for name, column in columns.items()}
@@ -85,7 +89,7 @@ def _open(path: Path, shapes: Shapes) -> dict[str, Tensor] | None:
     """The columns, mapped copy-on-write; None if one is missing, damaged or of another shape."""
     try:
         columns = {name: np.load(path / f"{name}.npy", mmap_mode="c", allow_pickle=False) for name in shapes}
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         return None
     fits = all(columns[name].shape == shape and columns[name].dtype == dtype for name, (shape, dtype) in shapes.items())
     return {name: torch.from_numpy(column) for name, column in columns.items()} if fits else None

@@ -21,6 +21,8 @@ from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_f
 from transformers.masking_utils import sdpa_mask
 from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES, GPTNeoSelfAttention
 
+from wpn_ds.data.batch import to_device
+
 #: ``start, stop, prefix_start, prefix_stop`` of every piece of a row, see :class:`wpn_ds.data.batch.Batch`.
 Pieces = tuple[tuple[int, int, int, int], ...]
 
@@ -96,12 +98,12 @@ def varlen(
 def _varlen_layout(pieces: Pieces, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
     """Where each key comes from (None: as they lie), the borders of queries and of keys, and the longest of both."""
     lengths = torch.tensor([[stop - start, stop - start + end - begin] for start, stop, begin, end in pieces])
-    borders = F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().to(device)
+    borders = to_device(F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().T.contiguous(), device)
     index = None
     if any(begin < end for _, _, begin, end in pieces):
-        index = torch.cat([torch.tensor([*range(b, e), *range(s, t)]) for s, t, b, e in pieces]).to(device)
+        index = to_device(torch.tensor([k for s, t, b, e in pieces for k in (*range(b, e), *range(s, t))]), device)
     longest_q, longest_k = lengths.max(0).values.tolist()
-    return index, borders[:, 0].contiguous(), borders[:, 1].contiguous(), longest_q, longest_k
+    return index, borders[0], borders[1], longest_q, longest_k
 
 
 def flex(
@@ -125,21 +127,24 @@ def _compiled_flex() -> Any:
 def _block_mask(pieces: Pieces, window: int | None, device: torch.device) -> Any:
     from torch.nn.attention.flex_attention import create_block_mask
 
-    table = torch.tensor(pieces, device=device)
     total = pieces[-1][1]
-    piece = torch.repeat_interleave(torch.arange(len(pieces), device=device), table[:, 1] - table[:, 0])
-    start, low, high = table[piece, 0], table[piece, 2], table[piece, 3]
-    # Distance within the text: a branch's tokens follow its prefix, wherever both lie in the row.
-    place = torch.arange(total, device=device)
-    place = torch.where(high > low, place - start + high - low, place - start)
+    return create_block_mask(_sees(pieces, window, device), None, None, total, total, device=device)
+
+
+def _sees(pieces: Pieces, window: int | None, device: torch.device) -> Callable[..., Tensor]:
+    """flex_attention's mask function: whether token ``q`` of the row attends to token ``k``, in any batch and head."""
+    table = torch.tensor(pieces)
+    number = torch.repeat_interleave(torch.arange(len(pieces)), table[:, 1] - table[:, 0])
+    # Its place in its own text: a branch's tokens follow its prefix, wherever both lie in the row.
+    in_text = torch.arange(pieces[-1][1]) + (table[:, 3] - table[:, 2] - table[:, 0])[number]
+    piece, low, high, place = (to_device(x, device) for x in (number, table[number, 2], table[number, 3], in_text))
 
     def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
         own = (piece[q] == piece[k]) & (k <= q)
         before = (k >= low[q]) & (k < high[q])
-        distance = torch.where(before, place[q] - (k - low[q]), place[q] - place[k])
-        return (own | before) & (distance < window) if window is not None else own | before
+        return (own | before) & (place[q] - place[k] < window) if window is not None else own | before
 
-    return create_block_mask(sees, None, None, total, total, device=device)
+    return sees
 
 
 #: Kernels by the name under which transformers knows them.

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from wpn_ds.objectives.likelihood import Targets, head_logits
 
 #: Labels whose logits exist at the same time.
-CHUNK = 512
+CHUNK = 256
 
 
 #: Runs of labels, one after the other from the first to the last, with what each is compared to.

@@ -112,5 +112,5 @@ class TopK:
 
 
 def _log_rest(logprobs: Tensor) -> Tensor:
-    """[n] log of the probability that ``[n, k]`` leave; at least 1e-10, since what rounding leaves is no evidence."""
-    return torch.log1p(-logprobs.exp().sum(1).clamp(max=1 - 1e-7)).clamp(min=-23.0)
+    """[n] log of the probability that ``[n, k]`` leave; at least 1e-7, since what rounding leaves is no evidence."""
+    return torch.log1p(-logprobs.exp().sum(1).clamp(max=1 - 1e-7))
