@@ -58,6 +58,7 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "wpn_weight": st.floats(0.5, 100),
     "wpn_scoring": st.sampled_from(["cosine", "dot"]),
     "wpn_negatives": st.sampled_from(["auto", "step", "own"]),
+    "wpn_pooling": st.sampled_from(["weighted", "mean", "last"]),
 }
 
 
@@ -186,6 +187,9 @@ def test_a_backslash_n_in_a_template_flag_is_a_line_break() -> None:
         (["--packing", "maybe"], ["--packing must be true or false, got 'maybe'"]),
         (["--retain_loss", "nil"], ["--retain_loss must be one of kl, nll", "did you mean nll?"]),
         (["--dropout", "1"], ["--dropout must be at least 0 and below 1"]),
+        (["--reference_topk", "0"], ["--reference_topk must be at least 1"]),
+        (["--reference", "disk"], ["--reference must be one of sharded, cpu, nvme, states, topk"]),
+        (["--attention", "flash"], ["--attention must be one of auto, packed, varlen, flex, sdpa, eager"]),
         (["--max_grad_norm", "-1"], ["--max_grad_norm must be at least 0"]),
         (["--prompt_template", "no place"], ["--prompt_template", "{prompt}"]),
         (["--train_file", "a", "--dataset_name", "b"], ["--train_file", "--dataset_name"]),
@@ -244,11 +248,12 @@ def test_deepspeed_is_required_and_the_error_names_a_file() -> None:
         parse_args([])
 
 
-@pytest.mark.parametrize("scoring", ["cosine", "dot", "likelihood"])
+@pytest.mark.parametrize("scoring", ["cosine", "dot", "likelihood", "likelihood_ratio"])
 @pytest.mark.parametrize("targets", ["auto", "reference", "detached", "live"])
 @pytest.mark.parametrize("negatives", ["auto", "step", "own", "bank"])
 def test_exactly_the_combinations_that_make_sense_resolve(scoring: Any, targets: Any, negatives: Any) -> None:
-    if scoring == "likelihood":
+    likelihood = scoring in ("likelihood", "likelihood_ratio")
+    if likelihood:
         sensible = targets in ("auto", "live") and negatives in ("auto", "own")
     else:
         sensible = negatives != "bank" or targets in ("auto", "reference")
@@ -257,11 +262,20 @@ def test_exactly_the_combinations_that_make_sense_resolve(scoring: Any, targets:
             ObjectiveConfig(wpn_scoring=scoring, wpn_targets=targets, wpn_negatives=negatives)
         return
     resolved = ObjectiveConfig(wpn_scoring=scoring, wpn_targets=targets, wpn_negatives=negatives).resolved()
-    auto = ("live", "own") if scoring == "likelihood" else ("reference", "step")
+    auto = ("live", "own") if likelihood else ("reference", "step")
     assert resolved.wpn_targets == (auto[0] if targets == "auto" else targets)
     assert resolved.wpn_negatives == (auto[1] if negatives == "auto" else negatives)
-    assert resolved.wpn_temperature == {"cosine": 0.05, "dot": 1.0, "likelihood": 1.0}[scoring]
+    assert resolved.wpn_temperature == (0.05 if scoring == "cosine" else 1.0)
     assert resolved.resolved() == resolved
+
+
+@pytest.mark.parametrize("scoring", ["cosine", "dot", "likelihood", "likelihood_ratio"])
+def test_a_sum_is_for_likelihoods(scoring: Any) -> None:
+    if scoring.startswith("likelihood"):
+        assert ObjectiveConfig(wpn_scoring=scoring, wpn_pooling="sum").resolved().wpn_pooling == "sum"
+        return
+    with pytest.raises(UserError, match=r"^--wpn_pooling sum is for likelihoods"):
+        ObjectiveConfig(wpn_scoring=scoring, wpn_pooling="sum")
 
 
 @pytest.mark.parametrize("name", ["wpn_weight", "nll_weight", "retain_weight"])

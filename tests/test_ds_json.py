@@ -68,8 +68,8 @@ def scheduler(**params: Any) -> dict[str, Any]:
 # The shipped files
 
 
-def test_the_five_shipped_files_are_there() -> None:
-    assert [path.stem for path in DS_CONFIGS] == ["zero1", "zero2", "zero3", "zero3_nvme", "zero3_offload"]
+def test_the_six_shipped_files_are_there() -> None:
+    assert [path.stem for path in DS_CONFIGS] == ["zero0", "zero1", "zero2", "zero3", "zero3_nvme", "zero3_offload"]
 
 
 @pytest.fixture(autouse=True)

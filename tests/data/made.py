@@ -20,12 +20,16 @@ _TEXTS = st.lists(_IDS, min_size=5, max_size=9, unique=True)
 
 @st.composite
 def example_sets(draw: st.DrawFn, max_examples: int = 5) -> ExampleSet:
-    """Up to five examples with one or more answers a side, with or without BOS, and up to four retain segments."""
+    """Up to five examples with one or more answers a side, with or without BOS, and up to four retain segments.
+
+    Examples often have the same prompt, and a retain segment may begin with it.
+    """
     texts, bos = draw(_TEXTS), (BOS,) * draw(st.integers(0, 1))
+    prompts = draw(st.lists(_IDS, min_size=1, max_size=3))
     made = ExampleSet()
     count = 0
     for _ in range(draw(st.integers(1, max_examples))):
-        prompt = draw(_IDS)
+        prompt = draw(st.sampled_from(prompts))
         chosen = draw(st.lists(st.integers(0, len(texts) - 1), min_size=2, max_size=5, unique=True))
         cut = draw(st.integers(1, len(chosen) - 1))
         answers = []
@@ -35,18 +39,29 @@ def example_sets(draw: st.DrawFn, max_examples: int = 5) -> ExampleSet:
             count += 1
         made.forget.append(ForgetExample(tuple(answers[:cut]), tuple(answers[cut:])))
     for _ in range(draw(st.integers(0, 4))):
-        prompt, answer = draw(_IDS), draw(_IDS)
+        prompt, answer = draw(st.sampled_from(prompts) | _IDS), draw(_IDS)
         plain = draw(st.booleans())
         made.retain.append(Segment((*prompt, *answer), 1 if plain else 0, 1 if plain else len(prompt)))
     return made
 
 
-def layouts(world_size: int | None = None) -> st.SearchStrategy[Layout]:
-    """Packed or padded, any budget, one to four ranks."""
-    budgets, worlds = st.sampled_from([1, 20, 64, 150, 10_000]), st.integers(1, 4)
-    return st.builds(
-        Layout, st.just(ROW), budgets, st.booleans(), worlds if world_size is None else st.just(world_size)
-    )
+#: What a layout can be besides its sizes.
+FORMS: dict[str, dict[str, bool]] = {
+    "padded": {"packed": False},
+    "rows": {"packed": True},
+    "flat": {"packed": True, "flat": True},
+    "shared": {"packed": True, "flat": True, "share_prefix": True},
+}
+
+
+def layout(form: str, budget: int = 10_000, world_size: int = 1) -> Layout:
+    return Layout(ROW, budget, world_size=world_size, **FORMS[form])
+
+
+def layouts(*forms: str) -> st.SearchStrategy[Layout]:
+    """Of any form, or of those that are named; any budget, one to four ranks."""
+    budgets = st.sampled_from([1, 20, 64, 150, 10_000])
+    return st.builds(layout, st.sampled_from(forms or tuple(FORMS)), budgets, st.integers(1, 4))
 
 
 def plan_of(examples: ExampleSet, layout: Layout, with_unwanted: bool = True, order: Sequence[int] = ()) -> StepPlan:

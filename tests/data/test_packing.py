@@ -1,4 +1,4 @@
-"""Segments share rows: all of them, once, within the row, and tightly."""
+"""Segments share rows, all of them, once: tightly within a row's length, or evenly within a budget."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wpn_ds.data.packing import pack
+from wpn_ds.data.packing import pack, spread
 
 CAPACITY = 20
 LENGTHS = st.lists(st.integers(1, CAPACITY), max_size=40)
@@ -72,3 +72,44 @@ def test_a_length_that_no_row_takes_is_an_error_that_names_it(length) -> None:
 
 def test_no_segments_need_no_rows() -> None:
     assert pack([], CAPACITY) == []
+
+
+# ---- bins of nearly equal load ----
+
+several = settings(max_examples=200, deadline=None)
+SPREADS = {"lengths": st.lists(st.integers(1, 3 * CAPACITY), max_size=30), "multiple": st.integers(1, 4)}
+
+
+@several
+@given(**SPREADS)
+def test_every_item_is_in_one_bin_and_only_an_item_alone_exceeds_the_capacity(lengths, multiple) -> None:
+    bins = spread(lengths, CAPACITY, multiple)
+    assert sorted(i for bin_ in bins for i in bin_) == list(range(len(lengths)))
+    assert all(load <= CAPACITY or len(bin_) == 1 for load, bin_ in zip(filled(lengths, bins), bins, strict=True))
+
+
+@several
+@given(**SPREADS)
+def test_no_bin_is_fuller_than_the_emptiest_by_more_than_its_smallest_item(lengths, multiple) -> None:
+    bins = spread(lengths, CAPACITY, multiple)
+    loads = filled(lengths, bins)
+    assert all(
+        load - min(lengths[i] for i in bin_) <= min(loads) for load, bin_ in zip(loads, bins, strict=True) if bin_
+    )
+
+
+@several
+@given(**SPREADS)
+def test_bins_come_in_multiples_at_most_about_twice_as_many_as_the_load_needs(lengths, multiple) -> None:
+    bins = spread(lengths, CAPACITY, multiple)
+    assert len(bins) > 0 and len(bins) % multiple == 0
+    assert sum(not bin_ for bin_ in bins) < multiple or not lengths
+    # With one multiple fewer, some bin of two or more items was too full, so all were at least half full.
+    assert len(bins) <= multiple + 2 * sum(lengths) / CAPACITY
+
+
+def test_the_longest_go_first_into_the_emptiest_bin_and_ties_go_by_index() -> None:
+    assert spread([3, 9, 5, 5, 4], CAPACITY, 2) == [[1, 4], [2, 3, 0]]
+    assert spread([5, 5, 5, 5], CAPACITY, 1) == [[0, 1, 2, 3]]
+    assert spread([100], CAPACITY, 1) == [[0]], "an item beyond the capacity takes one bin, not several"
+    assert spread([], CAPACITY, 3) == [[], [], []]

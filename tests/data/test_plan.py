@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import chain, islice
 
@@ -10,12 +11,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.data.made import EOS, ROW, example_sets, flat, items_of, layouts, plan_of
+from tests.data.made import EOS, FORMS, ROW, example_sets, flat, items_of, layout, layouts, plan_of
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
-from wpn_ds.data.plan import Layout, Role, dead_row, example_order, row_tokens, step_indices
+from wpn_ds.data.plan import Item, Layout, Role, Row, dead_row, example_order, row_tokens, step_indices
 from wpn_ds.data.tokens import Segment
 
-ONE = Layout(ROW, 10_000, True, 1)
+ONE = layout("rows")
 several = settings(max_examples=80, deadline=None)
 
 
@@ -79,18 +80,36 @@ def test_the_ranks_together_hold_every_segment_exactly_once_whatever_the_layout(
 
 @several
 @given(examples=example_sets(), layout=layouts())
-def test_all_ranks_have_the_same_number_of_micro_batches_and_dead_rows_only_where_nothing_can_be_split(
+def test_all_ranks_have_the_same_number_of_micro_batches_with_retain_segments_apart_at_the_same_places(
     examples, layout
 ) -> None:
-    ranks = plan_of(examples, layout).micro_batches
-    assert len(ranks) == layout.world_size and len({len(rank) for rank in ranks}) == 1 and ranks[0]
-    every = flat(ranks)
-    dead = [micro_batch for micro_batch in every if any(i.role is Role.DEAD for i in items_of([micro_batch]))]
-    assert all(micro_batch == (dead_row(),) for micro_batch in dead)
-    live = [micro_batch for micro_batch in every if micro_batch not in dead]
-    assert len(dead) == -len(live) % layout.world_size
-    if dead:
-        assert all(len(micro_batch) == 1 for micro_batch in live)
+    plan = plan_of(examples, layout)
+    assert len(plan.micro_batches) == layout.world_size
+    assert len({len(rank) for rank in plan.micro_batches}) == 1
+    kinds = [plan.roles(k) - {Role.DEAD} for k in range(len(plan.micro_batches[0]))]
+    assert all(kind == {Role.RETAIN} or (kind and kind <= {Role.WANTED, Role.UNWANTED}) for kind in kinds)
+    assert sorted(kinds, key=lambda kind: Role.RETAIN in kind) == kinds, "those of the retain segments are the last"
+
+
+@several
+@given(examples=example_sets(), layout=layouts())
+def test_a_dead_row_is_there_only_where_nothing_can_be_split(examples, layout) -> None:
+    plan = plan_of(examples, layout)
+    for is_retain in (False, True):
+        places = [k for k in range(len(plan.micro_batches[0])) if (Role.RETAIN in plan.roles(k)) == is_retain]
+        every = [rank[k] for rank in plan.micro_batches for k in places]
+        live = [micro_batch for micro_batch in every if micro_batch != (dead_row(),)]
+        assert not any(item.role is Role.DEAD for item in items_of(live))
+        assert len(every) - len(live) == -len(live) % layout.world_size
+        if len(live) < len(every):
+            assert all(len(micro_batch) == 1 for micro_batch in live)
+            assert not layout.flat or all(len(units(row)) == 1 for (row,) in live)
+
+
+def units(row: Row) -> list[Row]:
+    """A row cut before every item that shares nothing."""
+    starts = [k for k, item in enumerate(row) if not item.shared]
+    return [row[start:stop] for start, stop in zip(starts, [*starts[1:], len(row)], strict=True)]
 
 
 @several
@@ -98,43 +117,126 @@ def test_all_ranks_have_the_same_number_of_micro_batches_and_dead_rows_only_wher
 def test_rows_and_micro_batches_keep_within_their_length_and_budget(examples, layout) -> None:
     for micro_batch in flat(plan_of(examples, layout).micro_batches):
         longest = max(row_tokens(row) for row in micro_batch)
+        if layout.flat:
+            (row,) = micro_batch
+            assert longest <= layout.tokens_per_micro_batch or len(row) == 1
+            continue
         assert len(micro_batch) == 1 or len(micro_batch) * longest <= layout.tokens_per_micro_batch
         for row in micro_batch:
             assert row_tokens(row) <= ROW if layout.packed else len(row) == 1
-            assert len({item.role is Role.RETAIN for item in row}) == 1, "retain segments have rows of their own"
+
+
+@several
+@given(examples=example_sets(), layout=layouts("flat", "shared"))
+def test_no_rank_waits_for_another_longer_than_one_unit_takes(examples, layout) -> None:
+    plan = plan_of(examples, layout)
+    for is_retain in (False, True):
+        rows = [row for rank in plan.micro_batches for k, (row,) in enumerate(rank)
+                if (Role.RETAIN in plan.roles(k)) == is_retain]  # fmt: skip
+        loads = [sum(item.tokens for item in row if item.role is not Role.DEAD) for row in rows]
+        for row, load in zip(rows, loads, strict=True):
+            assert load - min(map(row_tokens, units(row))) <= min(loads)
 
 
 @several
 @given(examples=example_sets(), layout=layouts(), with_unwanted=st.booleans())
-def test_a_layout_changes_nothing_of_a_plan_but_its_micro_batches(examples, layout, with_unwanted) -> None:
+def test_a_layout_changes_nothing_of_a_plan_but_its_micro_batches_and_its_tokens(
+    examples, layout, with_unwanted
+) -> None:
     plan, plain = (plan_of(examples, each, with_unwanted) for each in (layout, ONE))
     for name in ("example", "unwanted_example", "wanted_ids", "unwanted_ids", "negative_mask", "own_mask"):
         assert np.array_equal(getattr(plan, name), getattr(plain, name)), name
-    assert (plan.wanted_texts, plan.counts, plan.tokens) == (plain.wanted_texts, plain.counts, plain.tokens)
+    assert (plan.wanted_texts, plan.counts) == (plain.wanted_texts, plain.counts)
+    assert plan.tokens == plain.tokens or (layout.share_prefix and plan.tokens < plain.tokens)
 
 
 def test_micro_batches_are_split_for_the_ranks_before_dead_rows_are_added() -> None:
     examples = ExampleSet(retain=segments(10, 10, 10, 10))
-    layout = Layout(10, 10_000, True, 3)
-    ranks = plan_of(examples, layout).micro_batches
+    ranks = plan_of(examples, Layout(10, 10_000, True, 3)).micro_batches
     assert [[len(micro_batch) for micro_batch in rank] for rank in ranks] == [[2], [1], [1]]
     assert not any(item.role is Role.DEAD for item in items_of(flat(ranks)))
 
 
-def test_fewer_rows_than_ranks_leave_a_dead_row_to_each_of_the_others() -> None:
-    ranks = plan_of(ExampleSet(retain=segments(10, 10)), Layout(10, 10_000, True, 4)).micro_batches
+@pytest.mark.parametrize("form", FORMS)
+def test_fewer_rows_than_ranks_leave_a_dead_row_to_each_of_the_others(form) -> None:
+    ranks = plan_of(ExampleSet(retain=segments(20, 20)), layout(form, 20, world_size=4)).micro_batches
     assert [[i.role for i in items_of(rank)] for rank in ranks] == [[Role.RETAIN]] * 2 + [[Role.DEAD]] * 2
 
 
+@pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("world_size", [1, 3])
-def test_a_layout_of_nothing_is_one_dead_row_a_rank(world_size) -> None:
-    layout = Layout(ROW, 64, True, world_size)
-    assert layout.micro_batches([]) == [[(dead_row(),)]] * world_size
+def test_a_layout_of_nothing_is_one_dead_row_a_rank(form, world_size) -> None:
+    assert layout(form, 64, world_size).micro_batches([]) == [[(dead_row(),)]] * world_size
 
 
 def test_rows_of_like_length_share_a_micro_batch() -> None:
     ranks = plan_of(ExampleSet(retain=segments(20, 2, 20, 2, 20, 2)), Layout(ROW, 60, False, 1)).micro_batches
     assert [[row_tokens(row) for row in micro_batch] for micro_batch in ranks[0]] == [[20, 20, 20], [2, 2, 2]]
+
+
+# ---- shared prompts ----
+
+
+@several
+@given(examples=example_sets(), layout=layouts(), with_unwanted=st.booleans())
+def test_what_shares_a_prompt_has_it_and_follows_right_after_its_holder(examples, layout, with_unwanted) -> None:
+    for row in chain.from_iterable(flat(plan_of(examples, layout, with_unwanted).micro_batches)):
+        for holder, *others in units(row):
+            assert not others or layout.share_prefix
+            for item in others:
+                mine, its = item.segment, holder.segment
+                assert item.shared == mine.answer_start and mine.ids[: item.shared] == its.ids[: item.shared]
+                assert (mine.prompt_start, mine.answer_start) == (its.prompt_start, its.answer_start)
+                assert Role.RETAIN not in (item.role, holder.role)
+
+
+@several
+@given(examples=example_sets(), with_unwanted=st.booleans(), rank_count=st.integers(1, 4))
+def test_with_room_for_all_answers_every_prompt_is_computed_once(examples, with_unwanted, rank_count) -> None:
+    plan = plan_of(examples, layout("shared", world_size=rank_count), with_unwanted)
+    answers = [a.segment for e in examples.forget for a in (*e.wanted, *(e.unwanted if with_unwanted else ()))]
+    prompts = {(s.prompt_start, s.ids[: s.answer_start]) for s in answers}
+    tokens = sum(len(ids) for _, ids in prompts) + sum(s.answer_length for s in answers)
+    assert plan.tokens == tokens + sum(map(len, examples.retain))
+
+
+def test_answers_to_prompts_that_differ_in_their_span_only_share_nothing() -> None:
+    items = [Item(Segment((2, 5, 6, 7, 8), start, 3), Role.WANTED, k) for k, start in enumerate((1, 0, 1))]
+    (((row,),),) = layout("shared").micro_batches(items)
+    assert {item.index: item.shared for item in row} == {0: 0, 1: 0, 2: 3}
+
+
+def test_a_prompt_is_computed_again_where_its_answers_exceed_the_budget() -> None:
+    items = [Item(Segment((2, 5, 6, *range(10, 14)), 1, 3), Role.WANTED, k) for k in range(4)]
+    ((*micro_batches,),) = layout("shared", budget=11).micro_batches(items)
+    assert [[item.tokens for item in row] for (row,) in micro_batches] == [[7, 4], [7, 4]]
+
+
+@several
+@given(examples=example_sets(), layout=layouts(), own=st.booleans())
+def test_a_step_is_local_if_every_pair_finds_its_negatives_in_its_own_micro_batch(examples, layout, own) -> None:
+    plan = plan_of(examples, layout)
+    mask = plan.own_mask if own else plan.negative_mask
+    assert plan.is_local(mask) == all(
+        any(has(micro_batch, Role.WANTED, pair) and has(micro_batch, Role.UNWANTED, negative)
+            for micro_batch in flat(plan.micro_batches))
+        for pair, negative in zip(*mask.nonzero(), strict=True)
+    )  # fmt: skip
+    if len(flat(plan.micro_batches)) == 1 + bool(examples.retain):
+        assert plan.is_local(mask)
+
+
+def test_answers_that_are_no_negatives_of_a_pair_may_lie_elsewhere() -> None:
+    def answer(prompt: int, number: int) -> Answer:
+        return Answer(Segment((prompt, 20 + number, EOS), 0, 1), number, number)
+
+    examples = ExampleSet([ForgetExample((answer(p, 2 * p),), (answer(p, 2 * p + 1),)) for p in (10, 11)])
+    plan = plan_of(examples, layout("shared", budget=5))
+    assert len(plan.micro_batches[0]) == 2 and plan.is_local(plan.own_mask) and not plan.is_local(plan.negative_mask)
+
+
+def has(micro_batch: Sequence[Row], role: Role, index: int) -> bool:
+    return any(item.role is role and item.index == index for row in micro_batch for item in row)
 
 
 # ---- counts and masks ----
@@ -158,10 +260,14 @@ def test_counts_are_those_of_a_plain_count(examples, layout, with_unwanted, data
         "nll": predicted(wanted),
         "retain": predicted(examples.retain),
     }
-    forwarded = wanted + unwanted * with_unwanted + examples.retain
-    assert plan.tokens == sum(len(s.ids) for s in forwarded)
     every = flat(plan.micro_batches)
-    assert plan.padded_tokens == sum(len(rows) * max(map(row_tokens, rows)) for rows in every) >= plan.tokens
+    forwarded = wanted + unwanted * with_unwanted + examples.retain
+    again = sum(item.shared for item in items_of(every))
+    assert plan.tokens == sum(len(s.ids) for s in forwarded) - again
+    dead = sum(item.role is Role.DEAD for item in items_of(every))
+    padded = sum(len(rows) * max(map(row_tokens, rows)) for rows in every)
+    assert plan.padded_tokens == padded >= plan.tokens + dead
+    assert not layout.flat or padded == plan.tokens + dead, "a flat row has no padding"
 
 
 @several

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 from transformers import GenerationConfig, GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM
 
+from tests.launching import free_port
 from wpn_ds.demo.plant import train_tokenizer
+from wpn_ds.engine import distributed
+from wpn_ds.engine.distributed import World
 
 TEXT = "the cat sat on a mat and saw how the dog ran over green hills to find some rain or snow today"
 
@@ -17,6 +21,16 @@ TEXT = "the cat sat on a mat and saw how the dog ran over green hills to find so
 def sentence(k: int, n: int) -> str:
     words = TEXT.split()
     return " ".join(words[(k * 7 + 3 * j * (k + 1)) % len(words)] for j in range(n))
+
+
+@pytest.fixture
+def world(monkeypatch) -> Iterator[World]:
+    """A job of this process alone."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (alone | {"MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+    yield distributed.init(timeout_minutes=1)
+    distributed.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -1,48 +1,82 @@
-"""The bank on disk: found again under its fingerprint, built again when anything differs or the file is damaged."""
+"""The bank holds what the model says of every answer alone, and hands a step its targets, whole or in blocks."""
 
 from __future__ import annotations
 
-import numpy as np
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
+from tests.data.made import FORMS
 from tests.engine.gradient_cases import make_examples
-from tests.launching import free_port
+from tests.engine.small import alone, silent, small_reader
 from wpn_ds.data.plan import Layout, plan_step
-from wpn_ds.engine import distributed
-from wpn_ds.engine.bank import Bank, fingerprint_of_model, load_or_build
-from wpn_ds.objectives.wpn import WPN
+from wpn_ds.engine import bank as bank_module
+from wpn_ds.engine.bank import Bank, bank_vectors, fingerprint_of_model, fresh_targets, pooled_states, starting_scores
+from wpn_ds.engine.tables import Tables
+from wpn_ds.objectives.npair import npair_losses, similarity
+from wpn_ds.objectives.wpn import WPN, FrozenTargets
+
+CPU = torch.device("cpu")
+EXAMPLES = make_examples()
+WIDTH = 32
 
 
-@pytest.fixture
-def world(monkeypatch):
-    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}.items():
-        monkeypatch.setenv(name, value)
-    monkeypatch.setenv("MASTER_PORT", str(free_port()))
-    yield distributed.init(timeout_minutes=1)
-    distributed.shutdown()
+def plan_of(indices: list[int]) -> Any:
+    return plan_step(EXAMPLES, indices, [], Layout(64, 64, True, 1), with_unwanted=False)
 
 
-def test_a_bank_is_built_once_for_a_fingerprint_and_again_for_another_or_a_torn_file(world, tmp_path):
-    built = []
+# ---- what is in it ----
 
-    def build():
-        built.append(1)
-        return torch.arange(6.0).reshape(2, 3) + len(built)
 
-    first = load_or_build(tmp_path / "cache", {"model": "a", "data": "b"}, world, build)
-    again = load_or_build(tmp_path / "cache", {"data": "b", "model": "a"}, world, build)
-    assert len(built) == 1 and torch.equal(first, again)
-    load_or_build(tmp_path / "cache", {"model": "a", "data": "c"}, world, build)
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_s_vector_is_that_of_its_tokens_read_after_its_prompt_alone(world, tmp_path, monkeypatch, form):
+    monkeypatch.setattr(bank_module, "BLOCK", 4)  # several blocks
+    reader, objective = small_reader(world, form), WPN(pooling="mean")
+    vectors = bank_vectors(reader, objective, EXAMPLES.answers, WIDTH, Tables(tmp_path, {}), silent)
+    prompts = pooled_states(reader, objective, [a.segment for a in EXAMPLES.answers], "prompt")
+    for answer, vector, prompt in zip(EXAMPLES.answers, vectors, prompts, strict=True):
+        states, _ = alone(answer.segment)
+        start = answer.segment.answer_start
+        assert torch.allclose(vector, states[start:].mean(0), rtol=1e-4, atol=1e-5)
+        assert torch.allclose(prompt, states[answer.segment.prompt_start : start].mean(0), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_an_answer_s_score_is_the_sum_of_its_tokens_log_probabilities(world, tmp_path, monkeypatch, form) -> None:
+    monkeypatch.setattr(bank_module, "BLOCK", 4)
+    reader = small_reader(world, form)
+    objective = WPN(pooling="sum", scoring="likelihood_ratio", targets="live", negatives="own")
+    scores = starting_scores(reader, objective, EXAMPLES.answers, Tables(tmp_path, {}), silent)
+    for answer, score in zip(EXAMPLES.answers, scores, strict=True):
+        s, (_, logp) = answer.segment, alone(answer.segment)
+        plain = sum(logp[t - 1, s.ids[t]].item() for t in range(s.answer_start, len(s.ids)))
+        assert score.item() == pytest.approx(plain, rel=1e-4)
+
+
+def test_vectors_and_scores_are_computed_once_for_a_pooling(world, tmp_path) -> None:
+    reader, tables = small_reader(world), Tables(tmp_path, {"model": "a"})
+    built: list[str] = []
+
+    def progress(items: Any, what: str) -> Any:
+        built.append(what)
+        return items
+
+    for pooling in ("weighted", "last", "weighted"):
+        first = bank_vectors(reader, WPN(pooling=pooling), EXAMPLES.answers, WIDTH, tables, progress)
     assert len(built) == 2
-    for file in (tmp_path / "cache").iterdir():
-        file.write_bytes(file.read_bytes()[:40])
-    load_or_build(tmp_path / "cache", {"model": "a", "data": "b"}, world, build)
+    ratio = WPN(pooling="sum", scoring="likelihood_ratio", targets="live", negatives="own")
+    for _ in range(2):
+        starting_scores(reader, ratio, EXAMPLES.answers, tables, progress)
     assert len(built) == 3
-    assert not [f for f in (tmp_path / "cache").iterdir() if f.suffix != ".safetensors"], "nothing half-written is left"
+    training = reader.engine.module.train()
+    assert torch.equal(first, bank_vectors(reader, WPN(), EXAMPLES.answers, WIDTH, tables, silent))
+    pooled_states(reader, WPN(), [EXAMPLES.answers[0].segment], "answer")
+    assert training.training, "reading leaves the mode as it was"
 
 
-def test_a_local_models_fingerprint_is_its_content(tmp_path):
+def test_a_local_models_fingerprint_is_its_content(tmp_path) -> None:
     for name in ("one", "other"):
         (tmp_path / name).mkdir()
         (tmp_path / name / "config.json").write_text("{}")
@@ -54,16 +88,72 @@ def test_a_local_models_fingerprint_is_its_content(tmp_path):
     assert fingerprint_of_model("hub/name", "abc") != fingerprint_of_model("hub/name", "abd")
 
 
-def test_bank_negatives_are_all_unwanted_answers_but_those_that_the_example_wants():
-    examples = make_examples()
-    vectors = torch.arange(float(len(examples.answers)))[:, None].expand(-1, 2)
-    bank = Bank.of(examples, vectors)
-    plan = plan_step(examples, [2, 0], [], Layout(64, 64, True, 1), with_unwanted=False)
-    targets = bank.targets(plan, WPN(negatives="bank"))
-    unwanted = [a for e in examples.forget for a in e.unwanted]
-    assert targets.negative[:, 0].tolist() == [float(a.answer_id) for a in unwanted]
-    for pair, (e, wanted) in enumerate((k, a) for k in (2, 0) for a in examples.forget[k].wanted):
-        assert targets.positive[pair, 0] == wanted.answer_id
-        own = {a.text_id for a in examples.forget[e].wanted}
-        assert targets.mask[pair].tolist() == [a.text_id not in own for a in unwanted]
-    assert not bool(np.all(targets.mask.numpy())), "some unwanted text is wanted elsewhere, or nothing was tested"
+# ---- a step's targets ----
+
+
+def random_bank() -> Bank:
+    vectors = torch.randn(len(EXAMPLES.answers), 8, generator=torch.Generator().manual_seed(0))
+    return Bank.of(EXAMPLES, vectors)
+
+
+def joined(targets: FrozenTargets, index: Tensor) -> tuple[Tensor, Tensor]:
+    """All blocks as one: vectors [m, d] and mask [n, m]."""
+    vectors, masks = zip(*targets.negatives(index), strict=True)
+    return torch.cat(vectors), torch.cat(masks, dim=1)
+
+
+@pytest.mark.parametrize("block", [1, 3, 8192])
+def test_bank_negatives_are_all_unwanted_answers_but_those_that_the_example_wants(monkeypatch, block) -> None:
+    monkeypatch.setattr(bank_module, "BLOCK", block)
+    bank, chosen = random_bank(), [2, 0]
+    targets = bank.targets(plan_of(chosen), WPN(negatives="bank"), CPU)
+    unwanted = [a for e in EXAMPLES.forget for a in e.unwanted]
+    pairs = [(e, wanted) for e in chosen for wanted in EXAMPLES.forget[e].wanted]
+    assert torch.equal(targets.positive, bank.vectors[[wanted.answer_id for _, wanted in pairs]])
+    index = torch.tensor([2, 0, 1])
+    assert all(len(vectors) <= block for vectors, _ in targets.negatives(index))
+    vectors, mask = joined(targets, index)
+    assert torch.equal(vectors, bank.vectors[[a.answer_id for a in unwanted]])
+    for row, pair in zip(mask.tolist(), index.tolist(), strict=True):
+        own = {a.text_id for a in EXAMPLES.forget[pairs[pair][0]].wanted}
+        assert row == [a.text_id not in own for a in unwanted]
+    assert not mask.all(), "some unwanted text is wanted elsewhere, or nothing was tested"
+
+
+@pytest.mark.parametrize("negatives", ["step", "own"])
+def test_step_and_own_negatives_are_the_step_s_unwanted_answers_under_the_plan_s_mask(negatives) -> None:
+    bank, plan, objective = random_bank(), plan_of([3, 1]), WPN(negatives=negatives)
+    vectors, mask = joined(bank.targets(plan, objective, CPU), torch.tensor([1, 0]))
+    assert torch.equal(vectors, bank.vectors[plan.unwanted_ids])
+    assert mask.tolist() == objective.mask(plan)[[1, 0]].tolist()
+
+
+@pytest.mark.parametrize("scoring", ["cosine", "dot"])
+def test_the_bank_in_blocks_is_the_dense_computation(monkeypatch, scoring) -> None:
+    bank, plan = random_bank(), plan_of([2, 0, 4])
+    objective, index = WPN(negatives="bank", scoring=scoring, temperature=0.7), torch.tensor([3, 0, 2])
+    anchors = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    targets = bank.targets(plan, objective, CPU)
+    vectors, mask = joined(targets, index)
+    positive = similarity(anchors, targets.positive[index], scoring).diagonal()
+    dense = npair_losses(positive, similarity(anchors, vectors, scoring), mask, 0.7).sum()
+    (expected,) = torch.autograd.grad(dense, anchors)
+    for block in (1, 4, 8192):
+        monkeypatch.setattr(bank_module, "BLOCK", block)
+        total = objective.contrast_frozen({"anchor": (anchors, index)}, targets, 3)["npair"].total
+        (gradient,) = torch.autograd.grad(total, anchors)
+        assert torch.allclose(total, dense, rtol=1e-5) and torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6)
+
+
+def test_fresh_targets_are_the_bank_s_while_the_weights_are_the_starting_ones(world, tmp_path) -> None:
+    reader, objective, plan = small_reader(world), WPN(), plan_of([4, 1, 2])
+    vectors = bank_vectors(reader, objective, EXAMPLES.answers, WIDTH, Tables(tmp_path, {}), silent)
+    kept = Bank.of(EXAMPLES, vectors).targets(plan, objective, CPU)
+    fresh = fresh_targets(reader, objective, EXAMPLES, plan)
+    every = torch.arange(len(plan.wanted_ids))
+    pairs = zip((kept.positive, *joined(kept, every)), (fresh.positive, *joined(fresh, every)), strict=True)
+    assert all(torch.allclose(mine, its, rtol=1e-4, atol=1e-5) for mine, its in pairs)
+    with torch.no_grad():
+        for parameter in reader.engine.module.parameters():
+            parameter.mul_(1.1)
+    assert not torch.allclose(fresh_targets(reader, objective, EXAMPLES, plan).positive, kept.positive, rtol=0.01)

@@ -8,11 +8,15 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
+from tests.data.made import layout
 from tests.engine.gradient_cases import make_examples
+from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
 from wpn_ds.data.plan import Layout, Role, plan_step
+from wpn_ds.data.tokens import Segment
 from wpn_ds.engine.distributed import World
 from wpn_ds.engine.telemetry import ModelShape, Telemetry, measure_peak_flops, step_flops
 
+NONE: frozenset[Role] = frozenset()
 MAIN = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))
 
 
@@ -39,6 +43,16 @@ def test_step_flops_are_three_times_what_a_counter_sees_in_the_forward():
     shape = ModelShape.of(lm)
     dense = counted - 2 * shape.layers * shape.width * squares  # the counter sees the masked half of the scores too
     assert step_flops(plan, shape, roles) == pytest.approx(3 * dense)
+
+
+def test_a_shared_prompt_s_flops_count_once():
+    segments = [Segment((2, 5, 6, 7, *range(10, 10 + n)), 1, 4) for n in (3, 9)]
+    items = [Answer(segment, k, k) for k, segment in enumerate(segments)]
+    examples, shape = ExampleSet([ForgetExample((items[0],), (items[1],))]), ModelShape(1000, 0, 2, 8)
+    plans = [plan_step(examples, [0], [], layout(form), with_unwanted=True) for form in ("flat", "shared")]
+    apart, shared = (step_flops(plan, shape, NONE) for plan in plans)
+    alone = Segment((2, 5, 6, 7), 1, 4)  # what is not computed again, as a text of its own
+    assert apart - shared == 3 * (2 * shape.body * len(alone) + 2 * shape.layers * shape.width * len(alone) ** 2)
 
 
 def test_the_measured_peak_is_a_rate_of_this_machine():

@@ -4,134 +4,116 @@ from __future__ import annotations
 
 import pytest
 import torch
-from transformers import (
-    AutoModelForCausalLM,
-    BloomConfig,
-    CohereConfig,
-    GPT2Config,
-    GPTNeoConfig,
-    GPTNeoXConfig,
-    LlamaConfig,
-    MistralConfig,
-    OPTConfig,
-    Qwen2Config,
-)
+from transformers import BloomConfig, CohereConfig, MistralConfig
 
-from wpn_ds.data.batch import collate
-from wpn_ds.data.plan import Item, Role
-from wpn_ds.data.tokens import Segment
+from tests.data.made import FORMS
+from tests.models.families import CONFIGS, LLAMA, POSITIONS, WINDOW, make
+from wpn_ds.data.plan import Layout
 from wpn_ds.errors import UserError
+from wpn_ds.models.attention import KERNELS, per_segment_sdpa
 from wpn_ds.models.check import check_exact_reading
 from wpn_ds.models.packed import PackedLM
 
 CPU = torch.device("cpu")
-LLAMA = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-}
-OPT = {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-NEO = {"vocab_size": 64, "hidden_size": 32, "num_layers": 2, "num_heads": 4, "window_size": 4}
-CONFIGS = {
-    "opt": OPTConfig(**OPT, word_embed_proj_dim=32, max_position_embeddings=64),
-    "opt-350m": OPTConfig(**OPT, word_embed_proj_dim=16, do_layer_norm_before=False, max_position_embeddings=64),
-    "gpt_neo": GPTNeoConfig(**NEO, attention_types=[[["global", "local"], 1]], max_position_embeddings=64),
-    "gpt2": GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=4, n_positions=64),
-    "gpt_neox": GPTNeoXConfig(
-        vocab_size=64, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, intermediate_size=64
-    ),
-    "llama": LlamaConfig(**LLAMA),
-    "mistral": MistralConfig(**LLAMA),
-    "qwen2": Qwen2Config(**LLAMA),
-}
+DENSE = [(family, name) for family in CONFIGS for name in ("eager", "sdpa") if (family, name) != ("gpt_neo", "sdpa")]
 
 
-def make(config, attention: str, seed: int = 0):
-    torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float32)
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.1)
-    return lm
+def run_check(lm, form: str, row_length: int = POSITIONS) -> None:
+    layout = Layout(row_length, 10_000, world_size=1, **FORMS[form])
+    model = PackedLM(lm, packed=layout.packed).train()
+    check_exact_reading(model, model, CPU, layout)
+    assert model.training, "the mode is as it was"
 
 
-def run_check(lm, *, packed: bool) -> None:
-    model = PackedLM(lm, packed=packed)
-    check_exact_reading(model, model, CPU)
+@pytest.mark.parametrize("form", ["padded", "rows"])
+@pytest.mark.parametrize(("family", "attention"), DENSE)
+def test_rows_under_a_dense_mask_give_what_single_sequences_give(family, attention, form) -> None:
+    config, row_length = CONFIGS[family], POSITIONS
+    if family == "mistral" and form == "rows":  # its dense mask in a row has no window
+        config, row_length = MistralConfig(**LLAMA, sliding_window=16), 16
+    run_check(make(config, attention), form, row_length)
 
 
-@pytest.mark.parametrize("packed", [True, False])
-@pytest.mark.parametrize(
-    ("family", "attention"),
-    [(f, a) for f in CONFIGS for a in ("eager", "sdpa") if (f, a) != ("gpt_neo", "sdpa")],
-)
-def test_rows_give_what_single_sequences_give(family, attention, packed):
-    run_check(make(CONFIGS[family], attention), packed=packed)
+@pytest.mark.parametrize("form", ["flat", "shared"])
+@pytest.mark.parametrize("family", CONFIGS)
+def test_flat_rows_give_what_single_sequences_give(family, form) -> None:
+    run_check(make(CONFIGS[family], "wpn_packed"), form)
 
 
-@pytest.mark.parametrize("family", ["opt", "gpt_neo"])
-def test_the_local_window_holds_inside_each_segment_of_a_long_row(family):
-    lm = make(CONFIGS[family], "eager").eval()
-    generator = torch.Generator().manual_seed(1)
-    segments = [Segment(tuple(torch.randint(64, (n,), generator=generator).tolist()), 0, 1) for n in (20, 17, 9)]
-    batch = collate((tuple(Item(s, Role.RETAIN, k) for k, s in enumerate(segments)),), 0, roles=frozenset())
-    with torch.no_grad():
-        packed = PackedLM(lm, packed=True)(batch)[0]
-        alone = torch.cat(
-            [lm.base_model(torch.tensor([s.ids]), use_cache=False).last_hidden_state[0] for s in segments]
-        )
-    assert torch.allclose(packed, alone, atol=1e-5)
-
-
-def test_a_model_that_ignores_the_mask_is_refused_with_the_flag_that_helps():
-    lm = make(CONFIGS["opt"], "eager")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_model_that_ignores_the_mask_is_refused_with_the_flag_that_helps(dtype) -> None:
+    lm = make(CONFIGS["opt"], "eager", dtype)
+    run_check(lm, "rows")
     plain = lm.model.decoder.forward
     lm.model.decoder.forward = lambda *args, attention_mask=None, **rest: plain(*args, **rest)
     with pytest.raises(UserError, match=r"packed rows differ .* --packing false"):
-        run_check(lm, packed=True)
+        run_check(lm, "rows")
 
 
-def test_a_model_whose_rows_become_nan_is_refused():
-    lm = make(CONFIGS["opt"], "eager")
-    model = PackedLM(lm, packed=True)
+def reads_the_whole_row(query, key, value, pieces, scale, window, dropout):
+    return per_segment_sdpa(query, key, value, ((0, pieces[-1][1], 0, 0),), scale, window, dropout)
+
+
+def forgets_the_prompt(query, key, value, pieces, *rest):
+    return per_segment_sdpa(query, key, value, tuple((start, stop, start, start) for start, stop, *_ in pieces), *rest)
+
+
+def forgets_the_window(query, key, value, pieces, scale, window, dropout):
+    return per_segment_sdpa(query, key, value, pieces, scale, None, dropout)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("family", "form", "kernel"),
+    [
+        ("opt", "flat", reads_the_whole_row),
+        ("gpt_neo", "shared", reads_the_whole_row),
+        ("llama", "shared", forgets_the_prompt),
+        ("gpt_neo", "flat", forgets_the_window),
+        ("mistral", "shared", forgets_the_window),
+    ],
+)
+def test_a_kernel_that_leaks_or_forgets_is_refused(monkeypatch, family, form, kernel, dtype) -> None:
+    lm = make(CONFIGS[family], "wpn_packed", dtype)
+    run_check(lm, form)
+    monkeypatch.setitem(KERNELS, "wpn_packed", kernel)
+    with pytest.raises(UserError, match=r"packed rows differ .* --packing false"):
+        run_check(lm, form)
+
+
+def test_the_check_reaches_beyond_a_window_that_is_longer_than_its_other_texts(monkeypatch) -> None:
+    lm = make(MistralConfig(**LLAMA, sliding_window=40), "wpn_packed")
+    monkeypatch.setitem(KERNELS, "wpn_packed", forgets_the_window)
+    with pytest.raises(UserError, match="packed rows differ"):
+        run_check(lm, "flat")
+    run_check(lm, "flat", row_length=40)  # no text there will reach so far
+
+
+def test_a_model_whose_rows_become_nan_is_refused() -> None:
+    model = PackedLM(make(CONFIGS["opt"], "wpn_packed"), packed=True)
 
     def broken(batch):
-        hidden, logits = model(batch)
-        return hidden * float("nan"), logits
+        reading = model(batch)
+        return reading._replace(hidden=reading.hidden * float("nan"))
 
     with pytest.raises(UserError, match="packed rows differ"):
-        check_exact_reading(model, broken, CPU)
+        check_exact_reading(model, broken, CPU, Layout(POSITIONS, 10_000, world_size=1, **FORMS["flat"]))
 
 
-def test_a_sliding_window_shorter_than_a_row_is_refused():
-    model = PackedLM(make(MistralConfig(**LLAMA, sliding_window=16), "eager"), packed=True)
-    with pytest.raises(UserError, match=r"within 16 tokens only.*--packing false, or --max_length 16"):
-        check_exact_reading(model, model, CPU, row_length=32)
-    check_exact_reading(model, model, CPU, row_length=16)
+def test_a_sliding_window_shorter_than_a_row_under_a_dense_mask_is_refused() -> None:
+    lm = make(CONFIGS["mistral"], "eager")
+    with pytest.raises(UserError, match=rf"within {WINDOW} tokens only.*--packing false, or --max_length {WINDOW}"):
+        run_check(lm, "rows")
 
 
-def test_a_model_without_position_ids_is_refused_with_the_flag_and_works_unpacked():
+def test_a_model_without_position_ids_is_refused_with_the_flag_and_works_unpacked() -> None:
     lm = make(BloomConfig(vocab_size=64, hidden_size=32, n_layer=2, n_head=4), "eager")
     with pytest.raises(UserError, match="--packing false"):
-        run_check(lm, packed=True)
-    run_check(lm, packed=False)
+        run_check(lm, "rows")
+    run_check(lm, "padded")
 
 
-def test_a_model_whose_logits_are_more_than_its_head_is_refused():
+def test_a_model_whose_logits_are_more_than_its_head_is_refused() -> None:
     lm = make(CohereConfig(**LLAMA, logit_scale=0.25), "eager")
     with pytest.raises(UserError, match="differ from single sequences"):
-        run_check(lm, packed=False)
-
-
-def test_the_check_passes_in_bf16_and_still_finds_a_leak_there():
-    lm = make(CONFIGS["opt"], "eager").bfloat16()
-    run_check(lm, packed=True)
-    plain = lm.model.decoder.forward
-    lm.model.decoder.forward = lambda *args, attention_mask=None, **rest: plain(*args, **rest)
-    with pytest.raises(UserError, match="packed rows differ"):
-        run_check(lm, packed=True)
+        run_check(lm, "padded")

@@ -1,4 +1,4 @@
-"""The N-pair loss is Sohn's formula, with a mask, and does not overflow."""
+"""The N-pair loss is Sohn's formula, with a mask, does not overflow, and can be streamed over its negatives."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wpn_ds.objectives.npair import npair_losses, paired_similarity, similarity
+from wpn_ds.objectives.npair import npair_losses, paired_similarity, similarity, streamed_npair
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -71,6 +71,55 @@ def test_descent_raises_the_positive_and_lowers_every_negative() -> None:
     assert positive.grad.item() < 0 < negative.grad.min().item()
     assert negative.grad[0, 1] > negative.grad[0, 0], "the nearest negative counts most"
     assert positive.grad.item() == pytest.approx(-negative.grad.sum().item())
+
+
+# ---- streamed ----
+
+
+@quick
+@given(
+    n=st.integers(1, 5),
+    m=st.integers(0, 9),
+    size=st.integers(1, 10),
+    tau=st.sampled_from([0.01, 0.2, 20.0]),
+    scale=st.sampled_from([1.0, 30.0]),
+    seed=st.integers(0, 1000),
+)
+def test_negatives_in_blocks_of_any_size_give_the_whole_loss_and_its_gradients(n, m, size, tau, scale, seed) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    anchors, vectors = (torch.randn(k, 4, generator=generator, dtype=torch.float64) * scale for k in (n, m))
+    positive = torch.randn(n, generator=generator, dtype=torch.float64) * scale
+    _, _, mask = scores(n, m, seed)
+    leaves = [anchors.requires_grad_(), positive.requires_grad_()]
+    upstream = torch.arange(1.0, n + 1, dtype=torch.float64)
+
+    def blocks():  # made as they are asked for, as a bank's are
+        yield from zip(vectors.split(size), mask.split(size, dim=1), strict=True)
+
+    losses, mean = streamed_npair(anchors, positive, blocks() if m else iter(()), tau)
+    whole = npair_losses(positive, anchors @ vectors.T, mask, tau)
+    assert torch.allclose(losses, whole, rtol=1e-9, atol=1e-12)
+    got = torch.autograd.grad((upstream * losses).sum(), leaves)
+    for mine, its in zip(got, torch.autograd.grad((upstream * whole).sum(), leaves), strict=True):
+        assert torch.allclose(mine, its, rtol=1e-9, atol=1e-12)
+    assert not mean.requires_grad
+    similar = (anchors @ vectors.T).masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)
+    assert torch.allclose(mean, similar, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("gap", [1e5, -1e5])
+def test_streamed_margins_of_any_size_overflow_nowhere(gap) -> None:
+    anchors = torch.tensor([[1.0], [1.0]], requires_grad=True)
+    positive = torch.zeros(2, requires_grad=True)
+    blocks = [(torch.tensor([[gap]]), torch.tensor([[True], [False]])), (torch.tensor([[-gap]]), torch.ones(2, 1) < 0)]
+    losses, _ = streamed_npair(anchors, positive, blocks, 0.001)
+    losses.sum().backward()
+    assert losses.tolist() == [pytest.approx(max(gap, 0) * 1000), 0]
+    assert anchors.grad.isfinite().all() and positive.grad.isfinite().all()
+    assert positive.grad.tolist() == [pytest.approx(-1000 if gap > 0 else 0), 0]
+
+
+# ---- similarities ----
 
 
 @pytest.mark.parametrize("scoring", ["cosine", "dot"])

@@ -2,54 +2,67 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
-from wpn_ds.objectives.pooling import pool, pooling_matrix, position_weights
+from wpn_ds.objectives.pooling import pool, pooling_matrix
 
-KINDS = ("weighted", "mean", "last")
+KINDS = ("weighted", "mean", "last", "sum")
 SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12)).map(lambda s: (s[0], s[0] + s[1])), max_size=5)
 quick = settings(max_examples=60, deadline=None)
 
 
-def plain(states: torch.Tensor, start: int, stop: int, kind: str) -> torch.Tensor:
+def matrix(spans: Sequence[tuple[int, int]], width: int, kind: str) -> Tensor:
+    start, stop = torch.tensor(list(spans), dtype=torch.long).reshape(-1, 2).T
+    return pooling_matrix(start, stop, width, kind)
+
+
+def weights(n: int, kind: str) -> Tensor:
+    return matrix([(0, n)], n, kind)[0]
+
+
+def plain(states: Tensor, start: int, stop: int, kind: str) -> Tensor:
     """METHODS' formula, a token at a time, in fp64."""
     n, total = stop - start, torch.zeros(states.shape[1], dtype=torch.float64)
     for t in range(1, n + 1):
-        weight = {"weighted": t / (n * (n + 1) / 2), "mean": 1 / n, "last": float(t == n)}[kind]
+        weight = {"weighted": t / (n * (n + 1) / 2), "mean": 1 / n, "last": float(t == n), "sum": 1.0}[kind]
         total += weight * states[start + t - 1].double()
     return total
 
 
 @quick
 @given(st.integers(1, 3000), st.sampled_from(KINDS))
-def test_weights_are_fp32_and_sum_to_one(n, kind) -> None:
-    weights = position_weights(n, kind)
-    assert weights.shape == (n,) and weights.dtype == torch.float32
-    assert weights.double().sum().item() == pytest.approx(1, abs=1e-6)
+def test_weights_are_fp32_and_sum_to_one_or_for_a_sum_to_their_number(n, kind) -> None:
+    own = weights(n, kind)
+    assert own.shape == (n,) and own.dtype == torch.float32
+    assert own.double().sum().item() == pytest.approx(n if kind == "sum" else 1, rel=1e-6)
 
 
 @quick
 @given(st.integers(2, 500))
 def test_weights_rise_evenly_from_the_first_token_to_n_times_as_much_at_the_last(n) -> None:
-    weights = position_weights(n, "weighted").double()
-    assert (weights[-1] / weights[0]).item() == pytest.approx(n, rel=1e-5)
-    assert torch.allclose(weights.diff(), weights[0].expand(n - 1), rtol=1e-3)
+    own = weights(n, "weighted").double()
+    assert (own[-1] / own[0]).item() == pytest.approx(n, rel=1e-5)
+    assert torch.allclose(own.diff(), own[0].expand(n - 1), rtol=1e-3)
 
 
-def test_mean_weighs_all_tokens_alike_and_last_only_the_last() -> None:
-    assert position_weights(4, "mean").tolist() == [0.25] * 4
-    assert position_weights(3, "last").tolist() == [0, 0, 1]
-    assert all(position_weights(1, kind).tolist() == [1] for kind in KINDS)
+def test_mean_and_sum_weigh_all_tokens_alike_and_last_only_the_last() -> None:
+    assert weights(4, "mean").tolist() == [0.25] * 4
+    assert weights(4, "sum").tolist() == [1] * 4
+    assert weights(3, "last").tolist() == [0, 0, 1]
+    assert all(weights(1, kind).tolist() == [1] for kind in KINDS)
 
 
 @pytest.mark.parametrize("start", [0, 7, 80])
 @pytest.mark.parametrize("after", [0, 300])
 def test_padding_around_a_span_does_not_flatten_its_weights(start, after) -> None:
     n = 20
-    row = pooling_matrix([(start, start + n)], start + n + after, "weighted")[0]
+    row = matrix([(start, start + n)], start + n + after, "weighted")[0]
     assert (row[start + n - 1] / row[start]).item() == pytest.approx(20)
     assert row.count_nonzero() == n
     naive = torch.arange(1, 101)  # over a row with 80 left pads, as it must not be
@@ -60,20 +73,20 @@ def test_padding_around_a_span_does_not_flatten_its_weights(start, after) -> Non
 @given(spans=SPANS, kind=st.sampled_from(KINDS), seed=st.integers(0, 1000))
 def test_one_matrix_product_pools_as_a_plain_loop_does(spans, kind, seed) -> None:
     states = torch.randn(42, 6, generator=torch.Generator().manual_seed(seed))
-    got = pool(states, pooling_matrix(spans, 42, kind))
+    got = pool(states, matrix(spans, 42, kind))
     assert got.shape == (len(spans), 6)
     for row, (start, stop) in zip(got, spans, strict=True):
-        assert torch.allclose(row.double(), plain(states, start, stop, kind), rtol=1e-5, atol=1e-6)
+        assert torch.allclose(row.double(), plain(states, start, stop, kind), rtol=1e-5, atol=1e-5)
 
 
 @quick
 @given(start=st.integers(0, 10), n=st.integers(1, 12), kind=st.sampled_from(KINDS))
 def test_a_span_pools_alike_wherever_it_lies_and_whatever_lies_beside_it(start, n, kind) -> None:
     span = torch.randn(n, 5, generator=torch.Generator().manual_seed(n))
-    alone = pool(span, pooling_matrix([(0, n)], n, kind))
+    alone = pool(span, matrix([(0, n)], n, kind))
     row = torch.full((start + n + 9, 5), 1e4)
     row[start : start + n] = span
-    assert torch.allclose(pool(row, pooling_matrix([(start, start + n)], len(row), kind)), alone, rtol=1e-6, atol=1e-6)
+    assert torch.allclose(pool(row, matrix([(start, start + n)], len(row), kind)), alone, rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -81,17 +94,17 @@ def test_a_span_pools_alike_wherever_it_lies_and_whatever_lies_beside_it(start, 
 def test_long_spans_of_low_precision_states_are_pooled_in_fp32(dtype, kind) -> None:
     # n(n+1)/2 overflows fp16 from 362 tokens on, and bf16 has no integers between 256 and 258
     states = torch.randn(2000, 8, generator=torch.Generator().manual_seed(0)).add(1).to(dtype)
-    got = pool(states, pooling_matrix([(0, 2000)], 2000, kind))
+    got = pool(states, matrix([(0, 2000)], 2000, kind))
     assert got.dtype == torch.float32
     assert torch.allclose(got[0].double(), plain(states, 0, 2000, kind), rtol=1e-5, atol=1e-6)
 
 
 def test_fp64_states_are_pooled_in_fp64() -> None:
-    assert pool(torch.ones(3, 2, dtype=torch.float64), pooling_matrix([(0, 3)], 3, "mean")).dtype == torch.float64
+    assert pool(torch.ones(3, 2, dtype=torch.float64), matrix([(0, 3)], 3, "mean")).dtype == torch.float64
 
 
 def test_the_gradient_of_a_pooled_span_is_its_weights_and_nothing_outside() -> None:
     states = torch.randn(9, 2, requires_grad=True)
-    pool(states, pooling_matrix([(3, 7)], 9, "weighted")).sum().backward()
+    pool(states, matrix([(3, 7)], 9, "weighted")).sum().backward()
     expected = torch.tensor([0, 0, 0, 0.1, 0.2, 0.3, 0.4, 0, 0])
     assert torch.allclose(states.grad, expected[:, None].expand(9, 2))

@@ -76,7 +76,9 @@ class Tables:
             assert columns is not None
             return {name: torch.from_numpy(column) for name, column in columns.items()}
         if writer:
-            del columns
+            assert columns is not None
+            for column in columns.values():
+                column.flush()  # type: ignore[attr-defined]  # a memory map: on the disk before it has its name
             _publish(partial, path, shapes)
         dist.barrier()
         found = _open(path, shapes)
