@@ -5,12 +5,13 @@ STAMP := .venv/.installed
 # DeepSpeed's launcher, and ninja for what DeepSpeed compiles on first use, are found through PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help env demo test check clean
+.PHONY: help env demo test check bench clean
 
 help:
 	@echo "make demo    plant a small model with harmful answers, unlearn them, print a before/after table"
 	@echo "make test    run the tests"
 	@echo "make check   ruff, mypy and the tests: what a change has to pass"
+	@echo "make bench   measure against other ways to train, half an hour (ONLY=plain,trl picks rows, QUICK=1 tries them)"
 	@echo "make env     make .venv, which the others do by themselves (PYTHON=python3.12 picks an interpreter)"
 	@echo "make clean   remove .venv, caches and the demo's results; runs of your own stay"
 
@@ -36,6 +37,19 @@ check: $(STAMP)
 	@$(IN_VENV) mypy
 	@$(IN_VENV) python -m pytest
 
+bench: .venv/.bench benchmarks/.trl-venv/.installed
+	@$(IN_VENV) python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)
+
+.venv/.bench: $(STAMP)
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[bench]'
+	@touch $@
+
+benchmarks/.trl-venv/.installed: benchmarks/requirements-trl.txt | $(STAMP)
+	@echo "installing TRL into benchmarks/.trl-venv, apart from our own environment"
+	@.venv/bin/python -m venv --clear benchmarks/.trl-venv
+	@benchmarks/.trl-venv/bin/python -m pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
 clean:
-	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
+	rm -rf .venv benchmarks/.trl-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

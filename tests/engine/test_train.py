@@ -255,10 +255,11 @@ def test_resuming_another_run_is_refused_in_one_line(unbroken, tiny, tmp_path, c
 @pytest.mark.parametrize(
     ("ds", "model", "extra"),
     [
-        ("zero1", "opt", ["--wpn_targets", "live"]),
+        ("zero0", "opt", ["--reference", "topk", "--reference_topk", "8"]),
+        ("zero1", "opt", ["--wpn_targets", "live", "--reference", "states"]),
         ("zero2", "gpt_neo", ["--packing", "false", "--retain_loss", "nll"]),
         ("zero3", "gpt_neo", ["--bf16", "--gradient_checkpointing", "--wpn_negatives", "bank"]),
-        ("zero3_offload", "opt", ["--wpn_scoring", "likelihood", "--eval_steps", "2", "--warmup_steps", "2"]),
+        ("zero3_offload", "opt", ["--wpn_scoring", "likelihood_ratio", "--eval_steps", "2", "--warmup_steps", "2"]),
     ],
 )
 def test_every_configuration_trains_and_exports(tiny, tmp_path, ds, model, extra):

@@ -1,0 +1,4 @@
+"""Ways to train the same thing, measured against each other: ``make bench`` runs all rows and writes ``results.json``.
+
+Each way is a process of its own, so that its peak memory is its own; the driver lets them take turns, step by step.
+"""
