@@ -48,11 +48,11 @@ def lumped(logits: Tensor, ids: Tensor) -> Categorical:
 
 def losses_and_gradient(targets: Targets, logits: Tensor) -> tuple[Tensor, Tensor]:
     work = logits.clone()
-    return targets.losses(work, slice(0, len(logits))), work
+    return targets.losses(work, slice(0, len(logits)))
 
 
 def check(targets: Targets, logits: Tensor, expected: Tensor, leaf: Tensor) -> None:
-    """``targets`` on ``logits`` gives the plain fp64 losses ``expected`` of ``leaf`` and leaves their gradient; in fp32
+    """``targets`` on ``logits`` gives the plain fp64 losses ``expected`` of ``leaf`` and their gradient; in fp32
     as well, as far as that goes."""
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
     for dtype, tolerance in ((torch.float64, 1e-9), (torch.float32, 1e-4)):

@@ -83,22 +83,26 @@ def _chunks(
     losses, of_hidden = [], []
     of_weight = of_bias = None
     for labels, targets, own in _in_chunks(parts):
-        logits = head_logits(hidden[labels], weight, bias)
-        losses.append(targets.losses(logits, own))
+        states = hidden[labels]
+        loss, delta = targets.losses(head_logits(states, weight, bias), own)
+        losses.append(loss)
         if coefficients is None:
             continue
-        delta = logits.mul_(coefficients[labels, None].to(logits.dtype))
+        scale = coefficients[labels, None].to(delta.dtype)
         if bias is not None:
-            of_bias = delta.sum(0) if of_bias is None else of_bias + delta.sum(0)
-        delta = delta.to(weight.dtype)
-        of_hidden.append(delta @ weight)
+            share = (delta * scale).sum(0)
+            of_bias = share if of_bias is None else of_bias + share
+        # The coefficients scale what is [c, d], not what is [c, V].
+        wide, delta = delta.dtype, delta.to(weight.dtype)
+        of_hidden.append(((delta @ weight) * scale).to(weight.dtype))
+        scaled = (states * scale).to(weight.dtype)
         if of_weight is None:  # summed over chunks in fp32: bf16 would round after each
-            of_weight = (delta.T @ hidden[labels]).to(logits.dtype)
-        elif of_weight.dtype == delta.dtype:
-            of_weight.addmm_(delta.T, hidden[labels])
+            of_weight = (delta.T @ scaled).to(wide)
+        elif wide == delta.dtype:
+            of_weight.addmm_(delta.T, scaled)
         else:
-            of_weight += delta.T @ hidden[labels]
-        del logits, delta
+            of_weight += delta.T @ scaled
+        del delta
     found = torch.cat(losses)
     if coefficients is None:
         return found, None, None, None

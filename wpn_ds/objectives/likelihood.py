@@ -41,8 +41,8 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> T
 class Targets(Protocol):
     """What the predicted distributions of ``n`` labels are compared to."""
 
-    def losses(self, logits: Tensor, labels: slice) -> Tensor:
-        """``[c, V]`` logits of ``labels`` to ``[c]`` losses; leaves ``p - t`` in ``logits``."""
+    def losses(self, logits: Tensor, labels: slice) -> tuple[Tensor, Tensor]:
+        """``[c, V]`` logits of ``labels`` to ``[c]`` losses and their gradient ``p - t``, [c, V]."""
 
 
 @dataclass(frozen=True)
@@ -51,12 +51,11 @@ class Tokens:
 
     ids: Tensor
 
-    def losses(self, logits: Tensor, labels: slice) -> Tensor:
+    def losses(self, logits: Tensor, labels: slice) -> tuple[Tensor, Tensor]:
         ids = self.ids[labels, None]
-        normaliser = torch.logsumexp(logits, dim=1, keepdim=True)
-        losses = normaliser - logits.gather(1, ids)
-        logits.sub_(normaliser).exp_().scatter_add_(1, ids, -torch.ones_like(losses))
-        return losses.squeeze(1)
+        logits = torch.log_softmax(logits, dim=1)  # one pass over memory; the same from parts takes six
+        losses = -logits.gather(1, ids)
+        return losses.squeeze(1), logits.exp_().scatter_add_(1, ids, -torch.ones_like(losses))
 
 
 @dataclass(frozen=True)
@@ -72,15 +71,12 @@ class Distribution:
     weight: Tensor
     bias: Tensor | None = None
 
-    def losses(self, logits: Tensor, labels: slice) -> Tensor:
-        own = logits.sub_(torch.logsumexp(logits, dim=1, keepdim=True))
-        target = head_logits(self.hidden[labels], self.weight, self.bias).to(own.dtype)
-        target.sub_(torch.logsumexp(target, dim=1, keepdim=True))
-        gap = target - own
-        probabilities = target.exp_()
-        losses = torch.linalg.vecdot(probabilities, gap)
-        own.exp_().sub_(probabilities)
-        return losses
+    def losses(self, logits: Tensor, labels: slice) -> tuple[Tensor, Tensor]:
+        logits = torch.log_softmax(logits, dim=1)
+        target = torch.log_softmax(head_logits(self.hidden[labels], self.weight, self.bias), dim=1).to(logits.dtype)
+        gap = target - logits  # exactly 0 at the start, which a difference of two sums would not be
+        target.exp_()
+        return torch.linalg.vecdot(target, gap), logits.exp_().sub_(target)
 
 
 @dataclass(frozen=True)
@@ -99,16 +95,15 @@ class TopK:
     ids: Tensor
     logprobs: Tensor
 
-    def losses(self, logits: Tensor, labels: slice) -> Tensor:
-        own = logits.sub_(torch.logsumexp(logits, dim=1, keepdim=True))
-        ids, target = self.ids[labels], self.logprobs[labels].to(own.dtype)
-        known = own.gather(1, ids)
+    def losses(self, logits: Tensor, labels: slice) -> tuple[Tensor, Tensor]:
+        logits = torch.log_softmax(logits, dim=1)
+        ids, target = self.ids[labels], self.logprobs[labels].to(logits.dtype)
+        known = logits.gather(1, ids)
         rest, own_rest = _log_rest(target), _log_rest(known)
         losses = torch.linalg.vecdot(target.exp(), target - known) + rest.exp() * (rest - own_rest)
         # The rest's target mass is spread as the model itself spreads it: p_v t_rest / p_rest.
-        own.exp_().mul_(1 - (rest - own_rest).exp()[:, None])
-        own.scatter_(1, ids, known.exp() - target.exp())
-        return losses
+        delta = logits.exp_().mul_(1 - (rest - own_rest).exp()[:, None])
+        return losses, delta.scatter_(1, ids, known.exp() - target.exp())
 
 
 def _log_rest(logprobs: Tensor) -> Tensor:
