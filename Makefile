@@ -11,7 +11,7 @@ help:
 	@echo "make demo    plant a small model with harmful answers, unlearn them, print a before/after table"
 	@echo "make test    run the tests"
 	@echo "make check   ruff, mypy and the tests: what a change has to pass"
-	@echo "make bench   measure against other ways to train, half an hour (ONLY=plain,trl picks rows, QUICK=1 tries them)"
+	@echo "make bench   measure against other ways to train, an hour (ONLY=main: half of it; QUICK=1 tries the rows)"
 	@echo "make env     make .venv, which the others do by themselves (PYTHON=python3.12 picks an interpreter)"
 	@echo "make clean   remove .venv, caches and the demo's results; runs of your own stay"
 

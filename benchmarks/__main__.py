@@ -1,6 +1,7 @@
 """``python -m benchmarks [--only GROUP_OR_ROW,...] [--quick]``: measure, print, write the results.
 
-All of it in one run; with ``--only`` or ``--quick`` the results are a part, and go to ``results.partial.json``.
+``--only main``: the rows of the named ratios. A run that lacks some of them, or is quick, is a part, and its results
+go to ``results.partial.json``.
 """
 
 from __future__ import annotations
@@ -148,12 +149,14 @@ def _say(line: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("--only", default="", help="names or groups of rows, separated by commas")
+    parser.add_argument("--only", default="", help="names or groups of rows, with commas between; main: the ratios'")
     parser.add_argument(
         "--quick", action="store_true", help="one round, without what takes minutes: figures mean little"
     )
     args = parser.parse_args()
     wanted = {name for name in args.only.split(",") if name}
+    if "main" in wanted:
+        wanted = wanted - {"main"} | {row for names, *_ in RATIOS.values() for row in names}
     if unknown := wanted - {name for row in ROWS for name in (row.name, row.group)}:
         parser.error(f"no row or group is called {', '.join(sorted(unknown))}: {', '.join(row.name for row in ROWS)}")
     chosen = [row for row in ROWS if not wanted or wanted & {row.name, row.group}]
@@ -176,7 +179,7 @@ def main() -> int:
         "machine": machine(),
         "minutes": (time.perf_counter() - begun) / 60,
     }
-    whole = named.keys() == RATIOS.keys() and not wanted and not args.quick
+    whole = named.keys() == RATIOS.keys() and not args.quick
     path = report.RESULTS if whole else report.RESULTS.with_suffix(".partial.json")
     path.write_text(json.dumps(results, indent=2) + "\n")
     print(report.aligned(report.details(rows)))

@@ -16,7 +16,7 @@ FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
 BEGIN, END = "<!-- bench:begin -->", "<!-- bench:end -->"
 
-#: What the issue asks of each ratio: at least (True) or at most (False) this.
+#: What each ratio shall be: at least (True) or at most (False) this.
 TARGETS = {
     "throughput_vs_plain_pku": (True, 3.0),
     "throughput_vs_plain_hh": (True, 4.0),

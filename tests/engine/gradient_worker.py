@@ -70,7 +70,7 @@ LAYOUTS = {
 def run_case(case: dict, models: Path, cache: Path, world) -> tuple[dict, dict | None]:
     config = ds_json(case["stage"], world.size)
     zero3 = {k: v for k, v in config.items() if k != "train_batch_size"} if case["stage"] == 3 else None
-    budget = 48 if case["several"] else 10_000
+    budget = (24 if "flat" in LAYOUTS[case["layout"]] else 48) if case["several"] else 10_000
     layout = Layout(row_length=48, tokens_per_micro_batch=budget, world_size=world.size, **LAYOUTS[case["layout"]])
 
     def load(folder: str):
