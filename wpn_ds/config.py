@@ -91,7 +91,7 @@ class DataConfig:
     """Text around a prompt, where {prompt} stands for it; on the command line \\n means a line break."""
 
     max_length: int = 1024
-    """Tokens of a packed row, and so the most tokens of one prompt with its answer."""
+    """Most tokens of one prompt with its answer (and, under --attention sdpa or eager, of a packed row)."""
 
     packing: bool = True
     """Put several texts into one row; turn it off for models that fail the packing self-check."""
@@ -130,7 +130,7 @@ class ObjectiveConfig:
     """Weight of the likelihood of the wanted answers; 0 leaves it out."""
 
     retain_loss: Literal["kl", "nll"] = "kl"
-    """Retain term: kl to the starting model (a second, frozen copy, sharded too), or plain nll."""
+    """Retain term: kl to the starting model (see --reference), or plain nll."""
 
     retain_weight: float = 1.0
     """Weight of the retain term; 0 leaves it out."""

@@ -33,10 +33,10 @@ def labels(batch: Batch) -> list[tuple[int, int]]:
     return list(zip(batch.label_positions.tolist(), batch.label_ids.tolist(), strict=True))
 
 
-def batches(examples, layout: Layout, roles=ALL, **settings) -> list[tuple[MicroBatch, Batch]]:
+def batches(examples, layout: Layout, roles=ALL) -> list[tuple[MicroBatch, Batch]]:
     """Every micro-batch of every rank with its rows."""
     every = flat(plan_of(examples, layout).micro_batches)
-    return [(rows, collate(rows, PAD, roles=roles, flat=layout.flat, **settings)) for rows in every]
+    return [(rows, collate(rows, PAD, roles=roles, flat=layout.flat)) for rows in every]
 
 
 def paths(rows: MicroBatch, batch: Batch) -> list[tuple[Item, list[int]]]:
@@ -195,50 +195,30 @@ def test_spans_hold_the_prompt_without_bos_of_wanted_segments_and_the_whole_answ
         assert batch.tokens == sum(i.tokens for i in items_of([rows]) if i.role is not Role.DEAD)
 
 
-@several
-@given(examples=example_sets(), layout=layouts(), roles=ROLES.map(lambda roles: roles | {Role.RETAIN}))
-def test_the_retain_segments_alone_have_the_same_retain_labels_in_the_same_order(examples, layout, roles) -> None:
-    for _, batch in batches(examples, layout, roles, with_retain=True):
-        alone = batch.retain
-        assert alone is not None and alone.retain is None and (alone.pieces is None) == (batch.pieces is None)
-        assert alone.retain_items == batch.retain_items
-        retain = batch.label_ids[batch.labels_of(Role.RETAIN)].tolist()
-        assert alone.label_ids[alone.labels_of(Role.RETAIN)].tolist() == retain
-        assert len(alone.label_ids) == max(1, len(retain)), "the reference model predicts nothing else"
-        if not retain:
-            assert alone.tokens == 0 and alone.input_ids.shape == (1, 1)
-
-
 # ---- dead rows and devices ----
 
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("roles", [ALL, frozenset()])
 def test_a_dead_row_has_one_dead_label_no_spans_and_no_tokens(roles, flat) -> None:
-    batch = collate((dead_row(),), PAD, roles=roles, flat=flat, with_retain=True)
-    for each in (batch, batch.retain):
-        assert labels(each) == [(0, 0)] and each.label_counts == {Role.DEAD: 1}
-        spans = (each.prompts, each.wanted, each.unwanted, each.wanted_labels, each.unwanted_labels)
-        assert all(len(of) == 0 and of.start.dtype == torch.long for of in spans)
-        assert each.tokens == 0 and each.retain_items == ()
-
-
-def test_a_batch_without_the_retain_segments_has_none() -> None:
-    assert collate(((PLAIN,),), PAD, roles=ALL).retain is None
+    batch = collate((dead_row(),), PAD, roles=roles, flat=flat)
+    assert labels(batch) == [(0, 0)] and batch.label_counts == {Role.DEAD: 1}
+    spans = (batch.prompts, batch.wanted, batch.unwanted, batch.wanted_labels, batch.unwanted_labels)
+    assert all(len(of) == 0 and of.start.dtype == torch.long for of in spans)
+    assert batch.tokens == 0 and batch.retain_items == ()
 
 
 def test_a_batch_moves_as_a_whole_but_for_its_pieces_which_the_host_reads(monkeypatch) -> None:
     monkeypatch.setattr(torch.Tensor, "pin_memory", torch.Tensor.clone)  # there is no accelerator here
-    batch = collate(((WANTED, PLAIN),), PAD, roles=ALL, flat=True, with_retain=True)
+    batch = collate(((WANTED, PLAIN),), PAD, roles=ALL, flat=True)
     moved = batch.to(torch.device("meta"))
-    for each, origin in ((moved, batch), (moved.retain, batch.retain)):
-        for entry in fields(each):
-            value = getattr(each, entry.name)
-            tensors = [value] if isinstance(value, torch.Tensor) else []
-            if isinstance(value, Spans):
-                tensors = [value.start, value.stop, value.index]
-            place = "cpu" if entry.name == "pieces" else "meta"
-            assert all(tensor.device.type == place for tensor in tensors), entry.name
-        assert torch.equal(each.pieces, origin.pieces)
-        assert each.label_counts == origin.label_counts
-        assert (each.retain_items, each.tokens) == (origin.retain_items, origin.tokens)
+    for entry in fields(moved):
+        value = getattr(moved, entry.name)
+        tensors = [value] if isinstance(value, torch.Tensor) else []
+        if isinstance(value, Spans):
+            tensors = [value.start, value.stop, value.index]
+        place = "cpu" if entry.name == "pieces" else "meta"
+        assert all(tensor.device.type == place for tensor in tensors), entry.name
+    assert torch.equal(moved.pieces, batch.pieces)
+    assert moved.label_counts == batch.label_counts
+    assert (moved.retain_items, moved.tokens) == (batch.retain_items, batch.tokens)

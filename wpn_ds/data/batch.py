@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wpn_ds.data.plan import Item, MicroBatch, Role, Row, dead_row
+from wpn_ds.data.plan import Item, MicroBatch, Role, Row
 
 
 @dataclass(frozen=True)
@@ -49,8 +49,6 @@ class Batch:
         wanted, unwanted: spans of the answers, EOS included.
         wanted_labels, unwanted_labels: spans (into P) of the answers' labels, if they are predicted.
         retain_items: the index of every retain segment, in the order of the labels.
-        retain: the retain segments as a micro-batch of their own (the reference model's input), or a dead row; None
-            unless asked for.
         tokens: real tokens.
     """
 
@@ -68,7 +66,6 @@ class Batch:
     unwanted_labels: Spans
     retain_items: tuple[int, ...]
     tokens: int
-    retain: Batch | None = None
 
     def to(self, device: torch.device) -> Batch:
         """On ``device``, without waiting for the copies."""
@@ -79,8 +76,6 @@ class Batch:
                 moved[entry.name] = to_device(value, device)
             elif isinstance(value, Spans):
                 moved[entry.name] = Spans(*(to_device(getattr(value, f.name), device) for f in fields(value)))
-            elif isinstance(value, Batch):
-                moved[entry.name] = value.to(device)
         return replace(self, **moved)
 
     def labels_of(self, role: Role) -> slice:
@@ -149,9 +144,7 @@ class _Columns:
                 labels.append((before + t - 1, segment.ids[t]))
 
 
-def collate(
-    rows: MicroBatch, pad_id: int, *, roles: frozenset[Role], flat: bool = False, with_retain: bool = False
-) -> Batch:
+def collate(rows: MicroBatch, pad_id: int, *, roles: frozenset[Role], flat: bool = False) -> Batch:
     """Tensors of one micro-batch; ``roles``: the segments that are predicted.
 
     ``flat``: the rows one after the other, without padding; else right-padded to the longest. With no label at all
@@ -183,14 +176,8 @@ def collate(
         ),
         retain_items=tuple(index for _, _, index in columns.label_spans[Role.RETAIN]),
         tokens=sum(item.tokens for row in rows for item in row if item.role is not Role.DEAD),
-        retain=collate(_retain_rows(rows), pad_id, roles=roles, flat=flat) if with_retain else None,
     )
 
 
 def _padded(rows: list[list[int]], length: int, fill: int) -> Tensor:
     return torch.tensor([row + [fill] * (length - len(row)) for row in rows])
-
-
-def _retain_rows(rows: MicroBatch) -> tuple[Row, ...]:
-    retain = (tuple(item for item in row if item.role is Role.RETAIN) for row in rows)
-    return tuple(row for row in retain if row) or (dead_row(),)

@@ -36,12 +36,13 @@ def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:
 def spread(lengths: Sequence[int], capacity: int, multiple: int) -> list[list[int]]:
     """Indices of ``lengths`` in bins of nearly equal load; their number is a multiple of ``multiple``.
 
-    The longest first, each into the emptiest bin, with as few bins as keep every load within ``capacity`` (a single
-    item may exceed it, alone in its bin). Depends only on the arguments, ties going by index.
+    The longest first, each into the emptiest bin, with about as few bins as keep every load within ``capacity`` (a
+    single item may exceed it, alone in its bin). Depends only on the arguments, ties going by index.
     """
     order = sorted(range(len(lengths)), key=lambda i: (-lengths[i], i))
-    load = sum(min(length, capacity) for length in lengths)
-    count = multiple * max(1, -(-load // (capacity * multiple)))
+    # Equal loads may need more bins than the fullest packing, which is where to start: counting up from the sum of the
+    # lengths would take a pass for each bin that long items need to themselves.
+    count = multiple * max(1, -(-len(pack([min(n, capacity) for n in lengths], capacity)) // multiple))
     while True:
         bins: list[list[int]] = [[] for _ in range(count)]
         loads = [(0, k) for k in range(count)]
@@ -51,4 +52,4 @@ def spread(lengths: Sequence[int], capacity: int, multiple: int) -> list[list[in
             heapq.heappush(loads, (load + lengths[index], k))
         if all(load <= capacity or len(bins[k]) == 1 for load, k in loads):
             return bins
-        count += multiple
+        count += multiple * max(1, count // (20 * multiple))

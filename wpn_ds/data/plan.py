@@ -228,7 +228,8 @@ def plan_step(
     texts = [frozenset(answer.text_id for answer in example.wanted) for example in chosen]
     example = np.array([e for e, _ in wanted], dtype=np.int64)
     unwanted_example = np.array([e for e, _ in unwanted], dtype=np.int64)
-    by_example = np.array([[a.text_id not in t for _, a in unwanted] for t in texts], dtype=bool)
+    unwanted_texts = np.array([answer.text_id for _, answer in unwanted], dtype=np.int64)
+    by_example = np.array([~np.isin(unwanted_texts, list(t)) for t in texts], dtype=bool)
     negative_mask = by_example.reshape(len(chosen), len(unwanted))[example]
     micro_batches = layout.micro_batches(items)
     flat = [micro_batch for rank in micro_batches for micro_batch in rank]

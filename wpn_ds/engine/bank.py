@@ -79,6 +79,8 @@ class Bank:
         wanted = to_device(torch.tensor(padded).reshape(-1, width), device)
 
         def blocks(index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+            if not len(index):  # no pair here: a retain or dead micro-batch
+                return
             own = wanted[index]
             for ids, texts in zip(self.unwanted_ids.split(BLOCK), self.unwanted_texts.split(BLOCK), strict=True):
                 is_own = to_device(texts, device)[None, :, None] == own[:, None, :]

@@ -112,19 +112,29 @@ class Trainer:
                 refused = UserError(f"--attention {name.removeprefix('wpn_')} doesn't work on this machine: pass auto")
                 continue
             self.attention = lm.config._attn_implementation = name
-            try:
-                check_exact_reading(self.model, self.engine, device, job.layout)
+            refused = self._refusal(job.layout)
+            if refused is None:
                 return job.layout
-            except UserError as error:
-                refused = error
         if refused is not None and job.config.model.attention != "auto":
             raise refused
         layout = replace(job.layout, flat=False, share_prefix=False)
         if refused is not None:
             self.attention = lm.config._attn_implementation = default_attention(lm.config)
             say(job.world, f"packed attention is off, rows get a dense mask: {refused}")
-        check_exact_reading(self.model, self.engine, device, layout)
+        if (error := self._refusal(layout)) is not None:
+            raise error
         return layout
+
+    def _refusal(self, layout: Layout) -> UserError | None:
+        """What the start-up check has against ``layout``, on any rank: all must go on in the same way."""
+        refusal = None
+        try:
+            check_exact_reading(self.model, self.engine, self.job.world.device, layout)
+        except UserError as error:
+            refusal = error
+        if max_over_ranks(float(refusal is not None), self.job.world.device):
+            return refusal or UserError("another rank's packed rows differ from single sequences: pass --packing false")
+        return None
 
     def _answers(self) -> tuple[Bank | None, torch.Tensor | None]:
         """What the starting model says of every answer, as far as the objective asks: vectors, scores."""
@@ -314,7 +324,8 @@ class Trainer:
             "model": f"{job.source.name_or_path}, {parameters:,} parameters, {self.model.lm.dtype}",
             "ranks": f"{job.world.size} on {job.world.device.type}, ZeRO stage {job.zero_stage}, "
             f"peak {peak / 1e12:.3g} TFLOP/s each",
-            "attention": f"{self.attention}{', prompts shared' * job.layout.share_prefix}",
+            "attention": self.model.lm.config._attn_implementation.removeprefix("wpn_")
+            + ", prompts shared" * job.layout.share_prefix,
             "data": f"{len(job.examples.forget)} forget, {len(job.examples.retain)} retain; "
             f"cut: {cut.prompts} prompts, {cut.answers} answers",
             "steps": f"{job.total_steps} of {t.global_batch_size} forget + {t.retain_batch_size} retain examples",

@@ -35,14 +35,11 @@ _BLOCK_LABELS = 4096
 class Reference(Protocol):
     """What a step asks for."""
 
-    #: Whether a batch needs its retain segments as a micro-batch of their own.
-    reads: bool
-
     def targets(self, batch: Batch) -> contextlib.AbstractContextManager[Targets]:
         """What the batch's retain labels are compared to, while the context lasts."""
 
 
-class States(PackedLM):
+class LabelStates(PackedLM):
     """A model whose forward is the states at a batch's labels: [P, d]."""
 
     def forward(self, batch: Batch) -> Tensor:  # type: ignore[override]
@@ -52,12 +49,10 @@ class States(PackedLM):
 class FrozenModel:
     """The starting model itself, sharded as the policy is under ZeRO-3, else a plain copy on each rank."""
 
-    reads = True
-
     def __init__(self, lm: Any, packed: bool, ds_json: Mapping[str, Any], world: World) -> None:
         """``ds_json``: from :func:`frozen_json`."""
         lm.requires_grad_(False)
-        model: Any = States(lm, packed=packed)
+        model: Any = LabelStates(lm, packed=packed)
         self.head = lm.get_output_embeddings()
         self.sharded = ds_json.get("zero_optimization", {}).get("stage") == 3
         if self.sharded:
@@ -69,9 +64,8 @@ class FrozenModel:
 
     @contextlib.contextmanager
     def targets(self, batch: Batch) -> Iterator[Targets]:
-        assert batch.retain is not None
         with torch.no_grad():
-            states = self.model(batch.retain)[batch.retain.labels_of(Role.RETAIN)]
+            states = self.model(batch)[batch.labels_of(Role.RETAIN)]
         # Gathered here and not by its own forward: the policy's head needs it, chunk by chunk.
         with GatheredParameters(list(self.head.parameters()), enabled=self.sharded):
             bias = None if self.head.bias is None else self.head.bias.detach()
@@ -98,7 +92,7 @@ def frozen_json(ds_json: Mapping[str, Any], kind: str) -> dict[str, Any]:
         path = own.get("nvme_path") or optimizer.get("nvme_path")
         zero["offload_param"] = {"pin_memory": True, **own, "device": kind, "nvme_path": path}
         if kind == "nvme" and not path:
-            raise UserError("--reference nvme: the DeepSpeed JSON's offload names no nvme_path; see zero3_nvme.json")
+            raise UserError("--reference nvme: zero_optimization.offload_param of the DeepSpeed JSON has no nvme_path")
     if zero.get("offload_param", {}).get("device") == "nvme":  # an engine clears its folder when it starts
         zero["offload_param"]["nvme_path"] = os.path.join(zero["offload_param"]["nvme_path"], "reference")
     return config | {"zero_optimization": zero}
@@ -125,8 +119,6 @@ class _Rows:
 class CachedStates:
     """The starting model's states from a table, and its head: exact, without a second model."""
 
-    reads = False
-
     def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows) -> None:
         self.states, self.weight, self.bias, self.rows = states, weight, bias, rows
 
@@ -138,8 +130,6 @@ class CachedStates:
 
 class CachedTopK:
     """The starting model's most likely tokens from a table; see :class:`wpn_ds.objectives.likelihood.TopK`."""
-
-    reads = False
 
     def __init__(self, ids: Tensor, logprobs: Tensor, rows: _Rows) -> None:
         self.ids, self.logprobs, self.rows = ids, logprobs, rows

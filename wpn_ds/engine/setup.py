@@ -25,6 +25,7 @@ from wpn_ds.ds_json import ResolvedDeepSpeed, resolve_deepspeed
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.bank import fingerprint_of_model
 from wpn_ds.engine.distributed import World, agree, init, on_main
+from wpn_ds.engine.reference import frozen_json
 from wpn_ds.errors import UserError
 from wpn_ds.models.attention import supported
 from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id
@@ -99,6 +100,9 @@ def prepare(config: Config) -> Job:
     resolved, total_steps = _resolve(config, lm_config, world, len(forget))
     config = resolved.config
     _check_with_deepspeed(resolved.json, config)
+    objective = _objective(config)
+    if objective.keeps_distribution and config.objective.reference not in ("states", "topk"):
+        frozen_json(resolved.json, config.objective.reference)  # what it refuses is said before work is lost
     for note in resolved.notes:
         say(world, note)
     if not retain:
@@ -136,7 +140,7 @@ def prepare(config: Config) -> Job:
         lm_config=lm_config,
         tokenizer=tokenizer,
         total_steps=total_steps,
-        objective=_objective(config),
+        objective=objective,
         layout=_layout(config, lm_config, row_length, world),
         examples=examples,
         held_out=held_out,
@@ -156,6 +160,8 @@ def _layout(config: Config, lm_config: Any, row_length: int, world: World) -> La
     if ours and config.model.attention != "auto" and not (able and config.data.packing):
         reason = f"{lm_config.model_type} models have only their own" if not able else "it is for packed rows"
         raise UserError(f"--attention {config.model.attention}: {reason}; pass --attention auto, sdpa or eager")
+    if config.model.attention in ("varlen", "flex") and config.model.dropout:
+        raise UserError(f"--attention {config.model.attention} has no dropout: pass --attention packed or --dropout 0")
     flat = ours and able and config.data.packing
     return Layout(
         row_length,

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from wpn_ds.data.batch import Batch, collate
 from wpn_ds.data.plan import Layout, Role, StepPlan
-from wpn_ds.engine.distributed import World, fill_from_ranks, max_over_ranks
+from wpn_ds.engine.distributed import World, fill_from_ranks
 from wpn_ds.engine.reference import Reference
 from wpn_ds.objectives.likelihood import Reading
 from wpn_ds.objectives.wpn import WPN, FrozenTargets, StartingScores, States, Term
@@ -159,10 +159,8 @@ class Step:
 
     def _batch(self, plan: StepPlan, k: int, roles: frozenset[Role]) -> Batch:
         begun = time.perf_counter()
-        with_retain = self.reference is not None and self.reference.reads and Role.RETAIN in plan.roles(k)
         rows = plan.micro_batches[self.world.rank][k]
-        batch = collate(rows, self.pad_id, roles=roles, flat=self.layout.flat, with_retain=with_retain)
-        batch = batch.to(self.world.device)
+        batch = collate(rows, self.pad_id, roles=roles, flat=self.layout.flat).to(self.world.device)
         self.data_seconds += time.perf_counter() - begun
         return batch
 
@@ -192,7 +190,7 @@ class Step:
         engine, norm = self.engine, None
         if engine.zero_optimization_stage() == 0:  # ZeRO finds this out by itself in step(); this would apply it
             norm = _gradient_norm(engine)
-            if max_over_ranks(0.0 if torch.isfinite(norm) else 1.0, self.world.device):
+            if not torch.isfinite(norm):  # on all ranks alike: the gradients are summed already
                 engine.zero_grad()
                 engine.optimizer.zero_grad()
                 engine.skipped_steps += 1

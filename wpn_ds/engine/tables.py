@@ -23,6 +23,9 @@ from wpn_ds.errors import UserError
 
 logger = logging.getLogger(__name__)
 
+#: Raised whenever what a table holds changes its meaning: older ones are then not found.
+FORMAT = "1"
+
 Shapes = Mapping[str, tuple[tuple[int, ...], type]]
 #: (first row, rows by column name), on every rank the same.
 Blocks = Iterable[tuple[int, Mapping[str, Tensor]]]
@@ -46,7 +49,7 @@ class Tables:
         Raises:
             UserError: the processes of a machine don't see the same folder.
         """
-        key = json.dumps(dict(sorted({**self.fingerprint, **settings, "kind": kind}.items())))
+        key = json.dumps(dict(sorted({**self.fingerprint, **settings, "kind": kind, "format": FORMAT}.items())))
         path = self.directory / f"{kind}-{hashlib.sha256(key.encode()).hexdigest()[:24]}"
         found = _open(path, shapes)
         if max_over_ranks(float(found is None), world.device) == 0 and found is not None:
@@ -58,7 +61,8 @@ class Tables:
             try:
                 columns = _create(partial, shapes)
             except OSError as error:  # the run has what it needs; later ones must compute it again
-                logger.warning("the %s can't be kept in %s (%s)", kind, self.directory, error)
+                advice = "set WPN_DS_CACHE to a folder with room"
+                logger.warning("the %s can't be kept in %s (%s): %s", kind, self.directory, error, advice)
                 shutil.rmtree(partial, ignore_errors=True)
         in_memory = max_over_ranks(float(writer and columns is None), world.device) > 0
         if in_memory:

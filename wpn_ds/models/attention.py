@@ -1,10 +1,10 @@
-"""Packed attention: the texts in a row attend segment by segment, and no [L, L] mask is ever built.
+"""Packed attention: the texts in a row attend segment by segment, without a mask of the whole row.
 
 Three kernels compute the same thing, registered with transformers under the names in :data:`KERNELS`; GPT-Neo, which
 does not use that registry, gets an attention class. What attends to what comes in place of the attention mask:
 the ``pieces`` of :class:`wpn_ds.data.batch.Batch`, an integer table in the host's memory. It is the one argument that
 every family hands through to its attention untouched (a 4-D mask counts as prepared), in activation checkpointing's
-second forward too. Any other mask, as ``generate`` makes it, goes to plain SDPA.
+second forward too. Any other mask, as ``generate`` makes it, goes to plain SDPA (GPT-Neo: its own).
 """
 
 from __future__ import annotations
@@ -67,7 +67,7 @@ def _lower_right_causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: i
     return torch.cat(blocks, dim=2)
 
 
-@lru_cache(maxsize=256)
+@lru_cache(maxsize=16)
 def _band(n: int, m: int, window: int, device: torch.device) -> Tensor:
     """[n, m] True where one of the last ``n`` of ``m`` tokens sees a token: itself and ``window - 1`` before it."""
     distance = torch.arange(m - n, m, device=device)[:, None] - torch.arange(m, device=device)[None, :]

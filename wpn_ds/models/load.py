@@ -21,7 +21,7 @@ from transformers import (
 )
 
 from wpn_ds.errors import UserError
-from wpn_ds.models.attention import KERNELS, supported
+from wpn_ds.models.attention import KERNELS
 
 logger = logging.getLogger(__name__)
 
@@ -156,8 +156,8 @@ def default_attention(config: PretrainedConfig) -> str:
 
 
 def _attention(config: PretrainedConfig, wanted: str) -> str:
-    if wanted in KERNELS and not supported(config):
-        raise UserError(f"--attention: {config.model_type} models have only their own attention: pass sdpa or eager")
+    if wanted in KERNELS:
+        return wanted
     if wanted == "sdpa" and not _has_sdpa(config):
         raise UserError(f"--attention sdpa: {config.model_type} has no SDPA attention; use --attention eager")
     return default_attention(config) if wanted == "auto" else wanted

@@ -1,1 +1,1 @@
-"""The mathematics: pure torch, no deepspeed, no transformers. All of it computes in fp32 whatever the model's type."""
+"""The mathematics: pure torch, no deepspeed, no transformers. Sums are fp32, whatever the model's type."""
