@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from safetensors.torch import save_file
 
+from tests.data.made import FORMS
 from tests.engine.gradient_cases import VOCABULARY, WEIGHTS, make_examples
+from tests.engine.small import silent
 from wpn_ds.data.plan import Layout, Role, plan_step
 from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, starting_scores
 from wpn_ds.engine.build import build_policy, full_weights
@@ -48,10 +50,6 @@ class Watched(WPN):
         return found
 
 
-def silent(items, _):
-    return items
-
-
 def width(lm) -> int:
     return getattr(lm.config, "word_embed_proj_dim", lm.config.hidden_size)
 
@@ -59,19 +57,11 @@ def width(lm) -> int:
 watched: list[dict[str, torch.Tensor]] = []
 
 
-LAYOUTS = {
-    "padded": {"packed": False},
-    "rows": {"packed": True},
-    "flat": {"packed": True, "flat": True},
-    "shared": {"packed": True, "flat": True, "share_prefix": True},
-}
-
-
 def run_case(case: dict, models: Path, cache: Path, world) -> tuple[dict, dict | None]:
     config = ds_json(case["stage"], world.size)
     zero3 = {k: v for k, v in config.items() if k != "train_batch_size"} if case["stage"] == 3 else None
-    budget = (24 if "flat" in LAYOUTS[case["layout"]] else 48) if case["several"] else 10_000
-    layout = Layout(row_length=48, tokens_per_micro_batch=budget, world_size=world.size, **LAYOUTS[case["layout"]])
+    budget = (24 if "flat" in FORMS[case["layout"]] else 48) if case["several"] else 10_000
+    layout = Layout(row_length=48, tokens_per_micro_batch=budget, world_size=world.size, **FORMS[case["layout"]])
 
     def load(folder: str):
         return load_model(

@@ -10,10 +10,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BloomConfig
 
 from tests.models.families import CONFIGS, POSITIONS, VOCABULARY, WINDOW, make, plain_attention
+from tests.models.shapes import Shapes
 from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Item, Role
 from wpn_ds.data.tokens import Segment
@@ -100,7 +100,7 @@ def test_a_window_s_blocks_are_a_dense_band(n, before, window) -> None:
 def test_a_long_text_costs_its_length_times_the_window() -> None:
     length, window = 512, 16
     inputs = heads(length)
-    with Largest() as seen:
+    with Shapes() as seen:
         per_segment_sdpa(*inputs, ((0, length, 0, 0),), 1.0, window, 0.0)
     assert seen.entries <= inputs[0].numel(), "nothing is larger than the result"
 
@@ -227,31 +227,7 @@ def test_a_family_that_has_no_exchangeable_attention_is_not_supported() -> None:
     assert all(map(supported, CONFIGS.values()))
     assert not supported(BloomConfig())
 
-
-# ---- families ----
-
-
-class Largest(TorchDispatchMode):
-    """Keeps the shapes of all tensors that are made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.shapes.add(tuple(tensor.shape))
-        return out
-
-    def score_like(self, length: int) -> list[tuple[int, ...]]:
-        """Shapes with two dimensions of at least ``length``."""
-        return [shape for shape in self.shapes if sum(n >= length for n in shape) > 1]
-
-    @property
-    def entries(self) -> int:
-        return max(torch.Size(shape).numel() for shape in self.shapes)
+    # ---- families ----
 
 
 def texts(share: bool) -> list[Item]:
@@ -309,12 +285,12 @@ def test_a_flat_row_gives_the_states_and_gradients_of_single_sequences(family, s
 def test_no_table_of_all_tokens_by_all_tokens_is_made_forward_or_backward(family) -> None:
     items = texts(share=True)
     length = sum(item.tokens for item in items)
-    with Largest() as seen:
+    with Shapes() as seen:
         lm = make(CONFIGS[family], "wpn_packed")
         gradients(lm, packed_loss(lm, items)[1])
     assert seen.score_like(length) == [] and (1, length, 32) in seen.shapes
     batch = collate((tuple(items[:3]),), 0, roles=frozenset())
-    with Largest() as seen:
+    with Shapes() as seen:
         PackedLM(make(CONFIGS[family], plain_attention(family)), packed=True).backbone(batch)
     square = (batch.input_ids.shape[1],) * 2
     assert any(shape[-2:] == square for shape in seen.shapes), "the dense route makes one, so one would be seen"

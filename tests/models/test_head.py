@@ -10,8 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from tests.models.shapes import Shapes
 from wpn_ds.models import head as head_module
 from wpn_ds.models.head import AnswerHead, Parts
 from wpn_ds.objectives.likelihood import Distribution, Tokens, TopK
@@ -153,23 +153,8 @@ def test_bf16_is_close_to_fp32_in_losses_and_gradients(chunk, fused) -> None:
 def test_never_more_than_a_chunk_of_logits_exists(monkeypatch, kind, fused) -> None:
     monkeypatch.setattr(head_module, "CHUNK", 4)
     case = Case.make([(kind, 50)], bias=True)
-    with Sizes() as seen:
+    with Shapes() as seen:
         losses, total = case.head(case.hidden, case.parts, torch.ones(50) if fused else None)
         torch.autograd.grad(total if fused else losses.sum(), case.leaves)
     rows = {shape[0] for shape in seen.shapes if len(shape) == 2 and shape[1] in (VOCABULARY, VOCABULARY - 1)}
     assert max(rows - {50 if kind == "topk" else 0}) == 4, "of the targets, the k likeliest are given whole"
-
-
-class Sizes(TorchDispatchMode):
-    """Keeps the shapes of all tensors that are made."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shapes: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        for tensor in out if isinstance(out, tuple | list) else (out,):
-            if isinstance(tensor, Tensor):
-                self.shapes.add(tuple(tensor.shape))
-        return out

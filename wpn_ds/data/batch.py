@@ -118,10 +118,7 @@ class _Columns:
             ids += item.segment.ids[item.shared :]
             positions += range(item.shared, len(item.segment))
             segments += [number] * item.tokens
-            if item.shared:
-                self.pieces.append((at, at + item.tokens, prompt, prompt + item.shared))
-            else:
-                self.pieces.append((at, at + item.tokens, at, at))
+            self.pieces.append((at, at + item.tokens, prompt, prompt + item.shared))
             self._add_item(item, prompt, at - item.shared, roles)
         self.ids.append(ids)
         self.positions.append(positions)
