@@ -227,7 +227,8 @@ def test_a_family_that_has_no_exchangeable_attention_is_not_supported() -> None:
     assert all(map(supported, CONFIGS.values()))
     assert not supported(BloomConfig())
 
-    # ---- families ----
+
+# ---- families ----
 
 
 def texts(share: bool) -> list[Item]:
