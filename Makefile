@@ -5,11 +5,12 @@ STAMP := .venv/.installed
 # DeepSpeed's launcher, and ninja for what DeepSpeed compiles on first use, are found through PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help env demo test check bench clean
+.PHONY: help env demo test kills check bench clean
 
 help:
 	@echo "make demo    plant a small model with harmful answers, unlearn them, print a before/after table"
 	@echo "make test    run the tests"
+	@echo "make kills   kill training jobs on a real Slurm 50 times, half an hour (root, slurm-wlm, munge)"
 	@echo "make check   ruff, mypy and the tests: what a change has to pass"
 	@echo "make bench   measure against other ways to train, an hour (ONLY=main: half of it; QUICK=1 tries the rows)"
 	@echo "make env     make .venv, which the others do by themselves (PYTHON=python3.12 picks an interpreter)"
@@ -31,6 +32,9 @@ demo: $(STAMP)
 
 test: $(STAMP)
 	@$(IN_VENV) python -m pytest
+
+kills: $(STAMP)
+	@$(IN_VENV) WPN_DS_REQUIRE_SLURM=1 WPN_DS_KILLS=$${WPN_DS_KILLS:-50} python -m pytest tests/slurm/test_kills.py
 
 check: $(STAMP)
 	@$(IN_VENV) ruff check .

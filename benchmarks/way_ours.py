@@ -9,10 +9,12 @@ from benchmarks.protocol import serve
 from wpn_ds.config import parse_args
 from wpn_ds.engine.loop import Trainer
 from wpn_ds.engine.setup import prepare
+from wpn_ds.engine.stop import Points
 
 
 def main() -> None:
-    trainer = Trainer(prepare(parse_args(sys.argv[1:])))
+    job = prepare(parse_args(sys.argv[1:]))
+    trainer = Trainer(job, Points(job.world, hang_timeout=0), job.start)
 
     def step(number: int) -> dict[str, Any]:
         plan = trainer.plan(number)

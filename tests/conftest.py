@@ -1,4 +1,4 @@
-"""Shared by all tests: real data and real tokenizers."""
+"""Shared by all tests: real data, real tokenizers, and a tiny model with tiny data for whole runs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoTokenizer
+import torch
+from transformers import (
+    AutoTokenizer,
+    GenerationConfig,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
+
+from wpn_ds.demo.plant import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 OPT = {"vocab": "projects/OPT/assets/gpt2-vocab.json", "merges": "projects/OPT/assets/gpt2-merges.txt"}
@@ -45,3 +55,56 @@ def opt_tokenizer(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -
 def gpt2_tokenizer(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """GPT-2's and GPT-Neo's real BPE: no BOS rule and no pad token."""
     return _published(shared_data, tmp_path_factory.mktemp("gpt2"), "tokenizer_gpt2", GPT2, {})
+
+
+TEXT = "the cat sat on a mat and saw how the dog ran over green hills to find some rain or snow today"
+
+
+def sentence(k: int, n: int) -> str:
+    words = TEXT.split()
+    return " ".join(words[(k * 7 + 3 * j * (k + 1)) % len(words)] for j in range(n))
+
+
+@pytest.fixture(scope="session")
+def tiny(tmp_path_factory) -> Path:
+    """A folder with ``opt``, ``gpt_neo`` (models with their tokenizer), ``forget.jsonl``, ``retain.jsonl``."""
+    root = tmp_path_factory.mktemp("tiny")
+    forget = [
+        {
+            "prompt": sentence(k, 4),
+            "chosen": [sentence(k + 50, 6)],
+            "rejected": [sentence(k + 90, 3 + k % 7), "no " * 2],
+        }
+        for k in range(23)
+    ]
+    retain = [{"prompt": sentence(k + 200, 3), "response": sentence(k + 300, 5)} for k in range(17)]
+    retain += [{"text": sentence(7, 9)}]
+    for name, rows in (("forget", forget), ("retain", retain)):
+        (root / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    tokenizer = train_tokenizer([w for row in forget for w in (row["prompt"], *row["chosen"])], 320)
+    torch.manual_seed(0)
+    common = {"vocab_size": len(tokenizer), "hidden_size": 32, "max_position_embeddings": 128}
+    special = {"bos_token_id": 2, "eos_token_id": 2}
+    opt = OPTConfig(
+        **common,
+        **special,
+        pad_token_id=1,
+        word_embed_proj_dim=32,
+        num_hidden_layers=2,
+        ffn_dim=64,
+        num_attention_heads=4,
+    )
+    neo = GPTNeoConfig(
+        **common,
+        **special,
+        num_layers=2,
+        attention_types=[[["global", "local"], 1]],
+        num_heads=4,
+        window_size=8,
+        intermediate_size=64,
+    )
+    for name, lm in (("opt", OPTForCausalLM(opt)), ("gpt_neo", GPTNeoForCausalLM(neo))):
+        lm.generation_config = GenerationConfig(eos_token_id=2, pad_token_id=1)
+        lm.save_pretrained(root / name)
+        tokenizer.save_pretrained(root / name)
+    return root

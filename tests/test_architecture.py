@@ -16,6 +16,9 @@ BELOW = {
     "wpn_ds": set(),
     "wpn_ds.errors": set(),
     "wpn_ds.config": BASE,
+    "wpn_ds.launchers": BASE,
+    "wpn_ds.signals": BASE,
+    "wpn_ds.history": BASE | {"wpn_ds.config"},
     "wpn_ds.ds_json": BASE | {"wpn_ds.config"},
     "wpn_ds.data": BASE | {"wpn_ds.config"},
     "wpn_ds.objectives": BASE | {"wpn_ds.config", "wpn_ds.data"},
@@ -29,6 +32,8 @@ BELOW |= {
     "wpn_ds.evaluate": LOWER,
     "wpn_ds.engine": LOWER | {"wpn_ds.demo"},
     "wpn_ds.estimate": LOWER,
+    "wpn_ds.status_command": LOWER,
+    "wpn_ds.checkpoint_command": LOWER | {"wpn_ds.engine"},
     "wpn_ds.inspect_command": LOWER | {"wpn_ds.demo"},
     "wpn_ds.demo.command": LOWER | {"wpn_ds.demo", "wpn_ds.engine", "wpn_ds.evaluate"},
 }
@@ -41,6 +46,10 @@ PURE = {
     "wpn_ds.objectives": {"deepspeed", "transformers", "accelerate", "datasets"},
     "wpn_ds.config": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
     "wpn_ds.errors": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
+    "wpn_ds.launchers": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
+    "wpn_ds.signals": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
+    "wpn_ds.history": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
+    "wpn_ds.status_command": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
     "wpn_ds.models": {"deepspeed"},  # partitioned loading goes through transformers
     "wpn_ds.evaluate": {"deepspeed"},
 }

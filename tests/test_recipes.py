@@ -10,7 +10,7 @@ from wpn_ds.config import parse_args
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))
-MODELS = ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b")
+MODELS = ("opt-125m", "opt-350m", "opt-1.3b", "opt-2.7b", "opt-6.7b", "opt-13b", "opt-30b", "opt-66b")
 MODELS += ("gpt-neo-125m", "gpt-neo-1.3b", "gpt-neo-2.7b")
 
 

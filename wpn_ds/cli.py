@@ -12,6 +12,8 @@ _COMMANDS = {
     "train": "unlearn a model (under `deepspeed`: launch/train.py, the same flags)",
     "evaluate": "what a model answers: harmless rates, retain perplexity, report.html",
     "estimate": "memory and communication of a run, whether it fits, and what to change if not",
+    "status": "how far a run is, and whether it lives; for a login node",
+    "checkpoint": "list, verify, convert and export a run's checkpoints",
     "inspect": "counts, token lengths, padding waste, truncation and duplicates of data files",
     "plant": "train the demo's small model with its unwanted answers",
     "demo": "plant, evaluate, unlearn, evaluate: the whole story in minutes",
@@ -41,10 +43,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def train(argv: Sequence[str]) -> int:
     """A training job on this rank; the demo's recipe lies under the flags unless a model is named."""
+    from wpn_ds import launchers, signals
     from wpn_ds.config import parse_args
 
-    _quieten()
+    signals.install()
     try:
+        launcher = launchers.join()
+        _quieten()
         config = parse_args(argv)
         if config.model.model_name_or_path is None:
             from wpn_ds.demo import recipe
@@ -54,6 +59,8 @@ def train(argv: Sequence[str]) -> int:
         return _fail(error)
     from wpn_ds.engine.loop import run_guarded, train
 
+    if launcher not in ("none", "environment") and os.environ["RANK"] == "0":
+        print(f"started by {launcher}: {os.environ['WORLD_SIZE']} ranks", file=sys.stderr)
     return run_guarded(lambda: train(config))
 
 
@@ -77,7 +84,8 @@ def _guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], 
 
 
 def _fail(error: UserError) -> int:
-    if os.environ.get("RANK", "0") == "0":  # one line for the job, not one for each rank
+    ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
+    if next(filter(None, ranks), "0") == "0":  # one line for the job, not one for each rank
         print(f"error: {error}", file=sys.stderr)
     return error.exit_code
 
@@ -90,6 +98,18 @@ def _evaluate(argv: Sequence[str]) -> int:
 
 def _estimate(argv: Sequence[str]) -> int:
     from wpn_ds.estimate import run
+
+    return run(argv)
+
+
+def _status(argv: Sequence[str]) -> int:
+    from wpn_ds.status_command import run
+
+    return run(argv)
+
+
+def _checkpoint(argv: Sequence[str]) -> int:
+    from wpn_ds.checkpoint_command import run
 
     return run(argv)
 
@@ -116,6 +136,8 @@ _COMMAND_FUNCTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": _guarded(_evaluate),
     "estimate": _guarded(_estimate),
+    "status": _guarded(_status),
+    "checkpoint": _guarded(_checkpoint),
     "inspect": _guarded(_inspect),
     "plant": _guarded(_plant),
     "demo": _guarded(_demo),

@@ -248,6 +248,9 @@ class TrainingConfig:
     comm_timeout_minutes: float = 30.0
     """How long a rank waits for the others before the run is given up."""
 
+    hang_timeout: float = 1800.0
+    """Seconds without progress after which every rank writes its stack and the job ends; 0 means never."""
+
     deepspeed: str | None = None
     """Path of the DeepSpeed JSON file, for example ds_configs/zero3.json (required)."""
 
@@ -257,7 +260,7 @@ class TrainingConfig:
     def __post_init__(self) -> None:
         for name in ("global_batch_size", "tokens_per_micro_batch"):
             _require(self, name, getattr(self, name) >= 1, "at least 1")
-        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed"):
+        for name in ("warmup_steps", "weight_decay", "max_grad_norm", "seed", "hang_timeout"):
             _require(self, name, getattr(self, name) >= 0, "at least 0")
         for name in ("num_train_epochs", "learning_rate", "adam_epsilon", "comm_timeout_minutes"):
             _require(self, name, getattr(self, name) > 0, "greater than 0")
@@ -286,6 +289,9 @@ class LoggingConfig:
 
     save_total_limit: int = 2
     """Checkpoints to keep; older ones go once a newer one is complete."""
+
+    async_save: bool = False
+    """Write checkpoints in the background from a copy in host memory; a save still waits for the one before."""
 
     resume_from_checkpoint: str | None = None
     """Go on from a checkpoint: its path, or auto for the newest complete one in --output_dir (none: start afresh)."""

@@ -71,7 +71,7 @@ _SCHEDULER_FLAGS = {
 """Parameters of DeepSpeed's schedulers that the flags fill when the file leaves them out: its own defaults (a learning
 rate of 0.001, 1000 steps) are nobody's wish."""
 
-_VOCABULARY = 2**17  # tokens for which NVMe buffers are sized: of nearly every model, and more than twice OPT's
+_VOCABULARY = 2**18  # tokens for which NVMe buffers are sized: the largest in use (OPT and GPT-Neo have a fifth)
 
 # Places where "auto" is a word of DeepSpeed's own.
 _DEEPSPEED_AUTO = (

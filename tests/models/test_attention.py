@@ -19,7 +19,7 @@ from wpn_ds.data.plan import Item, Role
 from wpn_ds.data.tokens import Segment
 from wpn_ds.evaluate.generate import generate_ids
 from wpn_ds.models import attention
-from wpn_ds.models.attention import KERNELS, Pieces, candidates, per_segment_sdpa, supported, works
+from wpn_ds.models.attention import KERNELS, Pieces, candidates, fault, per_segment_sdpa, supported
 from wpn_ds.models.packed import PackedLM
 
 CPU = torch.device("cpu")
@@ -177,7 +177,7 @@ def test_kernels_without_dropout_say_so(kernel) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_route_of_a_cpu_works_here(dtype) -> None:
-    assert works("wpn_packed", 16, dtype, CPU)
+    assert fault("wpn_packed", 16, dtype, CPU) is None
 
 
 def test_a_kernel_that_fails_or_gives_wrong_numbers_is_found_out(monkeypatch) -> None:
@@ -202,9 +202,9 @@ def test_a_kernel_that_fails_or_gives_wrong_numbers_is_found_out(monkeypatch) ->
     wrong = (forgets_the_prefix, forgets_the_window, has_no_gradient, has_half_a_gradient, is_nan_somewhere)
     for kernel in (raises, *wrong):
         monkeypatch.setitem(KERNELS, "wpn_flex", kernel)
-        assert not works("wpn_flex", 16, torch.float32, CPU), kernel.__name__
+        assert fault("wpn_flex", 16, torch.float32, CPU), kernel.__name__
     monkeypatch.setitem(KERNELS, "wpn_flex", lambda *inputs: per_segment_sdpa(*inputs))
-    assert works("wpn_flex", 16, torch.float32, CPU)
+    assert fault("wpn_flex", 16, torch.float32, CPU) is None
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
+import os
+import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -13,6 +17,25 @@ from torch import Tensor
 from wpn_ds.engine.distributed import World
 from wpn_ds.errors import UserError
 from wpn_ds.models.packed import PackedLM
+
+#: The longest that DeepSpeed's extensions take to compile, and some.
+_LONGEST_BUILD = 15 * 60
+
+
+def remove_stale_locks() -> list[Path]:
+    """Delete locks of compilations that were killed; returns them. With one left, DeepSpeed would wait without end."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root is None:
+        from torch.utils.cpp_extension import get_default_build_root
+
+        root = get_default_build_root()
+    stale = []
+    for lock in Path(root).rglob("lock"):
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster, or the build has just ended
+            if time.time() - lock.stat().st_mtime > _LONGEST_BUILD:
+                lock.unlink()
+                stale.append(lock)
+    return stale
 
 
 def build_policy(

@@ -1,8 +1,8 @@
-"""Checkpoints that a kill at any moment can't spoil, and the export in Hugging Face format.
+"""Checkpoints that a kill at any moment can't spoil, and that any number of ranks can load.
 
-A checkpoint is written to ``checkpoint-N.tmp``; its manifest (``trainer_state.json``, with the size of every file) is
-written last, and only then the folder gets its name. Deleting goes the other way round: the manifest first. So a
-folder with a name and a manifest that fits its files is whole.
+A checkpoint is written to ``checkpoint-N.tmp``; its manifest (``trainer_state.json``, with the size and the checksum of
+every file) is written last, and only then the folder gets its name. Deleting goes the other way round: the manifest
+first. So a folder with a name and a manifest that fits its files is whole.
 """
 
 from __future__ import annotations
@@ -11,26 +11,29 @@ import json
 import os
 import re
 import shutil
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
-from wpn_ds.engine.build import full_weights
-from wpn_ds.engine.distributed import World, on_main
+from wpn_ds.engine.distributed import World, from_all, on_main, rng_state, set_rng_state
+from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
 
 MANIFEST = "trainer_state.json"
-_TAG = "state"  # DeepSpeed's name for the folder inside
+STATE = "state"
+"""DeepSpeed's name for the folder of tensors inside."""
+UNIVERSAL = "universal"
+"""The same converted for any number of ranks; made when it is needed."""
 _NAME = re.compile(r"checkpoint-(\d+)")
 
 
 class SaveError(UserError):
-    """A rank could not write its part of a checkpoint; said by that rank, whichever it is."""
+    """A checkpoint could not be written; the ones before are intact."""
 
     exit_code = 4
 
@@ -46,6 +49,8 @@ class TrainerState:
         model: fingerprint of the starting model.
         settings: the resolved flags.
         skipped_steps: how many of the steps had a gradient that was not finite.
+        evaluated: the evaluation that is due after ``step`` was done.
+        tokens, train_seconds: what the steps took, over all starts.
     """
 
     step: int
@@ -54,98 +59,237 @@ class TrainerState:
     model: str
     settings: dict[str, Any]
     skipped_steps: int = 0
+    evaluated: bool = True
+    tokens: int = 0
+    train_seconds: float = 0.0
 
 
-def save(engine: Any, output_dir: Path, state: TrainerState, world: World, keep: int) -> Path:
-    """Write ``checkpoint-<step>`` and then delete all but the newest ``keep``. Every rank must call it.
+class Saver:
+    """Writes a run's checkpoints, one at a time. Every rank must make the same calls."""
 
-    Raises:
-        SaveError: a file can't be written (a full disk, a quota). The checkpoints before are intact.
-    """
-    final = output_dir / f"checkpoint-{state.step}"
-    partial = final.with_name(final.name + ".tmp")
+    def __init__(self, engine: Any, output_dir: Path, world: World, *, keep: int, background: bool) -> None:
+        """``keep``: how many checkpoints stay; ``background``: the run goes on from a copy in host memory meanwhile."""
+        self._engine = engine
+        self._output_dir = output_dir
+        self._world = world
+        self._keep = keep
+        self._background = background
+        self._writer = engine.checkpoint_engine = Writer(background=background)
+        self._pending: TrainerState | None = None
 
-    def prepare() -> None:
-        for stale in output_dir.glob("checkpoint-*.tmp"):
-            _remove(stale)
-        partial.mkdir(parents=True)
+    def save(self, state: TrainerState) -> None:
+        """Write ``checkpoint-<step>`` and then delete all but the newest ones; the save before is finished first.
 
-    on_main(world, prepare)
-    try:
-        engine.save_checkpoint(str(partial), tag=_TAG, save_latest=False)
-        torch.save(_rng_states(world.device), partial / f"rng-{world.rank}.pt")
-    except (OSError, RuntimeError) as error:  # torch's writer turns a full disk into a RuntimeError
-        shutil.rmtree(partial, ignore_errors=True)
-        reason = str(error).strip().splitlines()[0]
-        raise SaveError(
-            f"rank {world.rank} can't write {partial} ({reason}): make room, then go on with "
-            f"--resume_from_checkpoint auto ({len(complete(output_dir))} whole checkpoints are there)"
-        ) from error
-    dist.barrier()
+        Raises:
+            SaveError: a file can't be written (a full disk, a quota). The checkpoints before are intact.
+        """
+        self.finish()
+        partial = self._partial(state)
 
-    def commit() -> None:
-        manifest = asdict(state) | {"files": {str(f.relative_to(partial)): f.stat().st_size for f in _files(partial)}}
+        def prepare() -> None:
+            for stale in self._output_dir.glob("checkpoint-*.tmp"):
+                _remove(stale)
+            partial.mkdir(parents=True)
+
+        try:
+            on_main(self._world, prepare)
+            self._engine.save_checkpoint(str(partial), tag=STATE, save_latest=False)
+            self._writer.save(rng_state(self._world.device), partial / f"rng-{self._world.rank}.pt")
+        except OSError as error:
+            raise self._refusal(partial, f"rank {self._world.rank}", error) from error
+        self._pending = state
+        if not self._background:
+            self.finish()
+
+    def poll(self) -> None:
+        """Give a checkpoint its name once all ranks have written their part in the background."""
+        if self._pending is not None and all(from_all(self._writer.done())):
+            self.finish()
+
+    def finish(self) -> None:
+        """Wait until the save that is under way, if any, is whole; raises as :meth:`save`."""
+        if self._pending is None:
+            return
+        state, self._pending = self._pending, None
+        partial = self._partial(state)
+        sums: dict[Path, str] = {}
+        failure: Exception | None = None
+        try:
+            sums = self._writer.collect()
+        except (OSError, RuntimeError) as error:
+            failure = error
+        parts = from_all((sums, failure))
+        for rank, (_, error) in enumerate(parts):
+            if error is not None:
+                raise self._refusal(partial, f"rank {rank}", error)
+        known = {path: digest for part, _ in parts for path, digest in part.items()}
+        on_main(self._world, lambda: self._commit(state, partial, known))
+
+    def _commit(self, state: TrainerState, partial: Path, sums: Mapping[Path, str]) -> None:
+        final = partial.with_suffix("")
+        files = {}
+        for file in _files(partial):  # those without a checksum were copied by DeepSpeed: states that lie on NVMe
+            files[str(file.relative_to(partial))] = [file.stat().st_size, sums.get(file) or sha256(file)]
         with (partial / MANIFEST).open("w") as stream:
-            json.dump(manifest, stream, indent=2)
+            json.dump(asdict(state) | {"files": files}, stream, indent=2)
             stream.flush()
             os.fsync(stream.fileno())
         _remove(final)
         os.replace(partial, final)
         # What lies after this step is of a line that was given up by resuming before it.
-        later = [path for step, path in complete(output_dir) if step > state.step]
-        older = [path for step, path in complete(output_dir) if step <= state.step]
-        for path in (*later, *older[:-keep]):
+        later = [path for step, path in complete(self._output_dir) if step > state.step]
+        older = [path for step, path in complete(self._output_dir) if step <= state.step]
+        for path in (*later, *older[: -self._keep]):
             _remove(path)
 
-    on_main(world, commit)
-    return final
+    def _partial(self, state: TrainerState) -> Path:
+        return self._output_dir / f"checkpoint-{state.step}.tmp"
+
+    def _refusal(self, partial: Path, who: str, error: Exception) -> SaveError:
+        shutil.rmtree(partial, ignore_errors=True)
+        reason = str(error).strip().splitlines()[0]
+        return SaveError(
+            f"{who} can't write {partial} ({reason}): make room, then go on with --resume_from_checkpoint auto "
+            f"({len(complete(self._output_dir))} whole checkpoints are there)"
+        )
 
 
 def load(engine: Any, path: Path, state: TrainerState, world: World) -> None:
-    """Restore what :func:`save` wrote, on the same number of ranks: weights, optimizer, schedule, RNG."""
-    if state.world_size != world.size:
-        raise UserError(
-            f"--resume_from_checkpoint {path}: written by {state.world_size} ranks, but this run has {world.size}: "
-            f"start {state.world_size} ranks"
-        )
-    loaded, _ = engine.load_checkpoint(str(path), tag=_TAG)
+    """Restore what :class:`Saver` wrote: weights, optimizer, schedule, and on as many ranks as wrote it their RNG.
+
+    On another number of ranks the engine must have been built with :func:`universal_json`.
+    """
+    same = state.world_size == world.size
+    convert = not same and is_partitioned(path)
+    if convert:
+        on_main(world, lambda: to_universal(path))
+    loaded, _ = engine.load_checkpoint(str(path), tag=UNIVERSAL if convert else STATE)
     if loaded is None:
         raise UserError(f"--resume_from_checkpoint {path}: DeepSpeed found no state in it; use an older checkpoint")
-    for name, rng in torch.load(path / f"rng-{world.rank}.pt", weights_only=True).items():
-        if name == "cpu":
-            torch.set_rng_state(rng)
-        else:
-            torch.get_device_module(world.device).set_rng_state(rng, world.device)
+    if not same:  # the ranks' streams of random numbers are others in any case
+        torch.manual_seed(state.settings["seed"] + world.rank + 1_000_003 * state.step)
+        return
+    set_rng_state(torch.load(path / f"rng-{world.rank}.pt", weights_only=True), world.device)
 
 
-def find(resume: str, output_dir: Path) -> Path | None:
-    """The checkpoint that ``--resume_from_checkpoint`` names: a path, or with ``auto`` the newest whole one (or None).
+def is_partitioned(path: Path) -> bool:
+    """Whether its tensors are spread over files of the ranks that wrote it; without ZeRO they are not."""
+    return any((path / STATE).glob("*_optim_states.pt"))
+
+
+def universal_json(ds_json: Mapping[str, Any], path: Path, state: TrainerState, world: World) -> dict[str, Any]:
+    """The configuration of the engine that :func:`load` will fill from ``path``."""
+    if state.world_size == world.size or not is_partitioned(path):
+        return dict(ds_json)
+    return {**ds_json, "checkpoint": {**ds_json.get("checkpoint", {}), "load_universal": True}}
+
+
+def to_universal(path: Path) -> Path:
+    """Convert a checkpoint to DeepSpeed's universal form, inside its folder, unless it is there.
 
     Raises:
-        UserError: the path isn't a whole checkpoint.
+        UserError: there is nothing to convert, or DeepSpeed fails; ends with its last line.
     """
+    final, partial = path / UNIVERSAL, path / f"{UNIVERSAL}.tmp"
+    if final.exists():
+        return final
+    if not is_partitioned(path):
+        raise UserError(f"{path}: its tensors are not spread over ranks, it fits any number of them as it is")
+    shutil.rmtree(partial, ignore_errors=True)
+    # Fewer workers than cores are no slower, and each may hold a whole layer.
+    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
+    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", *workers]
+    # Without the launcher's variables: it would take itself for a rank.
+    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+    done = subprocess.run(
+        [*command, "--input_folder", str(path / STATE), "--output_folder", str(partial)],
+        capture_output=True,
+        text=True,
+        env=env,
+    )
+    if done.returncode:
+        reason = ([line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"])[-1]
+        raise UserError(f"{path}: DeepSpeed can't convert it to another number of ranks: {reason}")
+    os.replace(partial, final)
+    return final
+
+
+def choose(resume: str | None, output_dir: Path, world: World) -> tuple[Path | None, list[str]]:
+    """The checkpoint to go on from, and notes on those that were passed over; every rank must call it.
+
+    ``resume`` is a path, or ``auto`` for the newest whole one (None if there is no checkpoint at all).
+
+    Raises:
+        UserError: the path isn't a whole checkpoint, or none of them is whole.
+    """
+    if resume is None:
+        return None, []
     if resume != "auto":
-        if read_state(Path(resume)) is None:
-            raise UserError(f"--resume_from_checkpoint {resume}: not a whole checkpoint (no {MANIFEST} that fits)")
-        return Path(resume)
-    whole = complete(output_dir)
-    return whole[-1][1] if whole else None
+        if faults := damage(Path(resume), world):
+            raise UserError(f"--resume_from_checkpoint {resume}: not a whole checkpoint ({faults[0]})")
+        return Path(resume), []
+    notes = []
+    found = on_main(world, lambda: sorted(_checkpoints(output_dir), reverse=True))
+    for _, path in found:
+        faults = damage(path, world)
+        if not faults:
+            return path, notes
+        notes.append(f"{path} is damaged ({faults[0]}): going back to the checkpoint before")
+    if found:
+        raise UserError(
+            f"--resume_from_checkpoint auto: no checkpoint in {output_dir} is whole ({faults[0]}): name one of another "
+            "run, or pass --overwrite_output_dir to start afresh"
+        )
+    return None, notes
+
+
+def damage(path: Path, world: World | None = None) -> list[str]:
+    """What is wrong with a checkpoint's files; empty if it is whole. Ranks share the reading, and all must call it."""
+    rank, size = (world.rank, world.size) if world else (0, 1)
+    manifest = _manifest(path)
+    if manifest is None:
+        own = [f"no {MANIFEST} that can be read"]
+    else:
+        own = []
+        for name, (length, digest) in list(manifest["files"].items())[rank::size]:
+            file = path / name
+            if not file.is_file():
+                own.append(f"{name} is missing")
+            elif file.stat().st_size != length:
+                own.append(f"{name} has {file.stat().st_size:,} bytes, not {length:,}")
+            elif sha256(file) != digest:
+                own.append(f"{name} has another checksum")
+    faults = from_all(own) if world else [own]
+    return [fault for part in faults for fault in part]
 
 
 def complete(output_dir: Path) -> list[tuple[int, Path]]:
-    """(step, folder) of every whole checkpoint, oldest first."""
-    found = [(int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name))]
-    return sorted((step, path) for step, path in found if read_state(path) is not None)
+    """(step, folder) of every checkpoint whose files are all there, oldest first; contents are not read."""
+    return sorted((step, path) for step, path in _checkpoints(output_dir) if read_state(path) is not None)
+
+
+def _checkpoints(output_dir: Path) -> Iterator[tuple[int, Path]]:
+    return ((int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name)))
 
 
 def read_state(path: Path) -> TrainerState | None:
     """The checkpoint's manifest, or None if there is none or a file is missing or has another size."""
+    manifest = _manifest(path)
+    if manifest is None:
+        return None
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
         files = manifest.pop("files")
-        if any((path / name).stat().st_size != size for name, size in files.items()):
+        if any((path / name).stat().st_size != size for name, (size, _) in files.items()):
             return None
         return TrainerState(**manifest)
+    except (OSError, TypeError):
+        return None
+
+
+def _manifest(path: Path) -> dict[str, Any] | None:
+    try:
+        manifest = json.loads((path / MANIFEST).read_text())
+        return manifest if isinstance(manifest["files"], dict) else None
     except (OSError, ValueError, KeyError, TypeError):
         return None
 
@@ -182,46 +326,6 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
             raise UserError(f"{name} is {now}, but {path} was written with {before}: give the same, or start afresh")
         notes.append(f"{name} is now {now}, was {before}")
     return notes
-
-
-def export(lm: Any, tokenizer: Any, output_dir: Path, world: World, config_overrides: Mapping[str, Any]) -> None:
-    """The model in Hugging Face format: safetensors, tokenizer, generation config. Every rank must call it.
-
-    Written aside and moved into place file by file, ``config.json`` last, so what can be loaded is whole.
-
-    Args:
-        config_overrides: configuration values to write in place of the training ones (the original dropout).
-    """
-    weights = full_weights(lm, world)
-    on_main(world, lambda: _write_model(lm, tokenizer, weights or {}, output_dir, config_overrides))
-
-
-def _write_model(
-    lm: Any, tokenizer: Any, weights: dict[str, Tensor], output_dir: Path, overrides: Mapping[str, Any]
-) -> None:
-    partial = output_dir / "model.tmp"
-    _remove(partial)
-    trained = {name: getattr(lm.config, name) for name in overrides}
-    try:
-        for name, value in overrides.items():
-            setattr(lm.config, name, value)
-        lm.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-    finally:
-        for name, value in trained.items():
-            setattr(lm.config, name, value)
-    for stale in output_dir.glob("model*.safetensors*"):  # shards of an older export would be loaded along
-        stale.unlink()
-    for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
-        os.replace(path, output_dir / path.name)
-    partial.rmdir()
-
-
-def _rng_states(device: torch.device) -> dict[str, Tensor]:
-    states = {"cpu": torch.get_rng_state()}
-    if device.type != "cpu":
-        states["device"] = torch.get_device_module(device).get_rng_state(device)
-    return states
 
 
 def _files(folder: Path) -> Iterator[Path]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
+import socket
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import deepspeed
 import torch
@@ -16,6 +17,7 @@ import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
 
+from wpn_ds import launchers
 from wpn_ds.errors import UserError
 
 T = TypeVar("T")
@@ -38,28 +40,27 @@ class World:
 def init(timeout_minutes: float) -> World:
     """Join the job that the launcher's environment describes; without a launcher, a job of one process."""
     _quieten()
-    if "RANK" not in os.environ:
-        for name in ("SLURM_NTASKS", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-            if int(os.environ.get(name) or 1) > 1:
-                raise UserError(
-                    f"{name}={os.environ[name]} but RANK is not set: the tasks would train apart, each alone; set "
-                    "RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT for each, or use deepspeed or torchrun"
-                )
-        alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
-        for name, value in alone.items():
-            os.environ.setdefault(name, value)
-    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    launcher = launchers.join()
+    local_rank = int(os.environ["LOCAL_RANK"])
     accelerator = get_accelerator()
     if accelerator.device_name() == "cpu":
         # Ranks of one machine share its cores; by default each would start a thread per core and wait on the others.
         if "OMP_NUM_THREADS" not in os.environ:
-            local_size = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]))
-            torch.set_num_threads(max(1, (os.cpu_count() or 1) // local_size))
+            torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
         device = torch.device("cpu")
         # DeepSpeed would first compile a shared-memory all-reduce: most of a minute without a word, and a lock file
         # that hangs every later run if this one is killed meanwhile. ZeRO's gathers and scatters don't use it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
+        seen = accelerator.device_count()
+        if seen == 1 and launcher == "srun":  # --gpus-per-task=1 shows each task its own as the first
+            os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it too
+            local_rank = 0
+        if local_rank >= seen:
+            raise UserError(
+                f"{socket.gethostname()}: {os.environ['LOCAL_WORLD_SIZE']} ranks but {seen} visible devices: start one "
+                "rank a device, or go on without this node (sbatch --exclude)"
+            )
         accelerator.set_device(local_rank)
         device = torch.device(accelerator.device_name(local_rank))
     # auto_mpi_discovery would guess a world from MPI's environment and, under srun, silently train apart.
@@ -103,14 +104,20 @@ def fill_from_ranks(values: Tensor, index: Tensor, n: int) -> Tensor:
     return full
 
 
+def from_all(value: T) -> list[T]:
+    """Every rank's ``value``, in the order of the ranks."""
+    values: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
 def agree(same: str, what: str) -> None:
     """Raise on all ranks if ``same`` isn't the same on all of them.
 
     Raises:
         UserError: naming ``what`` and the ranks' values.
     """
-    values: list[str | None] = [None] * dist.get_world_size()
-    dist.all_gather_object(values, same)
+    values = from_all(same)
     if len(set(values)) > 1:
         raise UserError(f"the ranks disagree about {what}: {values}; give all nodes the same files and versions")
 
@@ -129,3 +136,20 @@ def on_main(world: World, work: Callable[[], T]) -> T:
     if isinstance(value, Exception) and kind == "error":
         raise value
     return value  # type: ignore[return-value]
+
+
+#: States of the generators that a rank draws from, by kind of device.
+RngState = dict[str, Tensor]
+
+
+def rng_state(device: torch.device) -> RngState:
+    states = {"cpu": torch.get_rng_state()}
+    if device.type != "cpu":
+        states["device"] = torch.get_device_module(device).get_rng_state(device)
+    return states
+
+
+def set_rng_state(states: RngState, device: torch.device) -> None:
+    torch.set_rng_state(states["cpu"])
+    if "device" in states and device.type != "cpu":
+        torch.get_device_module(device).set_rng_state(states["device"], device)

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import importlib.metadata
 import json
+import math
 import os
 import sys
 import time
@@ -18,25 +20,35 @@ import torch
 import yaml
 from transformers import get_scheduler
 
+from wpn_ds import history
 from wpn_ds.config import DONE, Config
 from wpn_ds.data.batch import to_device
 from wpn_ds.data.plan import Layout, StepPlan, plan_step, step_indices
 from wpn_ds.ds_json import for_loading
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, starting_scores
-from wpn_ds.engine.build import build_policy
-from wpn_ds.engine.distributed import max_over_ranks, on_main, shutdown
+from wpn_ds.engine.build import build_policy, remove_stale_locks
+from wpn_ds.engine.distributed import (
+    max_over_ranks,
+    on_main,
+    rng_state,
+    set_rng_state,
+    shutdown,
+    sum_over_ranks,
+)
+from wpn_ds.engine.export import export
 from wpn_ds.engine.model_card import write_model_card
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.reference import FrozenModel, Reference, cached_states, cached_topk, frozen_json
 from wpn_ds.engine.setup import Job, cache_folder, prepare, progress, say
 from wpn_ds.engine.step import Step
+from wpn_ds.engine.stop import Points, Stopped
 from wpn_ds.engine.tables import Tables
-from wpn_ds.engine.telemetry import ModelShape, Telemetry, Window, measure_peak_flops, step_flops
+from wpn_ds.engine.telemetry import ModelShape, Telemetry, Window, energy, log_warnings, measure_peak_flops, step_flops
 from wpn_ds.engine.validate import starting_similarities, validation_losses
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.generate import generate
-from wpn_ds.models.attention import candidates, works
+from wpn_ds.models.attention import candidates, fault
 from wpn_ds.models.check import check_exact_reading
 from wpn_ds.models.load import default_attention, dropout_fields, load_model
 from wpn_ds.models.packed import PackedLM
@@ -59,41 +71,88 @@ def train(config: Config) -> None:
         TrainingStopped: the gradient was not finite ``MAX_SKIPPED_IN_A_ROW`` steps in a row.
     """
     job = prepare(config)
-    past = job.start
-    if job.resume_from is not None:
-        path = job.resume_from
-        past = on_main(job.world, lambda: checkpoint.read_state(path)) or past
-        for note in checkpoint.refuse_other_run(past, job.start, job.resume_from):
-            say(job.world, note)
-        if past.step > job.total_steps:
-            raise UserError(
-                f"--resume_from_checkpoint {path}: {past.step} steps are done, more than the {job.total_steps} that "
-                "--max_steps or --num_train_epochs ask for"
-            )
-    trainer = Trainer(job)
-    if job.resume_from is not None:  # after the bank and the reference, which the starting weights make
-        checkpoint.load(trainer.engine, job.resume_from, past, job.world)
-        say(job.world, f"resumed from {job.resume_from} after step {past.step}")
+    past = _past(job)
+    starts = on_main(job.world, lambda: history.record_start(job.output_dir, past.step, job.world.size))
+    on_main(job.world, lambda: history.forget_the_end(job.output_dir))
+    log = log_warnings(job.output_dir, job.world.rank)
+    points = Points(job.world, job.config.training.hang_timeout, log)
+    try:
+        trainer = Trainer(job, points, past)
+        if job.resume_from is not None:  # after the bank and the reference, which the starting weights make
+            checkpoint.load(trainer.engine, job.resume_from, past, job.world)
+            say(job.world, f"resumed from {job.resume_from} after step {past.step}")
+        else:
+            torch.manual_seed(job.config.training.seed + job.world.rank)
+        trainer.run(starts)
+    except Stopped as stopped:  # what there was to save is saved
+        if job.world.is_main:
+            history.write_atomically(job.output_dir / history.REQUEUE, f"{stopped}\n")
+        say(job.world, f"stopped by {stopped}: go on with --resume_from_checkpoint auto")
+    except UserError as error:
+        with contextlib.suppress(OSError):  # the disk may be what failed
+            history.write_atomically(job.output_dir / history.FAILED, f"{error}\n")
+        raise
     else:
-        torch.manual_seed(job.config.training.seed + job.world.rank)
-    trainer.run(past)
+        points.close()
+
+
+def _past(job: Job) -> checkpoint.TrainerState:
+    """The state that the run goes on from.
+
+    Raises:
+        UserError: the checkpoint is of another run.
+    """
+    path = job.resume_from
+    if path is None:
+        return job.start
+    past = on_main(job.world, lambda: checkpoint.read_state(path))
+    assert past is not None  # it was chosen because it is whole
+    for note in checkpoint.refuse_other_run(past, job.start, path):
+        say(job.world, note)
+    if past.step > job.total_steps:
+        raise UserError(
+            f"--resume_from_checkpoint {path}: {past.step} steps are done, more than the {job.total_steps} that "
+            "--max_steps or --num_train_epochs ask for"
+        )
+    return past
 
 
 class Trainer:
     """The policy's engine with the frozen things that the objective compares it to."""
 
-    def __init__(self, job: Job) -> None:
-        """Load and check the models; compute the bank, or find it on disk."""
+    def __init__(self, job: Job, points: Points, past: checkpoint.TrainerState) -> None:
+        """Load and check the models; compute the bank, or find it on disk.
+
+        ``past`` is what the run goes on from; the engine still has to be filled from its checkpoint.
+        """
         kernels = candidates(job.config.model.attention, job.world.device, job.config.model.dropout)
         self.attention = kernels[0] if job.layout.flat else job.config.model.attention
         self.job = job
         self.model = PackedLM(self._from_pretrained(trained=True), packed=job.layout.packed)
-        self.engine = build_policy(self.model, job.ds_json, self._scheduler())
+        for lock in remove_stale_locks():
+            print(f"removed {lock}, which a killed compilation had left", file=sys.stderr)
+        ds_json = job.ds_json
+        if job.resume_from is not None:
+            ds_json = checkpoint.universal_json(ds_json, job.resume_from, past, job.world)
+        self.engine = build_policy(self.model, ds_json, self._scheduler())
+        logging = job.config.logging
+        self.saver = checkpoint.Saver(
+            self.engine, job.output_dir, job.world, keep=logging.save_total_limit, background=logging.async_save
+        )
         self.job = replace(job, layout=self._checked_layout(kernels))
-        self.reader = Reader(self.engine, self.job.layout, job.pad_id, job.world)
+        self.points = points
+        self.state = past
+        self.shape = ModelShape.of(self.model.lm)
+        self.skipped_in_a_row = 0
+        self.energy = energy(job.world.device)
+        self.reader = Reader(self.engine, self.job.layout, job.pad_id, job.world, points.pass_by)
         self.bank, self.scores = self._answers()
+        points.pause()
         self.reference = self._reference()
-        self.step = Step(self.engine, job.objective, job.world, self.job.layout, job.pad_id, self.reference)
+        points.pause()
+        self.step = Step(
+            self.engine, job.objective, job.world, self.job.layout, job.pad_id, self.reference, points.pass_by
+        )
 
     def _checked_layout(self, kernels: Sequence[str]) -> Layout:
         """The job's layout once an attention is found that reads it exactly; under ``auto``, with the model's own
@@ -108,8 +167,10 @@ class Trainer:
         for name in kernels if job.layout.flat else ():
             head_dim = job.lm_config.hidden_size // job.lm_config.num_attention_heads
             head_dim = getattr(job.lm_config, "head_dim", None) or head_dim
-            if max_over_ranks(float(not works(name, head_dim, lm.dtype, device)), device):
-                refused = UserError(f"--attention {name.removeprefix('wpn_')} doesn't work on this machine: pass auto")
+            reason = fault(name, head_dim, lm.dtype, device)
+            if max_over_ranks(float(reason is not None), device):
+                short = name.removeprefix("wpn_")
+                refused = UserError(f"--attention {short} can't be used ({reason or 'on another rank'}): pass auto")
                 continue
             self.attention = lm.config._attn_implementation = name
             refused = self._refusal(job.layout)
@@ -214,88 +275,140 @@ class Trainer:
             return self.bank.targets(plan, job.objective, device)
         return fresh_targets(self.reader, job.objective, job.examples, plan)
 
-    def run(self, past: checkpoint.TrainerState) -> None:
-        """All steps after ``past``, then the export."""
-        job, logging = self.job, self.job.config.logging
-        on_main(job.world, lambda: (job.output_dir / DONE).unlink(missing_ok=True))
-        telemetry = Telemetry(job.output_dir, Path(logging.logging_dir or ""), job.world, job.total_steps, past.step)
-        dtype = self.model.lm.dtype
-        peak = logging.peak_tflops * 1e12 if logging.peak_tflops else measure_peak_flops(job.world.device, dtype)
-        self._describe(telemetry, peak)
-        if past.step == 0:
-            self._evaluate_start(telemetry)
-        shape = ModelShape.of(self.model.lm)
-        window = Window(job.world, peak)
-        values: dict[str, float] = {}
-        skipped, skipped_in_a_row = past.skipped_steps, 0
-        for step in range(past.step + 1, job.total_steps + 1):
-            begun = time.perf_counter()
-            plan = self.plan(step)
-            planned = time.perf_counter() - begun
-            rate = self.engine.get_lr()[0]
-            result = self.step(plan, self.targets(plan))
-            skipped_in_a_row = skipped_in_a_row + 1 if result.skipped else 0
-            skipped += result.skipped
-            window.add(
-                result,
-                plan,
-                examples=job.config.training.global_batch_size,
-                flops=step_flops(plan, shape, job.objective.predicted),
-                data_seconds=planned + self.step.data_seconds,
-            )
-            last = step == job.total_steps
-            logged = last or result.skipped or step % logging.logging_steps == 0
-            if logged:
-                values = window.close(job.objective.weights) | {"lr": rate, "skipped_steps": float(skipped)}
-                telemetry.log(step, values)
-            telemetry.progress(step, values if logged else None)
-            if result.skipped:
-                telemetry.say(f"step {step}: the gradient is not finite; the update was skipped on all ranks")
-            if skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
-                telemetry.close()
-                raise TrainingStopped(
-                    f"the gradient was not finite {skipped_in_a_row} steps in a row, up to step {step}: lower "
-                    f"--learning_rate (now {rate:g}) or set --max_grad_norm; checkpoints in {job.output_dir} are whole"
-                )
-            begun = time.perf_counter()
-            if not last and logging.eval_steps and step % logging.eval_steps == 0:
-                self._evaluate(step, telemetry)
-            if last or (logging.save_steps and step % logging.save_steps == 0):
-                state = checkpoint.TrainerState(
-                    step, job.world.size, job.start.data, job.start.model, job.start.settings, skipped
-                )
-                checkpoint.save(self.engine, job.output_dir, state, job.world, logging.save_total_limit)
-            window.exclude(time.perf_counter() - begun)
-        self._finish(telemetry, values)
+    def run(self, starts: Sequence[history.Start]) -> None:
+        """All steps that are left, then the export.
 
-    def _finish(self, telemetry: Telemetry, values: Mapping[str, float]) -> None:
+        Raises:
+            Stopped: on all ranks, once a checkpoint of the last whole step is there.
+            TrainingStopped: the gradient was not finite ``MAX_SKIPPED_IN_A_ROW`` steps in a row.
+        """
+        job, logging = self.job, self.job.config.logging
+        logs = Path(logging.logging_dir or "")
+        telemetry = Telemetry(job.output_dir, logs, job.world, job.total_steps, self.state.step)
+        rng = rng_state(job.world.device)
+        try:
+            dtype = self.model.lm.dtype
+            peak = logging.peak_tflops * 1e12 if logging.peak_tflops else measure_peak_flops(job.world.device, dtype)
+            self._describe(telemetry, peak)
+            if self.state.step == 0:
+                self._evaluate_start(telemetry)
+            elif not self.state.evaluated:
+                self._evaluate(telemetry)
+            window = Window(job.world, peak)
+            values: dict[str, float] = {}
+            for _ in range(self.state.step, job.total_steps):
+                values = self._take_step(telemetry, window) or values
+                rng = rng_state(job.world.device)
+                begun = time.perf_counter()
+                self._after_step(telemetry)
+                window.exclude(time.perf_counter() - begun)
+            self._finish(telemetry, values, starts)
+        except Stopped:
+            if self.state.step:
+                set_rng_state(rng, job.world.device)  # the step that was left may have drawn from it
+                self._save()
+                self.saver.finish()
+            raise
+        finally:
+            telemetry.close()
+
+    def _take_step(self, telemetry: Telemetry, window: Window) -> dict[str, float] | None:
+        """One optimizer step; its figures if they are due."""
+        job, logging, step = self.job, self.job.config.logging, self.state.step + 1
+        begun = time.perf_counter()
+        plan = self.plan(step)
+        planned = time.perf_counter() - begun
+        rate = self.engine.get_lr()[0]
+        result = self.step(plan, self.targets(plan))
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        evaluation_due = step < job.total_steps and logging.eval_steps and step % logging.eval_steps == 0
+        self.state = replace(
+            self.state,
+            step=step,
+            world_size=job.world.size,
+            settings=job.start.settings,
+            skipped_steps=self.state.skipped_steps + result.skipped,
+            evaluated=not evaluation_due,
+            tokens=self.state.tokens + plan.tokens,
+            train_seconds=self.state.train_seconds + time.perf_counter() - begun,
+        )
+        window.add(
+            result,
+            plan,
+            examples=job.config.training.global_batch_size,
+            flops=step_flops(plan, self.shape, job.objective.predicted),
+            data_seconds=planned + self.step.data_seconds,
+        )
+        values = None
+        if step == job.total_steps or result.skipped or step % logging.logging_steps == 0:
+            skipped = float(self.state.skipped_steps)
+            values = window.close(job.objective.weights) | {"lr": rate, "skipped_steps": skipped}
+            telemetry.log(step, values)
+        telemetry.progress(step, values)
+        if result.skipped:
+            telemetry.say(f"step {step}: the gradient is not finite; the update was skipped on all ranks")
+        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            raise TrainingStopped(
+                f"the gradient was not finite {self.skipped_in_a_row} steps in a row, up to step {step}: lower "
+                f"--learning_rate (now {rate:g}) or set --max_grad_norm; checkpoints in {job.output_dir} are whole"
+            )
+        return values
+
+    def _after_step(self, telemetry: Telemetry) -> None:
+        """What is due after the step that was just done: an evaluation, a checkpoint."""
+        save_steps, step = self.job.config.logging.save_steps, self.state.step
+        if not self.state.evaluated:
+            self._evaluate(telemetry)
+        if step == self.job.total_steps or (save_steps and step % save_steps == 0):
+            self._save()
+        else:
+            self.saver.poll()
+
+    def _save(self) -> None:
+        self.points.pause()
+        begun = time.perf_counter()
+        self.saver.save(self.state)
+        seconds = time.perf_counter() - begun
+        say(self.job.world, f"checkpoint-{self.state.step} took {seconds:.1f} s")
+        lead = float(os.environ.get("WPN_SIGNAL_LEAD") or "inf")  # the job script says when Slurm's signal comes
+        if 2 * seconds > lead:
+            say(
+                self.job.world,
+                f"that is more than half of the {lead:g} s between Slurm's signal and the time limit: "
+                f"sbatch --signal=B:USR1@{math.ceil(4 * seconds)} with WPN_SIGNAL_LEAD={math.ceil(4 * seconds)}",
+            )
+
+    def _finish(self, telemetry: Telemetry, values: Mapping[str, float], starts: Sequence[history.Start]) -> None:
         """Measure once more, export the model, and leave the file that says that all went well."""
         job = self.job
-        after = self._evaluate(job.total_steps, telemetry)
+        after = self._evaluate(telemetry)
         say(job.world, _line("end", after))
-        checkpoint.export(self.model.lm, job.tokenizer, job.output_dir, job.world, dropout_fields(job.lm_config))
+        self.points.pause()
+        self.saver.finish()
+        joules = sum_over_ranks({"joules": energy(job.world.device) - self.energy}, job.world.device)["joules"]
+        export(self.model.lm, job.tokenizer, job.output_dir, job.world, dropout_fields(job.lm_config))
         if job.world.is_main:
             settings = job.config.to_flat()
             telemetry.hparams(settings, after | {k: v for k, v in values.items() if k.startswith("loss/")})
             write_model_card(
                 job.output_dir, job.config, job.objective, job.source.name_or_path, job.total_steps, values, after
             )
-            self._write(DONE, "")  # scripts trust this file, not a return code
-        telemetry.close()
+            telemetry.say(history.summary(starts, self.state.tokens, self.state.train_seconds, joules))
+            history.write_atomically(job.output_dir / DONE, "")  # scripts trust this file, not a return code
         say(job.world, f"the unlearned model is in {job.output_dir}")
 
     def _evaluate_start(self, telemetry: Telemetry) -> None:
         job = self.job
-        values = self._evaluate(0, telemetry)
+        values = self._evaluate(telemetry)
         if self.bank is not None:
             cosines = starting_similarities(self.reader, job.objective, job.examples, self.bank)
             telemetry.log(0, cosines)
             values |= cosines
         say(job.world, _line("start", values))
 
-    def _evaluate(self, step: int, telemetry: Telemetry) -> dict[str, float]:
+    def _evaluate(self, telemetry: Telemetry) -> dict[str, float]:
         """Losses on the held-out examples, and sample answers; every rank takes part in both."""
-        job = self.job
+        job, step = self.job, self.state.step
         values = validation_losses(self.reader, job.held_out)
         telemetry.log(step, values)
         room = getattr(job.lm_config, "max_position_embeddings", 1 << 30) - max(map(len, job.prompts), default=0)
@@ -313,6 +426,7 @@ class Trainer:
             for k, (prompt, answer) in enumerate(zip(job.prompts, answers, strict=True)):
                 asked = job.tokenizer.decode(prompt, skip_special_tokens=True)
                 telemetry.text(step, f"samples/{k}", f"    {asked} {answer}".replace("\n", "\n    "))
+        self.state = replace(self.state, evaluated=True)
         return values
 
     def _describe(self, telemetry: Telemetry, peak: float) -> None:
@@ -343,13 +457,11 @@ class Trainer:
             settings = job.config.to_flat() | {"overwrite_output_dir": False, "resume_from_checkpoint": None}
             if settings["logging_dir"] == str(job.output_dir / "runs"):
                 settings["logging_dir"] = None
-            self._write("run.yaml", comments + yaml.safe_dump(settings, sort_keys=False))
-            self._write("ds_config.json", json.dumps(job.ds_json, indent=2) + "\n")
-
-    def _write(self, name: str, text: str) -> None:
-        partial = self.job.output_dir / f"{name}.tmp"
-        partial.write_text(text)
-        os.replace(partial, self.job.output_dir / name)
+            for name, text in (
+                ("run.yaml", comments + yaml.safe_dump(settings, sort_keys=False)),
+                ("ds_config.json", json.dumps(job.ds_json, indent=2) + "\n"),
+            ):
+                history.write_atomically(job.output_dir / name, text)
 
 
 def _line(what: str, values: Mapping[str, float]) -> str:
@@ -369,7 +481,7 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
         if isinstance(error, OSError) and error.errno not in _ABOUT_THE_DISK:
             traceback.print_exc()
             _leave(1)
-        if rank and not isinstance(error, checkpoint.SaveError):
+        if rank:
             time.sleep(_LET_RANK_0_SPEAK)
         print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         _leave(error.exit_code if isinstance(error, UserError) else checkpoint.SaveError.exit_code)

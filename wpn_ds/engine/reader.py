@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,19 @@ from wpn_ds.evaluate.generate import evaluation_mode
 from wpn_ds.objectives.likelihood import Reading
 
 
+def no_point(what: str) -> None:
+    """For work that nobody watches."""
+
+
 @dataclass(frozen=True)
 class Reader:
-    """An engine and how it is fed."""
+    """An engine and how it is fed. ``point`` is called before every micro-batch; it may raise to end the reading."""
 
     engine: Any
     layout: Layout
     pad_id: int
     world: World
+    point: Callable[[str], None] = no_point
 
     def read(self, items: Sequence[Item], roles: frozenset[Role]) -> Iterator[tuple[Batch, Reading]]:
         """This rank's micro-batches of ``items``, one after the other; ``roles`` as in :func:`collate`.
@@ -29,5 +34,6 @@ class Reader:
         """
         with evaluation_mode(self.engine.module):
             for rows in self.layout.micro_batches(items)[self.world.rank]:
+                self.point("a reading without gradient")
                 batch = collate(rows, self.pad_id, roles=roles, flat=self.layout.flat).to(self.world.device)
                 yield batch, self.engine(batch)

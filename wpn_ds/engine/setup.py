@@ -25,8 +25,10 @@ from wpn_ds.ds_json import ResolvedDeepSpeed, resolve_deepspeed
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.bank import fingerprint_of_model
 from wpn_ds.engine.distributed import World, agree, init, on_main
+from wpn_ds.engine.preflight import check as check_nodes
 from wpn_ds.engine.reference import frozen_json
 from wpn_ds.errors import UserError
+from wpn_ds.history import FAILED, REQUEUE, STARTS, STATUS
 from wpn_ds.models.attention import supported
 from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id
 from wpn_ds.objectives.wpn import WPN
@@ -70,7 +72,7 @@ class Job:
 
     @property
     def output_dir(self) -> Path:
-        return Path(self.config.training.output_dir or "")
+        return _output_dir(self.config)
 
     @property
     def pad_id(self) -> int:
@@ -90,6 +92,7 @@ def prepare(config: Config) -> Job:
     forget, retain, validation = _read_records(config)  # bad input shows before anything is started
     model_path = config.model.model_name_or_path or str(ensure_planted())
     world = init(config.training.comm_timeout_minutes)
+    check_nodes(world, Path(config.training.output_dir or "."), _room(model_path), lambda line: say(world, line))
     source = Source(
         model_path,
         revision=config.model.model_revision,
@@ -132,6 +135,10 @@ def prepare(config: Config) -> Job:
         | {"zero stage": _stage(resolved.json), "optimizer": resolved.json["optimizer"]["type"]},
     )
     agree(start.data, "the training data")
+    on_main(world, lambda: _claim_output(config))
+    resume_from, notes = checkpoint.choose(config.logging.resume_from_checkpoint, _output_dir(config), world)
+    for note in notes:
+        say(world, note)
     return Job(
         config=config,
         ds_json=resolved.json,
@@ -146,7 +153,7 @@ def prepare(config: Config) -> Job:
         held_out=held_out,
         prompts=[encode_prompt(record.prompt, tokenizer, template, row_length) for record in shown],
         start=start,
-        resume_from=on_main(world, lambda: _claim_output(config)),
+        resume_from=resume_from,
     )
 
 
@@ -193,6 +200,11 @@ def cache_folder() -> Path:
     if "WPN_DS_CACHE" in os.environ:
         return Path(os.environ["WPN_DS_CACHE"])
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wpn_ds"
+
+
+def _room(model_path: str) -> int:
+    """Bytes that the output folder needs at least: a checkpoint (weights and AdamW's two moments), and the export."""
+    return 4 * sum(file.stat().st_size for file in Path(model_path).glob("*.safetensors"))
 
 
 def _read_records(config: Config) -> tuple[list[ForgetRecord], list[RetainRecord], list[ForgetRecord]]:
@@ -259,20 +271,24 @@ def _objective(config: Config) -> WPN:
     )
 
 
-def _claim_output(config: Config) -> Path | None:
-    """Make the output folder ready; the checkpoint to resume from, if there is one.
+def _output_dir(config: Config) -> Path:
+    return Path(config.training.output_dir or "")
+
+
+def _claim_output(config: Config) -> None:
+    """Make the output folder ready.
 
     Raises:
         UserError: the folder holds a run and no flag says what to do with it.
     """
     try:
-        return _claimed(config)
+        _claim(config)
     except OSError as error:
         raise UserError(f"--output_dir {config.training.output_dir} can't be used ({error.strerror})") from error
 
 
-def _claimed(config: Config) -> Path | None:
-    output_dir = Path(config.training.output_dir or "")
+def _claim(config: Config) -> None:
+    output_dir = _output_dir(config)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: name a folder")
     model = Path(config.model.model_name_or_path or PLANTED)
@@ -280,8 +296,9 @@ def _claimed(config: Config) -> Path | None:
         raise UserError(f"--output_dir {output_dir} is the starting model's own folder: name another one")
     if config.logging.resume_from_checkpoint is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
-        return checkpoint.find(config.logging.resume_from_checkpoint, output_dir)
-    known = (DONE, "metrics.jsonl", "run.yaml", "ds_config.json", "runs", "config.json", "README.md", "model.tmp")
+        return
+    ended = (DONE, REQUEUE, FAILED, STARTS, STATUS)
+    known = (*ended, "metrics.jsonl", "run.yaml", "ds_config.json", "runs", "config.json", "README.md", "model.tmp")
     left = [p for name in known if (p := output_dir / name).exists()]
     left += [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors*")]
     if left and not config.logging.overwrite_output_dir:
@@ -297,4 +314,3 @@ def _claimed(config: Config) -> Path | None:
     for path in left:
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)
-    return None

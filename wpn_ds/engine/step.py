@@ -14,7 +14,7 @@ Why each factor is there:
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,7 +23,8 @@ from torch import Tensor
 
 from wpn_ds.data.batch import Batch, collate
 from wpn_ds.data.plan import Layout, Role, StepPlan
-from wpn_ds.engine.distributed import World, fill_from_ranks
+from wpn_ds.engine.distributed import RngState, World, fill_from_ranks, rng_state, set_rng_state
+from wpn_ds.engine.reader import no_point
 from wpn_ds.engine.reference import Reference
 from wpn_ds.objectives.likelihood import Reading
 from wpn_ds.objectives.wpn import WPN, FrozenTargets, StartingScores, States, Term
@@ -67,15 +68,26 @@ class Step:
     """Bound to an engine; call it with a plan to do one optimizer step."""
 
     def __init__(
-        self, engine: Any, objective: WPN, world: World, layout: Layout, pad_id: int, reference: Reference | None = None
+        self,
+        engine: Any,
+        objective: WPN,
+        world: World,
+        layout: Layout,
+        pad_id: int,
+        reference: Reference | None = None,
+        point: Callable[[str], None] = no_point,
     ) -> None:
-        """``reference``: what retain labels are compared to, if ``objective.keeps_distribution``."""
+        """``reference``: what retain labels are compared to, if ``objective.keeps_distribution``.
+
+        ``point`` is called before every micro-batch; it may raise to leave the step, which then has changed nothing.
+        """
         self.engine = engine
         self.objective = objective
         self.world = world
         self.layout = layout
         self.pad_id = pad_id
         self.reference = reference
+        self.point = point
         self.data_seconds = 0.0  # how long the last step waited for its batches
 
     def __call__(self, plan: StepPlan, targets: FrozenTargets | StartingScores | None) -> StepResult:
@@ -123,10 +135,10 @@ class Step:
             loss = self._likelihood_loss(reading, terms) + _inner_product(states, gradients)
             yield _with_every_weight(loss, reading)
             return
-        replay: dict[int, Tensor] = {}
+        replay: dict[int, RngState] = {}
         first: dict[int, States] = {}
         for k in (k for k in range(count) if plan.roles(k) & {Role.WANTED, Role.UNWANTED}):
-            replay[k] = _rng_state(device)
+            replay[k] = rng_state(device)
             batch = self._batch(plan, k, objective.predicted if objective.by_likelihood else frozenset())
             with torch.no_grad():
                 first[k] = objective.states(self.engine(batch), batch)
@@ -134,7 +146,7 @@ class Step:
         del first
         for k in range(count):
             if k in replay:
-                _set_rng_state(replay[k], device)  # dropout must be the same in both forwards
+                set_rng_state(replay[k], device)  # dropout must be the same in both forwards
             batch, reading = self._read(plan, k, cached.get(k, {}))
             sums.add(objective.likelihoods(reading, batch, plan.counts))
             loss = reading.weighted
@@ -158,6 +170,7 @@ class Step:
         return self.objective.total(terms) if reading.losses.requires_grad else reading.weighted
 
     def _batch(self, plan: StepPlan, k: int, roles: frozenset[Role]) -> Batch:
+        self.point(f"micro-batch {k + 1} of {len(plan.micro_batches[self.world.rank])}")
         begun = time.perf_counter()
         rows = plan.micro_batches[self.world.rank][k]
         batch = collate(rows, self.pad_id, roles=roles, flat=self.layout.flat).to(self.world.device)
@@ -217,14 +230,3 @@ def _with_every_weight(loss: Tensor, reading: Reading) -> Tensor:
 def _gradient_norm(engine: Any) -> Tensor:
     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]))
-
-
-def _rng_state(device: torch.device) -> Tensor:
-    return torch.get_rng_state() if device.type == "cpu" else torch.get_device_module(device).get_rng_state(device)
-
-
-def _set_rng_state(state: Tensor, device: torch.device) -> None:
-    if device.type == "cpu":
-        torch.set_rng_state(state)
-    else:
-        torch.get_device_module(device).set_rng_state(state, device)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import math
 import os
 import resource
@@ -18,9 +19,11 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+from wpn_ds import history
 from wpn_ds.data.plan import Role, StepPlan
 from wpn_ds.engine.distributed import World, max_over_ranks, sum_over_ranks
 from wpn_ds.engine.step import StepResult
+from wpn_ds.history import clock
 
 
 @dataclass(frozen=True)
@@ -91,6 +94,32 @@ def _synchronize(device: torch.device) -> None:
         torch.get_device_module(device).synchronize(device)
 
 
+def energy(device: torch.device) -> float:
+    """Joules that this rank's device has taken since its driver was loaded; 0 if nobody tells."""
+    if device.type != "cuda":
+        return 0.0
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
+        return pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1000
+    except Exception:  # no library, an old card, a container without the right: the figure is left out
+        return 0.0
+
+
+def log_warnings(output_dir: Path, rank: int) -> Path:
+    """From now on what the libraries warn of goes to this rank's file, and rank 0's to the terminal too."""
+    path = output_dir / "logs" / f"rank-{rank}.log"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handlers: list[logging.Handler] = [logging.FileHandler(path, delay=True)]
+    if rank == 0:
+        handlers.append(logging.StreamHandler())
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", handlers=handlers)
+    logging.captureWarnings(True)
+    return path
+
+
 class Window:
     """Averages over the steps between two log lines. Device scalars are read only by :meth:`close`."""
 
@@ -157,10 +186,10 @@ class Telemetry:
         self.total_steps = total_steps
         self.active = world.is_main
         self.bar: Any = None
-        self.printed = 0.0
         self.done = done
         if not self.active:
             return
+        self.output_dir = output_dir
         self.metrics = output_dir / "metrics.jsonl"
         _truncate(self.metrics, done)
         self.stream = self.metrics.open("a")
@@ -188,7 +217,7 @@ class Telemetry:
             self.board.add_hparams(plain, {f"final/{k}": v for k, v in metrics.items()}, run_name=".")
 
     def progress(self, step: int, values: Mapping[str, float] | None) -> None:
-        """Advance the bar, or without a terminal print a line, at most every five seconds."""
+        """Advance the bar, or without a terminal print a line; the same for ``wpn-ds status``."""
         if not self.active:
             return
         short = {k.removeprefix("loss/"): f"{v:.3g}" for k, v in (values or {}).items() if k.startswith("loss/")}
@@ -196,12 +225,21 @@ class Telemetry:
             if short:
                 self.bar.set_postfix(short)
             self.bar.update(step - self.done)
-        elif values is not None and (step == self.total_steps or time.perf_counter() - self.printed > 5):
-            self.printed = time.perf_counter()
-            left = values["speed/step_seconds"] * (self.total_steps - step)
-            parts = " ".join(f"{name} {value}" for name, value in short.items())
-            speed = values["speed/tokens_per_second"]
-            self.say(f"step {step}/{self.total_steps}  {parts}  {speed:.0f} tokens/s  {_clock(left)} left")
+        if values is not None:
+            each = values["speed/step_seconds"]
+            left = each * (self.total_steps - step)
+            if self.bar is None:
+                parts = " ".join(f"{name} {value}" for name, value in short.items())
+                speed = values["speed/tokens_per_second"]
+                self.say(f"step {step}/{self.total_steps}  {parts}  {speed:.0f} tokens/s  {clock(left)} left")
+            history.write_status(
+                self.output_dir,
+                step=step,
+                total_steps=self.total_steps,
+                step_seconds=each,
+                seconds_left=left,
+                losses={name: _finite(v) for name, v in values.items() if name.startswith("loss/")},
+            )
         self.done = step
 
     def say(self, line: str) -> None:
@@ -239,9 +277,3 @@ def _truncate(metrics: Path, done: int) -> None:
 
 def _finite(value: float) -> float | None:
     return value if value == value and abs(value) != float("inf") else None  # JSON has neither NaN nor infinity
-
-
-def _clock(seconds: float) -> str:
-    minutes, seconds = divmod(int(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}:{minutes:02d}:{seconds:02d}"

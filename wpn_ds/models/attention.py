@@ -166,8 +166,8 @@ def supported(config: PretrainedConfig) -> bool:
     return config.model_type == "gpt_neo" or bool(getattr(cls, "_supports_attention_backend", False))
 
 
-def works(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether a kernel runs here, forward and backward, and agrees with :func:`per_segment_sdpa`."""
+def fault(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a kernel can't be used here: it fails, or differs from :func:`per_segment_sdpa`, forward or backward."""
     pieces: Pieces = ((0, 37, 0, 0), (37, 60, 0, 20), (60, 61, 0, 20), (61, 130, 61, 61))
     generator = torch.Generator().manual_seed(0)
     inputs = torch.randn(3, 1, 2, 130, head_dim, generator=generator).to(device, dtype)
@@ -184,10 +184,10 @@ def works(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) ->
                 results.append((out.detach(), leaf.grad))
             for got, plain in zip(*results, strict=True):
                 if not bool((got - plain).abs().max() <= tolerance * plain.abs().max()):
-                    return False
-    except Exception:  # whatever a compiler, a missing kernel or an old card says, another kernel is taken
-        return False
-    return True
+                    return "its results are wrong"
+    except Exception as error:  # whatever a compiler, a missing kernel or an old card says, another kernel is taken
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def _is_pieces(mask: Tensor | None) -> bool:

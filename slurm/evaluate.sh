@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=evaluate
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --time=4:00:00
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+# sbatch slurm/evaluate.sh RUN [flags of wpn-ds evaluate]: report.json and report.html of a run, in its folder
+
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")/common.sh"
+run=${1:?usage: sbatch slurm/evaluate.sh RUN [flags of wpn-ds evaluate]}
+shift
+[ -e "$run/DONE" ] || fail "$run has no DONE: its training has not ended well"
+baseline=$(flag baseline "$(sed -n 's/^model_name_or_path: //p' "$run/run.yaml")" "$@")
+rm -f "$run/report.json"
+step -m wpn_ds.cli evaluate --model "$run" --baseline "$baseline" --output_dir "$run" "$@"
+[ -s "$run/report.json" ] || fail "no report in $run"
+say "done: $run/report.html"

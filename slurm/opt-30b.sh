@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=opt-30b
+#SBATCH --nodes=4
+#SBATCH --gpus-per-node=8
+#SBATCH --ntasks-per-node=8
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=24:00:00
+#SBATCH --signal=B:USR1@900
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+# wpn-ds estimate --model opt-30b --nodes 4 --gpus_per_node 8 --bf16 true --gradient_checkpointing: 26.6 of 80 GiB a GPU
+
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")/common.sh"
+train "$root/launch/recipes/opt-30b.yaml" "$@"

@@ -1,0 +1,17 @@
+#!/usr/bin/env bash
+#SBATCH --job-name=opt-350m
+#SBATCH --nodes=1
+#SBATCH --gpus-per-node=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=8
+#SBATCH --mem=0
+#SBATCH --time=4:00:00
+#SBATCH --signal=B:USR1@300
+#SBATCH --requeue
+#SBATCH --open-mode=append
+#SBATCH --output=%x-%j.log
+# wpn-ds estimate --model opt-350m --nodes 1 --gpus_per_node 1 --bf16 false: 14.2 of 80 GiB a GPU
+
+# shellcheck source-path=SCRIPTDIR source=common.sh
+. "$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")/common.sh"
+train "$root/launch/recipes/opt-350m.yaml" "$@"

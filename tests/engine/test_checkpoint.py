@@ -1,0 +1,125 @@
+"""Checkpoints: checksums, background writing, which one is chosen. Whole runs are in test_train."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from wpn_ds.engine import checkpoint
+from wpn_ds.engine.build import remove_stale_locks
+from wpn_ds.engine.checkpoint import SaveError, Saver, TrainerState, choose, complete, damage
+from wpn_ds.engine.writer import Writer, sha256
+from wpn_ds.errors import UserError
+
+
+class Engine:
+    """What a Saver asks of DeepSpeed's engine."""
+
+    checkpoint_engine: Writer
+
+    def __init__(self) -> None:
+        self.weights = torch.arange(6.0)
+
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        target = Path(folder) / tag
+        target.mkdir()
+        self.checkpoint_engine.save({"weights": self.weights}, str(target / "part.pt"))
+
+
+def state(step: int) -> TrainerState:
+    return TrainerState(step, 1, "data", "model", {"seed": 1})
+
+
+def made(folder: Path, step: int) -> None:
+    """A checkpoint without any process group."""
+    saver = object.__new__(Saver)
+    saver._output_dir, saver._keep = folder, 9
+    partial = folder / f"checkpoint-{step}.tmp"
+    (partial / "state").mkdir(parents=True)
+    torch.save({"weights": torch.arange(3.0)}, partial / "state" / "part.pt")
+    saver._commit(state(step), partial, {})
+
+
+def test_a_checksum_is_that_of_the_file(tmp_path) -> None:
+    writer = Writer(background=False)
+    writer.save({"a": torch.arange(1000)}, tmp_path / "a.pt")
+    assert writer.collect() == {tmp_path / "a.pt": sha256(tmp_path / "a.pt")}
+    assert torch.equal(torch.load(tmp_path / "a.pt", weights_only=True)["a"], torch.arange(1000))
+
+
+def test_in_the_background_the_state_of_the_call_is_written(tmp_path, monkeypatch) -> None:
+    from wpn_ds.engine import writer as module
+
+    go, real = threading.Event(), module._write
+    monkeypatch.setattr(module, "_write", lambda *args: (go.wait(10), real(*args))[1])
+    writer, weights = Writer(background=True), torch.zeros(3)
+    nested = {"w": [weights], "history": [1]}
+    writer.save(nested, tmp_path / "a.pt")
+    weights += 1  # the next step
+    nested["history"].append(2)
+    assert not writer.done()
+    go.set()
+    writer.collect()
+    loaded = torch.load(tmp_path / "a.pt", weights_only=True)
+    assert loaded["history"] == [1] and torch.equal(loaded["w"][0], torch.zeros(3))
+
+
+@pytest.mark.parametrize("background", [False, True])
+def test_a_save_is_whole_and_old_ones_go(world, tmp_path, background) -> None:
+    engine = Engine()
+    saver = Saver(engine, tmp_path, world, keep=2, background=background)
+    for step in (1, 2, 3):
+        saver.save(state(step))
+        engine.weights += 1
+    saver.finish()
+    assert [step for step, _ in complete(tmp_path)] == [2, 3]
+    assert damage(tmp_path / "checkpoint-3", world) == []
+    written = torch.load(tmp_path / "checkpoint-3" / "state" / "part.pt", weights_only=True)["weights"]
+    assert torch.equal(written, torch.arange(6.0) + 2), "the state when save was called"
+
+
+def test_a_save_that_fails_is_told_and_leaves_nothing_half_written(world, tmp_path) -> None:
+    class Full(Engine):
+        def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+            self.checkpoint_engine.save({}, "/dev/full/part.pt")
+
+    with pytest.raises(SaveError, match=r"rank 0 can't write .*0 whole checkpoints"):
+        Saver(Full(), tmp_path, world, keep=2, background=False).save(state(1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_newest_whole_checkpoint_is_chosen_and_the_damaged_ones_are_named(world, tmp_path) -> None:
+    assert choose("auto", tmp_path, world) == (None, [])
+    for step in (2, 4, 10):
+        made(tmp_path, step)
+    assert choose("auto", tmp_path, world) == (tmp_path / "checkpoint-10", [])
+    part = tmp_path / "checkpoint-10" / "state" / "part.pt"
+    data = bytearray(part.read_bytes())
+    data[len(data) // 2] ^= 1  # one bit; the length stays
+    part.write_bytes(data)
+    (tmp_path / "checkpoint-4" / checkpoint.MANIFEST).unlink()
+    chosen, notes = choose("auto", tmp_path, world)
+    assert chosen == tmp_path / "checkpoint-2"
+    assert "checkpoint-10 is damaged (state/part.pt has another checksum)" in notes[0]
+    assert "checkpoint-4 is damaged" in notes[1]
+    with pytest.raises(UserError, match="not a whole checkpoint"):
+        choose(str(tmp_path / "checkpoint-10"), tmp_path, world)
+    (tmp_path / "checkpoint-2" / "state" / "part.pt").unlink()
+    with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
+        choose("auto", tmp_path, world)
+
+
+def test_only_old_locks_of_killed_compilations_go(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
+    for name, age in (("cpu_adam", 3600), ("async_io", 60)):
+        lock = tmp_path / "py311_cpu" / name / "lock"
+        lock.parent.mkdir(parents=True)
+        lock.touch()
+        os.utime(lock, (time.time() - age,) * 2)
+    assert remove_stale_locks() == [tmp_path / "py311_cpu" / "cpu_adam" / "lock"]
+    assert (tmp_path / "py311_cpu" / "async_io" / "lock").exists() and remove_stale_locks() == []

@@ -1,0 +1,84 @@
+"""The trained model in Hugging Face format: safetensors, tokenizer, generation config."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from wpn_ds.engine.build import full_weights
+from wpn_ds.engine.checkpoint import STATE, TrainerState, is_partitioned
+from wpn_ds.engine.distributed import World, on_main
+from wpn_ds.errors import UserError
+from wpn_ds.models.load import Source, load_model, load_tokenizer
+
+
+def export(lm: Any, tokenizer: Any, output_dir: Path, world: World, config_overrides: Mapping[str, Any]) -> None:
+    """The model in Hugging Face format: safetensors, tokenizer, generation config. Every rank must call it.
+
+    Written aside and moved into place file by file, ``config.json`` last, so what can be loaded is whole.
+
+    Args:
+        config_overrides: configuration values to write in place of the training ones (the original dropout).
+    """
+    weights = full_weights(lm, world)
+    on_main(world, lambda: _write_model(lm, tokenizer, weights or {}, output_dir, config_overrides))
+
+
+def _write_model(
+    lm: Any, tokenizer: Any, weights: dict[str, Tensor], output_dir: Path, overrides: Mapping[str, Any]
+) -> None:
+    partial = output_dir / "model.tmp"
+    shutil.rmtree(partial, ignore_errors=True)
+    trained = {name: getattr(lm.config, name) for name in overrides}
+    try:
+        for name, value in overrides.items():
+            setattr(lm.config, name, value)
+        lm.save_pretrained(partial, state_dict=weights)
+        tokenizer.save_pretrained(partial)
+    finally:
+        for name, value in trained.items():
+            setattr(lm.config, name, value)
+    for stale in output_dir.glob("model*.safetensors*"):  # shards of an older export would be loaded along
+        stale.unlink()
+    for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
+        os.replace(path, output_dir / path.name)
+    partial.rmdir()
+
+
+def export_checkpoint(path: Path, state: TrainerState, output_dir: Path) -> None:
+    """The model as it was at a checkpoint, in this one process; the starting model lends its configuration.
+
+    Raises:
+        UserError: the starting model is gone, or its weights have other names than the checkpoint's.
+    """
+    settings = state.settings
+    source = Source(
+        settings["model_name_or_path"],
+        revision=settings["model_revision"],
+        trust_remote_code=settings["trust_remote_code"],
+        allow_key_mismatch=settings["allow_key_mismatch"],
+    )
+    lm = load_model(source, dtype=torch.bfloat16 if settings["bf16"] else torch.float32)
+    weights = {name.removeprefix("lm."): w.to(lm.dtype) for name, w in _weights(path).items()}
+    own = {name for name, _ in lm.named_parameters()}
+    if missing := own - weights.keys():
+        raise UserError(
+            f"{path} lacks {len(missing)} weights of {source.name_or_path}: {', '.join(sorted(missing)[:5])}"
+        )
+    output_dir.mkdir(parents=True, exist_ok=True)
+    tokenizer = load_tokenizer(settings["tokenizer_name"] or source.name_or_path, source)
+    _write_model(lm, tokenizer, {name: weights[name] for name in own}, output_dir, {})
+
+
+def _weights(path: Path) -> dict[str, Tensor]:
+    if is_partitioned(path):
+        from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+        return get_fp32_state_dict_from_zero_checkpoint(str(path), tag=STATE)
+    return torch.load(path / STATE / "mp_rank_00_model_states.pt", map_location="cpu", weights_only=True)["module"]

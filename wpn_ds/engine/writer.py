@@ -1,0 +1,83 @@
+"""How DeepSpeed's checkpoint files are written: each with a checksum, and in the background if that is wanted."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from deepspeed.runtime.checkpoint_engine import TorchCheckpointEngine
+from torch import Tensor
+from torch.utils._pytree import tree_map
+
+
+class Writer(TorchCheckpointEngine):
+    """In place of the engine's own ``checkpoint_engine``.
+
+    A write that fails is told by :meth:`collect` and not at once: raised inside ``save_checkpoint`` it would leave the
+    other ranks waiting in a barrier.
+    """
+
+    def __init__(self, *, background: bool) -> None:
+        super().__init__()
+        self._background = background
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._files: dict[Path, Future[str]] = {}
+
+    def save(self, state_dict: Any, path: str | Path) -> None:
+        """Write ``state_dict``, or a copy of it in host memory later on."""
+        state = tree_map(_on_host, state_dict) if self._background else state_dict
+        written = self._thread.submit(_write, state, Path(path))
+        self._files[Path(path)] = written
+        if not self._background:
+            written.exception()  # waits
+
+    def done(self) -> bool:
+        """Whether all files are written, or have failed."""
+        return all(written.done() for written in self._files.values())
+
+    def collect(self) -> dict[Path, str]:
+        """The files since the last call with their SHA-256, once they are written.
+
+        Raises:
+            OSError, RuntimeError: one could not be written; torch turns a full disk into the latter.
+        """
+        files, self._files = self._files, {}
+        return {path: written.result() for path, written in files.items()}
+
+
+def _on_host(value: Any) -> Any:
+    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+
+
+def _write(state: Any, path: Path) -> str:
+    with path.open("wb") as stream:
+        hashing = _Hashing(stream)
+        torch.save(state, hashing)  # type: ignore[arg-type]
+    return hashing.digest.hexdigest()
+
+
+class _Hashing:
+    """A stream that knows the checksum of what went through it."""
+
+    def __init__(self, stream: BinaryIO) -> None:
+        self._stream = stream
+        self.digest = hashlib.sha256()
+
+    def write(self, data: Any) -> int:
+        self.digest.update(data)
+        return self._stream.write(data)
+
+    def flush(self) -> None:
+        self._stream.flush()
+
+
+def sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)
+    return digest.hexdigest()
