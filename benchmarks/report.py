@@ -155,7 +155,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
                 points.setdefault(label, []).append((length, 1000 * median(per_example(way["turns"]))))
         for label, line in points.items():
             axes[2].plot(*zip(*line, strict=True), style, marker="o", label=f"{family} {label}")
-    axes[2].set_title("backbone, ms a segment, by tokens in the row")
+    axes[2].set_title("backbone: ms a segment, by row length")
     for name, color in (("growth_live", "tab:blue"), ("growth_reference", "tab:green")):
         ways = rows.get(name, {"ways": {}})["ways"]
         sizes = [int(n) for n in ways]
@@ -164,7 +164,7 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
             axes[3].plot(sizes, values, style, marker="o", color=color, label=f"{name[7:]}, {kind}")
     axes[3].set_xscale("log", base=2)
     axes[3].set_ylim(bottom=0)
-    axes[3].set_title("time an example and peak memory by N, N=16 is 1")
+    axes[3].set_title("by N, N=16 is 1")
     for axis in axes[2:]:
         if axis.lines:
             axis.legend(fontsize=7)

@@ -1,4 +1,4 @@
-"""Entry point of a training job for the ``deepspeed`` launcher (or plain ``python`` for one process)."""
+"""Entry point of a training job for ``deepspeed``, ``torchrun``, ``srun`` and ``mpirun`` (or plain ``python``)."""
 
 import sys
 

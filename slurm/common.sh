@@ -7,17 +7,24 @@ root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 say() { printf '[%s] %s\n' "$(date +%T)" "$*" >&2; }
 fail() { say "error: $*"; exit 2; }
 
+set +u # `module load` doesn't keep to it
 # shellcheck source=/dev/null
 [ ! -e "$root/slurm/cluster.env" ] || . "$root/slurm/cluster.env"
+set -u
 : "${PYTHON:=$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-${WPN_SCRATCH:-$HOME/.cache}/wpn_ds/extensions}"
-PATH="$(dirname "$PYTHON"):$PATH" # ninja, for what DeepSpeed compiles
-export PATH
+case $PYTHON in */*) export PATH="${PYTHON%/*}:$PATH" ;; esac # ninja, for what DeepSpeed compiles
 [ -z "${NCCL_SOCKET_IFNAME:-}" ] || export NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$NCCL_SOCKET_IFNAME}"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
 
-# step PROGRAM ARGUMENTS...: one task a GPU over all nodes, in the container if there is one.
+# The number of this job, or of this task of an array: one of its tasks has the number of the whole array.
+job=${SLURM_JOB_ID:-}
+[ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
+export WPN_JOB=$job
+
+# step PROGRAM ARGUMENTS...: one task a GPU over all nodes, in the container if there is one. Call it in a subshell,
+# which srun then replaces: a signal to it is a signal to srun, and that hands USR1 to every task.
 step() {
     local inside=() command=("$PYTHON" "$@") binding=()
     [ "${WPN_CPU_BIND:-}" = none ] || binding+=(--cpu-bind="${WPN_CPU_BIND:-cores}")
@@ -27,12 +34,31 @@ step() {
     elif [ -n "${WPN_APPTAINER_IMAGE:-}" ]; then
         command=(apptainer exec --nv --bind "${WPN_MOUNTS:-$root,$PWD}" "$WPN_APPTAINER_IMAGE" "${command[@]}")
     fi
+    # Here, since containers have no scontrol.
+    MASTER_ADDR=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+    export MASTER_ADDR
     # srun doesn't inherit --cpus-per-task. Without --kill-on-bad-exit the others would wait for a rank that died.
-    srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${binding[@]}" "${inside[@]}" "${command[@]}"
+    exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${binding[@]}" "${inside[@]}" "${command[@]}"
 }
 
-# starts RUN: how often this run was started so far.
-starts() { if [ -e "$1/starts.jsonl" ]; then wc -l <"$1/starts.jsonl"; else echo 0; fi; }
+# patiently COMMAND...: again and again for five minutes, since slurmctld may be away for a while.
+patiently() {
+    local tries=0
+    until "$@"; do
+        tries=$((tries + 1))
+        [ "$tries" -lt 30 ] || return 1
+        sleep 10
+    done
+}
+
+# of_this_job FILE: how many of its lines are about this job.
+of_this_job() { if [ -e "$1" ]; then grep -cF "\"job\": \"$job\"" "$1" || true; else echo 0; fi; }
+
+# requeue: this job goes back into the queue, and on from its newest checkpoint.
+requeue() {
+    say "requeueing: it goes on from its newest checkpoint"
+    patiently scontrol requeue "$job"
+}
 
 # flag NAME DEFAULT ARGUMENTS...: the value that the arguments give to --NAME.
 flag() {
@@ -60,7 +86,7 @@ seconds() {
 
 # train RECIPE ARGUMENTS...: a training run that goes on after a signal, a crash or a lost node.
 train() {
-    local recipe=$1 lead limit started
+    local recipe=$1 lead limit before code=0 resume=(--resume_from_checkpoint auto) given=()
     shift
     if [ -n "${WPN_SWEEP:-}" ]; then # an array job: line number SLURM_ARRAY_TASK_ID of it has this task's flags
         local more
@@ -69,44 +95,60 @@ train() {
         set -- "$@" $more
         say "task $SLURM_ARRAY_TASK_ID: $more"
     fi
-    run=$(flag output_dir "runs/$SLURM_JOB_NAME-${SLURM_ARRAY_JOB_ID:-$SLURM_JOB_ID}${SLURM_ARRAY_TASK_ID:+-$SLURM_ARRAY_TASK_ID}" "$@")
+    run=$(flag output_dir "runs/$SLURM_JOB_NAME-${job/_/-}" "$@")
 
     # A signal that comes as the job starts would requeue it for ever.
     lead=${WPN_SIGNAL_LEAD:-$(sed -n 's/^#SBATCH --signal=B:USR1@//p' "$0")}
-    limit=$(seconds "$(squeue --noheader --jobs "$SLURM_JOB_ID" --format=%l)")
+    limit=$(seconds "$(patiently squeue --noheader --jobs "$job" --format=%l)")
     if [ -n "$limit" ] && [ "$limit" -le "$lead" ]; then
         fail "the time limit, $limit s, is no longer than the signal's lead, $lead s: raise --time, or lower" \
             "--signal=B:USR1@SECONDS and say so in WPN_SIGNAL_LEAD"
     fi
-
     export WPN_SIGNAL_LEAD=$lead # so that a save that takes too long for it is noticed
 
-    started=$(starts "$run")
-    rm -f "$run"/{DONE,REQUEUE,FAILED} # of an earlier start
-    told=
-    trap 'told=1; say "USR1: a checkpoint, then this job goes back into the queue"; kill -USR1 "$task" 2>/dev/null || true' USR1
-    trap 'say "TERM: a checkpoint if there is time"; kill -TERM "$task" 2>/dev/null || true' TERM
-    step "$root/launch/train.py" --deepspeed "$root/ds_configs/zero3.json" --config "$recipe" --output_dir "$run" \
-        --resume_from_checkpoint auto "$@" &
+    before=$(of_this_job "$run/starts.jsonl")
+    for word in "$@"; do
+        case $word in
+        --overwrite_output_dir*)
+            [ "$before" -eq 0 ] || continue # it has been done
+            resume=()
+            ;;
+        --resume_from_checkpoint*) [ "$before" -gt 0 ] || resume=() ;; # the user's, for the first start
+        esac
+        given+=("$word")
+    done
+    [ "$before" -eq 0 ] || rm -f "$run"/{DONE,REQUEUE,FAILED} # of this job's last start; others' are not ours to delete
+
+    told='' ended=''
+    trap 'told=1; say "USR1: a checkpoint, then this job goes back into the queue"; kill -USR1 "$task" || true' USR1
+    # Told TERM, srun would kill its tasks in the middle of their save.
+    trap 'ended=1; say "TERM: a checkpoint if there is time"; kill -USR1 "$task" || true' TERM
+    (step "$root/launch/train.py" --deepspeed "$root/ds_configs/zero3.json" --config "$recipe" --output_dir "$run" \
+        "${given[@]}" "${resume[@]}") &
     task=$!
-    local code=0
     while :; do
         wait "$task" && code=0 || code=$?
         kill -0 "$task" 2>/dev/null || break # it was a signal of our own that ended the wait
     done
 
-    # These files tell how it ended. srun's exit code doesn't: it has been 0 with a task that never started.
-    if [ -e "$run/DONE" ]; then
+    # Files tell how it ended. srun's exit code doesn't: it has been 0 with a task that never started.
+    local after idle="$run/idle.jsonl"
+    after=$(of_this_job "$run/starts.jsonl")
+    if [ "$after" -gt 0 ] && [ -e "$run/DONE" ]; then
         say "done: $run"
-    elif [ -e "$run/FAILED" ]; then
+    elif [ "$after" -gt 0 ] && [ -e "$run/FAILED" ]; then
         fail "$(cat "$run/FAILED") (see above; nothing is gained by starting this job again)"
-    elif [ -e "$run/REQUEUE" ] && [ -z "$told" ]; then
+    elif [ -n "$ended" ]; then
         say "stopped: sbatch the same again to go on"
         exit 143
-    elif [ -e "$run/REQUEUE" ] || [ "$(starts "$run")" -gt "$started" ]; then
+    elif [ "$after" -gt "$before" ]; then # the program itself refuses a third start from the same step
         [ -e "$run/REQUEUE" ] || say "the step ended without a word (exit code $code)"
-        say "requeueing: it goes on from its newest checkpoint"
-        scontrol requeue "$SLURM_JOB_ID"
+        requeue
+    elif { [ -n "$told" ] || [ "$before" -gt 0 ]; } && [ "$code" -ne 2 ] && [ "$(of_this_job "$idle")" -lt 2 ]; then
+        say "training did not start (exit code $code): once more, a node may be bad"
+        mkdir -p "$run"
+        printf '{"job": "%s", "nodes": "%s"}\n' "$job" "$SLURM_JOB_NODELIST" >>"$idle"
+        requeue
     else
         fail "training did not start (exit code $code)"
     fi

@@ -11,12 +11,12 @@
 # sbatch slurm/evaluate.sh RUN [flags of wpn-ds evaluate]: report.json and report.html of a run, in its folder
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
-. "$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n 's/^ *Command=\([^ ]*\).*/\1/p')")/common.sh"
+. "$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s/^ *Command=\([^ ]*\).*/\1/p;q}')")/common.sh"
 run=${1:?usage: sbatch slurm/evaluate.sh RUN [flags of wpn-ds evaluate]}
 shift
 [ -e "$run/DONE" ] || fail "$run has no DONE: its training has not ended well"
 baseline=$(flag baseline "$(sed -n 's/^model_name_or_path: //p' "$run/run.yaml")" "$@")
 rm -f "$run/report.json"
-step -m wpn_ds.cli evaluate --model "$run" --baseline "$baseline" --output_dir "$run" "$@"
+(step -m wpn_ds.cli evaluate --model "$run" --baseline "$baseline" --output_dir "$run" "$@")
 [ -s "$run/report.json" ] || fail "no report in $run"
 say "done: $run/report.html"

@@ -6,9 +6,10 @@ here=$(dirname "$(readlink -f "$0")")
 # shellcheck source=/dev/null
 [ ! -e "$here/cluster.env" ] || . "$here/cluster.env"
 
-sbatch_flags=()
+sbatch_flags=() place=()
 while [[ ${1:-} == -* ]]; do
     sbatch_flags+=("$1")
+    case $1 in --partition=* | --account=* | --qos=* | --output=*) place+=("$1") ;; esac
     shift
 done
 model=${1:-}
@@ -29,5 +30,7 @@ done
 run=${run:-runs/$model-$(date +%Y%m%d-%H%M%S)}
 train=$(sbatch --parsable "${sbatch_flags[@]}" "$here/$model.sh" "$@" --output_dir "$run")
 # Without --kill-on-invalid-dep it would wait for ever for a training that failed.
-evaluate=$(sbatch --parsable --dependency="afterok:${train%%;*}" --kill-on-invalid-dep=yes "$here/evaluate.sh" "$run")
-echo "training is job $train, evaluation is job $evaluate, both in $run; wpn-ds status $run says how far it is"
+echo "training is job $train, in $run; wpn-ds status $run says how far it is"
+evaluate=$(sbatch --parsable --dependency="afterok:${train%%;*}" --kill-on-invalid-dep=yes "${place[@]}" \
+    "$here/evaluate.sh" "$run")
+echo "evaluation is job $evaluate, which waits for it"

@@ -66,6 +66,7 @@ def test_nobody_is_a_job_of_one() -> None:
         (SRUN | BY_HAND | {"WORLD_SIZE": "2", "CROSS_SIZE": "1"}, "would train apart"),
         (SRUN | BY_HAND | {"TORCHELASTIC_RUN_ID": "x", "GROUP_WORLD_SIZE": "1"}, "would train apart"),
         (SRUN | BY_HAND, "would train apart"),
+        ({"PMI_SIZE": "8", "PMI_RANK": "0"}, "a launcher that is not known"),
         # The batch script itself, without srun.
         ({"SLURM_NTASKS": "4", "SLURM_PROCID": "0", "SLURM_JOB_ID": "1"}, "start it with srun"),
     ],

@@ -48,7 +48,7 @@ def record_start(output_dir: Path, step: int, ranks: int) -> list[Start]:
     Raises:
         UserError: Slurm has started this job several times and none has brought it further.
     """
-    job = os.environ.get("SLURM_JOB_ID", "")
+    job = os.environ.get("WPN_JOB") or os.environ.get("SLURM_JOB_ID", "")  # the former tells an array's tasks apart
     starts = [*read_starts(output_dir), Start(time.time(), step, ranks, job, socket.gethostname())]
     if job:
         refuse_idle_starts([start.step for start in starts if start.job == job])

@@ -52,6 +52,11 @@ def discover(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
     tasks = int(env.get("SLURM_NTASKS") or 1)
     if tasks > 1:
         raise UserError(f"Slurm gave this job {tasks} tasks, and this process is not one of them: start it with srun")
+    for name in ("PMI_SIZE", "MV2_COMM_WORLD_SIZE"):
+        if int(env.get(name) or 1) > 1:
+            raise UserError(
+                f"{name}={env[name]}, of a launcher that is not known here: set {', '.join(_NEEDED)} for each"
+            )
     return "none", {name: env.get(name, value) for name, value in _ALONE.items()}
 
 

@@ -60,6 +60,8 @@ def _life(folder: Path, start: Start, heard: float, step_seconds: float) -> tupl
         waits = f", Slurm says {state}" if state else ""
         return WAITING, f"stopped by {(folder / REQUEUE).read_text().strip()}, can go on{waits}"
     last = max(heard, start.time)
+    if state == "gone":
+        return DEAD, f"its job is no longer in the queue, last heard of {_ago(last)}"
     if state is not None:
         return (WAITING if state == "PENDING" else RUNNING), f"{state}, last heard of {_ago(last)}"
     silent = time.time() - last
@@ -69,11 +71,11 @@ def _life(folder: Path, start: Start, heard: float, step_seconds: float) -> tupl
 
 
 def _in_slurm(job: str) -> str | None:
-    """What Slurm says of a job that is in its queue; None if it isn't, or there is no Slurm here."""
+    """What Slurm says of a job, "gone" if it is no longer in the queue; None if there is no Slurm here."""
     if not job or shutil.which("squeue") is None:
         return None
     asked = subprocess.run(["squeue", "--noheader", "--job", job, "--format=%T"], capture_output=True, text=True)
-    return asked.stdout.strip() or None
+    return asked.stdout.strip() or "gone"
 
 
 def _last_checkpoint(folder: Path) -> str:

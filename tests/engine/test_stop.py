@@ -74,7 +74,9 @@ def test_a_second_signal_before_the_loop_is_remembered_once() -> None:
 
 
 def facts(host: str, **more: object) -> Facts:
-    return Facts(**({"host": host, "code": "a", "versions": "torch 2", "device": "H200", "faults": ()} | more))  # type: ignore[arg-type]
+    return Facts(
+        **({"host": host, "code": "a", "versions": "torch 2", "device": "H200", "unit": "", "faults": ()} | more)
+    )  # type: ignore[arg-type]
 
 
 def test_nodes_that_differ_or_are_faulty_are_named() -> None:

@@ -269,10 +269,9 @@ def test_a_signal_ends_a_run_in_good_order_and_it_goes_on(tiny, unbroken, tmp_pa
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) >= 2, process)
     ranks_of(process)[1].send_signal(signal.SIGUSR1)  # one rank alone
     assert process.wait(timeout=60) == 0
-    if not (out / "DONE").exists():
-        assert (out / "REQUEUE").read_text().strip() in ("SIGUSR1", "another rank's signal")
-        assert checkpoint.complete(out)[-1][0] < 6
-        train(tiny, out, "--resume_from_checkpoint", "auto")
+    assert (out / "REQUEUE").read_text().strip() in ("SIGUSR1", "another rank's signal")
+    assert checkpoint.complete(out)[-1][0] < 6 and not (out / "DONE").exists()
+    train(tiny, out, "--resume_from_checkpoint", "auto")
     assert losses(out) == losses(unbroken) and same_weights(out, unbroken)
     assert not (out / "REQUEUE").exists()
 

@@ -60,7 +60,7 @@ def moments(cluster: Cluster, job: str, run: Path, chance: random.Random) -> Ite
         if len(begun) != known and state == "RUNNING" and begun and steps_done(run) >= begun[-1]["step"] + SAVE_STEPS:
             time.sleep(chance.uniform(0, 1.5))
             known = len(begun)
-            if steps_done(run) < STEPS - 2:  # else it would be over before the blow falls
+            if steps_done(run) < STEPS - 2 * SAVE_STEPS:  # else it would be over before the blow falls
                 yield
         time.sleep(0.1)
 
@@ -72,13 +72,17 @@ def strike(kind: str, cluster: Cluster, job: str, run: Path, chance: random.Rand
         lost = chance.choice(nodes)
         cluster.power_off(lost)
         return lost
-    if kind == "within a save":
-        end = time.monotonic() + 10
-        while not list(run.glob("checkpoint-*.tmp")) and time.monotonic() < end:
-            time.sleep(0.001)
     ranks = ranks_of(run)
-    for pid in ranks if kind == "all ranks" else [chance.choice(ranks)] if ranks else []:
+    if kind == "within a save":
+        end = time.monotonic() + 30
+        while not list(run.glob("checkpoint-*.tmp")):
+            assert time.monotonic() < end, "no save began"
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.1))
+    for pid in ranks if kind == "all ranks" else [chance.choice(ranks)]:
         cluster.kill(pid)
+    if kind == "within a save":
+        assert list(run.glob("checkpoint-*.tmp")), "the save was over"
     return None
 
 

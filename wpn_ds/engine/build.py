@@ -22,20 +22,33 @@ from wpn_ds.models.packed import PackedLM
 _LONGEST_BUILD = 15 * 60
 
 
-def remove_stale_locks() -> list[Path]:
-    """Delete locks of compilations that were killed; returns them. With one left, DeepSpeed would wait without end."""
+def wait_for_locks(say: Callable[[str], None]) -> None:
+    """Wait while something is being compiled, but for no longer than that takes: a lock that is older was left by a
+    process that was killed, and DeepSpeed would wait for it without end."""
+    told = False
+    while young := remove_stale_locks(say):
+        if not told:
+            say(f"waiting for a compilation: {young[0]} (if none is going on, it will go after 15 minutes)")
+            told = True
+        time.sleep(2)
+
+
+def remove_stale_locks(say: Callable[[str], None]) -> list[Path]:
+    """Delete locks of compilations that were killed; returns the others."""
     root = os.environ.get("TORCH_EXTENSIONS_DIR")
     if root is None:
         from torch.utils.cpp_extension import get_default_build_root
 
         root = get_default_build_root()
-    stale = []
+    young = []
     for lock in Path(root).rglob("lock"):
         with contextlib.suppress(FileNotFoundError):  # another rank was faster, or the build has just ended
-            if time.time() - lock.stat().st_mtime > _LONGEST_BUILD:
+            if time.time() - lock.stat().st_mtime < _LONGEST_BUILD:
+                young.append(lock)
+            else:
                 lock.unlink()
-                stale.append(lock)
-    return stale
+                say(f"removed {lock}, which a killed compilation had left")
+    return young
 
 
 def build_policy(

@@ -11,9 +11,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +24,7 @@ from typing import Any
 import torch
 
 from wpn_ds.engine.distributed import World, from_all, on_main, rng_state, set_rng_state
-from wpn_ds.engine.writer import Writer, sha256
+from wpn_ds.engine.writer import Writer, sha256, sync
 from wpn_ds.errors import UserError
 
 MANIFEST = "trainer_state.json"
@@ -67,15 +70,27 @@ class TrainerState:
 class Saver:
     """Writes a run's checkpoints, one at a time. Every rank must make the same calls."""
 
-    def __init__(self, engine: Any, output_dir: Path, world: World, *, keep: int, background: bool) -> None:
-        """``keep``: how many checkpoints stay; ``background``: the run goes on from a copy in host memory meanwhile."""
+    def __init__(
+        self,
+        engine: Any,
+        output_dir: Path,
+        world: World,
+        *,
+        keep: int,
+        background: bool,
+        done: Callable[[int, float], None] = lambda step, seconds: None,
+    ) -> None:
+        """``keep``: how many checkpoints stay; ``background``: the run goes on from a copy in host memory meanwhile;
+        ``done`` is told the step and the seconds of every checkpoint that is whole."""
         self._engine = engine
         self._output_dir = output_dir
         self._world = world
         self._keep = keep
         self._background = background
         self._writer = engine.checkpoint_engine = Writer(background=background)
+        self._done = done
         self._pending: TrainerState | None = None
+        self._begun = 0.0
 
     def save(self, state: TrainerState) -> None:
         """Write ``checkpoint-<step>`` and then delete all but the newest ones; the save before is finished first.
@@ -84,6 +99,7 @@ class Saver:
             SaveError: a file can't be written (a full disk, a quota). The checkpoints before are intact.
         """
         self.finish()
+        self._begun = time.perf_counter()
         partial = self._partial(state)
 
         def prepare() -> None:
@@ -119,11 +135,15 @@ class Saver:
         except (OSError, RuntimeError) as error:
             failure = error
         parts = from_all((sums, failure))
-        for rank, (_, error) in enumerate(parts):
-            if error is not None:
-                raise self._refusal(partial, f"rank {rank}", error)
+        for rank, (_, failed) in enumerate(parts):
+            if failed is not None:
+                raise self._refusal(partial, f"rank {rank}", failed)
         known = {path: digest for part, _ in parts for path, digest in part.items()}
-        on_main(self._world, lambda: self._commit(state, partial, known))
+        try:
+            on_main(self._world, lambda: self._commit(state, partial, known))
+        except OSError as error:
+            raise self._refusal(partial, "rank 0", error) from error
+        self._done(state.step, time.perf_counter() - self._begun)
 
     def _commit(self, state: TrainerState, partial: Path, sums: Mapping[Path, str]) -> None:
         final = partial.with_suffix("")
@@ -134,13 +154,13 @@ class Saver:
             json.dump(asdict(state) | {"files": files}, stream, indent=2)
             stream.flush()
             os.fsync(stream.fileno())
-        _remove(final)
+        _remove(final)  # of a line that was given up by resuming before it, as is what lies after this step
         os.replace(partial, final)
-        # What lies after this step is of a line that was given up by resuming before it.
-        later = [path for step, path in complete(self._output_dir) if step > state.step]
-        older = [path for step, path in complete(self._output_dir) if step <= state.step]
-        for path in (*later, *older[: -self._keep]):
-            _remove(path)
+        sync(self._output_dir)
+        kept = [path for step, path in complete(self._output_dir) if step <= state.step][-self._keep :]
+        for _, path in list(_checkpoints(self._output_dir)):
+            if path not in kept:
+                _remove(path)
 
     def _partial(self, state: TrainerState) -> Path:
         return self._output_dir / f"checkpoint-{state.step}.tmp"
@@ -162,7 +182,7 @@ def load(engine: Any, path: Path, state: TrainerState, world: World) -> None:
     same = state.world_size == world.size
     convert = not same and is_partitioned(path)
     if convert:
-        on_main(world, lambda: to_universal(path))
+        _convert_together(path, world)
     loaded, _ = engine.load_checkpoint(str(path), tag=UNIVERSAL if convert else STATE)
     if loaded is None:
         raise UserError(f"--resume_from_checkpoint {path}: DeepSpeed found no state in it; use an older checkpoint")
@@ -190,28 +210,62 @@ def to_universal(path: Path) -> Path:
     Raises:
         UserError: there is nothing to convert, or DeepSpeed fails; ends with its last line.
     """
-    final, partial = path / UNIVERSAL, path / f"{UNIVERSAL}.tmp"
-    if final.exists():
-        return final
-    if not is_partitioned(path):
-        raise UserError(f"{path}: its tensors are not spread over ranks, it fits any number of them as it is")
-    shutil.rmtree(partial, ignore_errors=True)
-    # Fewer workers than cores are no slower, and each may hold a whole layer.
-    workers = ["--num_extract_workers", "1", "--num_merge_workers", "1"]
-    command = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", "--inject_missing_state", *workers]
-    # Without the launcher's variables: it would take itself for a rank.
-    env = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
-    done = subprocess.run(
-        [*command, "--input_folder", str(path / STATE), "--output_folder", str(partial)],
-        capture_output=True,
-        text=True,
-        env=env,
-    )
-    if done.returncode:
-        reason = ([line for line in done.stderr.splitlines() if line.strip()] or ["no reason given"])[-1]
-        raise UserError(f"{path}: DeepSpeed can't convert it to another number of ranks: {reason}")
-    os.replace(partial, final)
-    return final
+    if not (path / UNIVERSAL).exists():
+        _Conversion(path).finish()
+    return path / UNIVERSAL
+
+
+def _convert_together(path: Path, world: World) -> None:
+    """:func:`to_universal` on rank 0. The others ask every second whether it is done: a collective that waited for all
+    of a large model would time out."""
+    running = on_main(world, lambda: not (path / UNIVERSAL).exists())
+    if not running:
+        return
+    if world.is_main:
+        print(f"converting {path} for another number of ranks", file=sys.stderr, flush=True)
+    conversion = _Conversion(path) if world.is_main else None
+    while on_main(world, lambda: conversion is not None and conversion.runs()):
+        time.sleep(1)
+    on_main(world, lambda: conversion.finish() if conversion is not None else None)
+
+
+class _Conversion:
+    """DeepSpeed's converter as a process of its own."""
+
+    def __init__(self, path: Path) -> None:
+        if not is_partitioned(path):
+            raise UserError(f"{path}: its tensors are not spread over ranks, it fits any number of them as it is")
+        self._path, self._partial = path, path / f"{UNIVERSAL}.tmp"
+        shutil.rmtree(self._partial, ignore_errors=True)
+        # One worker: each may hold a whole layer.
+        options = ["--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"]
+        program = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options]
+        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
+        self._process = subprocess.Popen(
+            [*program, "--input_folder", str(path / STATE), "--output_folder", str(self._partial)],
+            stdout=subprocess.DEVNULL,
+            stderr=self._said,
+            # Without the launcher's variables, or it would take itself for a rank.
+            env={k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")},
+            preexec_fn=_deaf,
+        )
+
+    def runs(self) -> bool:
+        return self._process.poll() is None
+
+    def finish(self) -> None:
+        if self._process.wait():
+            shutil.rmtree(self._partial, ignore_errors=True)
+            self._said.seek(0)
+            lines = [line.strip() for line in self._said if line.strip()]
+            reason = lines[-1] if lines else f"exit code {self._process.returncode}"
+            raise UserError(f"{self._path}: DeepSpeed can't convert it to another number of ranks: {reason}")
+        os.replace(self._partial, self._path / UNIVERSAL)
+
+
+def _deaf() -> None:
+    """Slurm's early warning goes to every process of a task; this one has time to end."""
+    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
 
 
 def choose(resume: str | None, output_dir: Path, world: World) -> tuple[Path | None, list[str]]:
@@ -228,7 +282,7 @@ def choose(resume: str | None, output_dir: Path, world: World) -> tuple[Path | N
         if faults := damage(Path(resume), world):
             raise UserError(f"--resume_from_checkpoint {resume}: not a whole checkpoint ({faults[0]})")
         return Path(resume), []
-    notes = []
+    notes: list[str] = []
     found = on_main(world, lambda: sorted(_checkpoints(output_dir), reverse=True))
     for _, path in found:
         faults = damage(path, world)
@@ -238,7 +292,7 @@ def choose(resume: str | None, output_dir: Path, world: World) -> tuple[Path | N
     if found:
         raise UserError(
             f"--resume_from_checkpoint auto: no checkpoint in {output_dir} is whole ({faults[0]}): name one of another "
-            "run, or pass --overwrite_output_dir to start afresh"
+            "run, or start afresh in another --output_dir"
         )
     return None, notes
 
@@ -289,8 +343,9 @@ def read_state(path: Path) -> TrainerState | None:
 def _manifest(path: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((path / MANIFEST).read_text())
-        return manifest if isinstance(manifest["files"], dict) else None
-    except (OSError, ValueError, KeyError, TypeError):
+        fits = all(isinstance(name, str) and len(about) == 2 for name, about in manifest["files"].items())
+        return manifest if fits else None
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
 
 

@@ -52,17 +52,17 @@ def init(timeout_minutes: float) -> World:
         # that hangs every later run if this one is killed meanwhile. ZeRO's gathers and scatters don't use it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     else:
-        seen = accelerator.device_count()
+        seen, index = accelerator.device_count(), local_rank
         if seen == 1 and launcher == "srun":  # --gpus-per-task=1 shows each task its own as the first
             os.environ["LOCAL_RANK"] = "0"  # DeepSpeed reads it too
-            local_rank = 0
-        if local_rank >= seen:
+            index = 0
+        if index >= seen:
             raise UserError(
                 f"{socket.gethostname()}: {os.environ['LOCAL_WORLD_SIZE']} ranks but {seen} visible devices: start one "
                 "rank a device, or go on without this node (sbatch --exclude)"
             )
-        accelerator.set_device(local_rank)
-        device = torch.device(accelerator.device_name(local_rank))
+        accelerator.set_device(index)
+        device = torch.device(accelerator.device_name(index))
     # auto_mpi_discovery would guess a world from MPI's environment and, under srun, silently train apart.
     deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes), verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)

@@ -8,6 +8,7 @@ import importlib.metadata
 import json
 import math
 import os
+import signal
 import sys
 import time
 import traceback
@@ -27,7 +28,7 @@ from wpn_ds.data.plan import Layout, StepPlan, plan_step, step_indices
 from wpn_ds.ds_json import for_loading
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, starting_scores
-from wpn_ds.engine.build import build_policy, remove_stale_locks
+from wpn_ds.engine.build import build_policy, wait_for_locks
 from wpn_ds.engine.distributed import (
     max_over_ranks,
     on_main,
@@ -72,28 +73,31 @@ def train(config: Config) -> None:
     """
     job = prepare(config)
     past = _past(job)
-    starts = on_main(job.world, lambda: history.record_start(job.output_dir, past.step, job.world.size))
     on_main(job.world, lambda: history.forget_the_end(job.output_dir))
-    log = log_warnings(job.output_dir, job.world.rank)
-    points = Points(job.world, job.config.training.hang_timeout, log)
     try:
-        trainer = Trainer(job, points, past)
-        if job.resume_from is not None:  # after the bank and the reference, which the starting weights make
-            checkpoint.load(trainer.engine, job.resume_from, past, job.world)
-            say(job.world, f"resumed from {job.resume_from} after step {past.step}")
-        else:
-            torch.manual_seed(job.config.training.seed + job.world.rank)
-        trainer.run(starts)
+        _train(job, past)
     except Stopped as stopped:  # what there was to save is saved
         if job.world.is_main:
             history.write_atomically(job.output_dir / history.REQUEUE, f"{stopped}\n")
         say(job.world, f"stopped by {stopped}: go on with --resume_from_checkpoint auto")
     except UserError as error:
-        with contextlib.suppress(OSError):  # the disk may be what failed
+        with contextlib.suppress(OSError):  # the disk may be what failed, or another rank was faster
             history.write_atomically(job.output_dir / history.FAILED, f"{error}\n")
         raise
+
+
+def _train(job: Job, past: checkpoint.TrainerState) -> None:
+    starts = on_main(job.world, lambda: history.record_start(job.output_dir, past.step, job.world.size))
+    log = log_warnings(job.output_dir, job.world.rank)
+    points = Points(job.world, job.config.training.hang_timeout, log)
+    trainer = Trainer(job, points, past)
+    if job.resume_from is not None:  # after the bank and the reference, which the starting weights make
+        checkpoint.load(trainer.engine, job.resume_from, past, job.world)
+        say(job.world, f"resumed from {job.resume_from} after step {past.step}")
     else:
-        points.close()
+        torch.manual_seed(job.config.training.seed + job.world.rank)
+    trainer.run(starts)
+    points.close()
 
 
 def _past(job: Job) -> checkpoint.TrainerState:
@@ -129,19 +133,23 @@ class Trainer:
         self.attention = kernels[0] if job.layout.flat else job.config.model.attention
         self.job = job
         self.model = PackedLM(self._from_pretrained(trained=True), packed=job.layout.packed)
-        for lock in remove_stale_locks():
-            print(f"removed {lock}, which a killed compilation had left", file=sys.stderr)
+        wait_for_locks(lambda line: say(job.world, line))
         ds_json = job.ds_json
         if job.resume_from is not None:
             ds_json = checkpoint.universal_json(ds_json, job.resume_from, past, job.world)
         self.engine = build_policy(self.model, ds_json, self._scheduler())
         logging = job.config.logging
         self.saver = checkpoint.Saver(
-            self.engine, job.output_dir, job.world, keep=logging.save_total_limit, background=logging.async_save
+            self.engine,
+            job.output_dir,
+            job.world,
+            keep=logging.save_total_limit,
+            background=logging.async_save,
+            done=self._saved,
         )
         self.job = replace(job, layout=self._checked_layout(kernels))
         self.points = points
-        self.state = past
+        self.state, self.saved = past, past.step
         self.shape = ModelShape.of(self.model.lm)
         self.skipped_in_a_row = 0
         self.energy = energy(job.world.device)
@@ -284,7 +292,9 @@ class Trainer:
         """
         job, logging = self.job, self.job.config.logging
         logs = Path(logging.logging_dir or "")
-        telemetry = Telemetry(job.output_dir, logs, job.world, job.total_steps, self.state.step)
+        telemetry = Telemetry(
+            job.output_dir, logs, job.world, job.total_steps, self.state.step, evaluated=self.state.evaluated
+        )
         rng = rng_state(job.world.device)
         try:
             dtype = self.model.lm.dtype
@@ -304,10 +314,10 @@ class Trainer:
                 window.exclude(time.perf_counter() - begun)
             self._finish(telemetry, values, starts)
         except Stopped:
-            if self.state.step:
+            if self.state.step > self.saved:
                 set_rng_state(rng, job.world.device)  # the step that was left may have drawn from it
                 self._save()
-                self.saver.finish()
+            self.saver.finish()
             raise
         finally:
             telemetry.close()
@@ -348,6 +358,7 @@ class Trainer:
         if result.skipped:
             telemetry.say(f"step {step}: the gradient is not finite; the update was skipped on all ranks")
         if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+            self.saver.finish()
             raise TrainingStopped(
                 f"the gradient was not finite {self.skipped_in_a_row} steps in a row, up to step {step}: lower "
                 f"--learning_rate (now {rate:g}) or set --max_grad_norm; checkpoints in {job.output_dir} are whole"
@@ -366,10 +377,12 @@ class Trainer:
 
     def _save(self) -> None:
         self.points.pause()
-        begun = time.perf_counter()
         self.saver.save(self.state)
-        seconds = time.perf_counter() - begun
-        say(self.job.world, f"checkpoint-{self.state.step} took {seconds:.1f} s")
+        self.saved = self.state.step
+
+    def _saved(self, step: int, seconds: float) -> None:
+        """``checkpoint-<step>`` is whole, ``seconds`` after it was begun."""
+        say(self.job.world, f"checkpoint-{step} took {seconds:.1f} s")
         lead = float(os.environ.get("WPN_SIGNAL_LEAD") or "inf")  # the job script says when Slurm's signal comes
         if 2 * seconds > lead:
             say(
@@ -482,6 +495,7 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
             traceback.print_exc()
             _leave(1)
         if rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once rank 0 has ended
             time.sleep(_LET_RANK_0_SPEAK)
         print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
         _leave(error.exit_code if isinstance(error, UserError) else checkpoint.SaveError.exit_code)

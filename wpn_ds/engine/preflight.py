@@ -36,6 +36,7 @@ class Facts:
     code: str
     versions: str
     device: str
+    unit: str  # of the device, "" for a CPU
     faults: tuple[str, ...]
 
 
@@ -49,12 +50,18 @@ def check(world: World, output_dir: Path, least_free: int, say: Callable[[str], 
         UserError: a node is unfit, or differs from the others; names it.
     """
     facts = from_all(_facts(world, output_dir, least_free))
+    units = [(fact.host, fact.unit) for fact in facts if fact.unit]
+    if len(set(units)) < len(units):
+        raise UserError(
+            "several ranks have the same device: start one task a GPU, with --gpus-per-node for all of them"
+        )
     hosts = list(dict.fromkeys(fact.host for fact in facts))
     if len(hosts) == 1:
         return
     if bad := unfit(facts):
         reasons = "; ".join(f"{host}: {reason}" for host, reason in bad.items())
-        raise UserError(f"{reasons}; go on without: sbatch --exclude={','.join(bad)}")
+        way_out = f"; go on without: sbatch --exclude={','.join(bad)}" if len(bad) < len(hosts) else ""
+        raise UserError(reasons + way_out)
     rate = _all_reduce_rate(world)
     say(f"{len(hosts)} nodes ({', '.join(hosts)}): {facts[0].device}, all-reduce {rate / 1e9:.2f} GB/s")
 
@@ -77,17 +84,20 @@ def _facts(world: World, output_dir: Path, least_free: int) -> Facts:
     folder = next(path for path in (output_dir, *output_dir.absolute().parents) if path.is_dir())
     if (free := shutil.disk_usage(folder).free) < least_free:
         faults.append(f"{free >> 20:,} MiB are free in {folder}, of {least_free >> 20:,} that the model will take")
-    device = world.device.type
+    device, unit = world.device.type, ""
     if device != "cpu":
         accelerator = torch.get_device_module(world.device)
         free, total = accelerator.mem_get_info(world.device)
-        device = accelerator.get_device_name(world.device)
+        properties = accelerator.get_device_properties(world.device)
+        device, unit = properties.name, str(getattr(properties, "uuid", ""))
         if (used := 1 - free / total) > _MOST_IN_USE:
             faults.append(f"device {world.local_rank} is in use ({used:.0%} of its memory)")
         if (shm := shutil.disk_usage("/dev/shm").free) < _LEAST_SHM:
             faults.append(f"/dev/shm has {shm >> 20} MiB: start the container with more (--shm-size)")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    return Facts(os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(), versions, device, tuple(faults))
+    return Facts(
+        os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(), versions, device, unit, tuple(faults)
+    )
 
 
 def _code() -> str:

@@ -27,6 +27,7 @@ from wpn_ds.engine.bank import fingerprint_of_model
 from wpn_ds.engine.distributed import World, agree, init, on_main
 from wpn_ds.engine.preflight import check as check_nodes
 from wpn_ds.engine.reference import frozen_json
+from wpn_ds.engine.stop import after_the_watchdog
 from wpn_ds.errors import UserError
 from wpn_ds.history import FAILED, REQUEUE, STARTS, STATUS
 from wpn_ds.models.attention import supported
@@ -91,7 +92,8 @@ def prepare(config: Config) -> Job:
     """
     forget, retain, validation = _read_records(config)  # bad input shows before anything is started
     model_path = config.model.model_name_or_path or str(ensure_planted())
-    world = init(config.training.comm_timeout_minutes)
+    t = config.training
+    world = init(max(t.comm_timeout_minutes, after_the_watchdog(t.hang_timeout) / 60))
     check_nodes(world, Path(config.training.output_dir or "."), _room(model_path), lambda line: say(world, line))
     source = Source(
         model_path,
@@ -298,7 +300,18 @@ def _claim(config: Config) -> None:
         output_dir.mkdir(parents=True, exist_ok=True)
         return
     ended = (DONE, REQUEUE, FAILED, STARTS, STATUS)
-    known = (*ended, "metrics.jsonl", "run.yaml", "ds_config.json", "runs", "config.json", "README.md", "model.tmp")
+    known = (
+        *ended,
+        "metrics.jsonl",
+        "run.yaml",
+        "ds_config.json",
+        "runs",
+        "logs",
+        "idle.jsonl",
+        "config.json",
+        "README.md",
+        "model.tmp",
+    )
     left = [p for name in known if (p := output_dir / name).exists()]
     left += [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors*")]
     if left and not config.logging.overwrite_output_dir:

@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -21,6 +22,15 @@ HANG_EXIT_CODE = 5
 _LET_OTHERS_DUMP = 5.0
 #: So long after that, the kernel does it: for a rank whose interpreter itself is stuck.
 _BACKSTOP = 15
+
+
+_NEVER = 30 * 86400
+
+
+def after_the_watchdog(hang_timeout: float) -> float:
+    """Seconds that collectives have to wait at least. Ranks that give up on the one that hangs before its watchdog has
+    spoken would end the job without its stack."""
+    return hang_timeout and hang_timeout + 60
 
 
 class Stopped(Exception):
@@ -37,7 +47,8 @@ class Points:
     def __init__(self, world: World, hang_timeout: float, log: Path | None = None) -> None:
         """``hang_timeout``: seconds without a point after which the job is ended, its stacks in ``log``; 0: never."""
         self.world = world
-        self._group = dist.new_group(backend="gloo") if world.size > 1 else None
+        timeout = timedelta(seconds=after_the_watchdog(hang_timeout) or _NEVER)
+        self._group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
         self._vote: tuple[dist.Work, torch.Tensor] | None = None
         self._watchdog = _Watchdog(world.rank, hang_timeout, log) if hang_timeout else None
 

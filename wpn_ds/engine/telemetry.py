@@ -181,8 +181,18 @@ class Window:
 class Telemetry:
     """Writers and the progress bar of rank 0; does nothing on other ranks."""
 
-    def __init__(self, output_dir: Path, logging_dir: Path, world: World, total_steps: int, done: int) -> None:
-        """``done``: steps that a resumed run has behind it; what was logged after them is dropped."""
+    def __init__(
+        self,
+        output_dir: Path,
+        logging_dir: Path,
+        world: World,
+        total_steps: int,
+        done: int,
+        *,
+        evaluated: bool = True,
+    ) -> None:
+        """``done``: steps that a resumed run has behind it; what was logged after them is dropped, and unless
+        ``evaluated`` the evaluation that is due after the last of them. A run at its start drops everything."""
         self.total_steps = total_steps
         self.active = world.is_main
         self.bar: Any = None
@@ -191,9 +201,10 @@ class Telemetry:
             return
         self.output_dir = output_dir
         self.metrics = output_dir / "metrics.jsonl"
-        _truncate(self.metrics, done)
+        again = self.metrics.exists()
+        _truncate(self.metrics, done, evaluated)
         self.stream = self.metrics.open("a")
-        self.board = SummaryWriter(str(logging_dir), purge_step=done + 1 if done else None)
+        self.board = SummaryWriter(str(logging_dir), purge_step=done + 1 if done else 0 if again else None)
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=done, desc="unlearning", unit="step", dynamic_ncols=True)
 
@@ -259,14 +270,18 @@ class Telemetry:
             self.board.close()
 
 
-def _truncate(metrics: Path, done: int) -> None:
-    """Drop the lines after step ``done`` (a killed run's, which will be written again) and a half-written last one."""
+def _truncate(metrics: Path, done: int, evaluated: bool) -> None:
+    """Drop what will be written again, and a half-written last line."""
     if not metrics.exists():
         return
     kept = []
     for line in metrics.read_text().splitlines():
         try:
-            if json.loads(line)["step"] <= done:
+            values = json.loads(line)
+            repeated = values["step"] > done or done == 0
+            if not evaluated and values["step"] == done:
+                repeated = any(name.startswith("eval/") for name in values)
+            if not repeated:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import os
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -57,6 +58,8 @@ def _write(state: Any, path: Path) -> str:
     with path.open("wb") as stream:
         hashing = _Hashing(stream)
         torch.save(state, hashing)  # type: ignore[arg-type]
+        stream.flush()
+        os.fsync(stream.fileno())  # on the disk before the manifest calls it whole
     return hashing.digest.hexdigest()
 
 
@@ -73,6 +76,15 @@ class _Hashing:
 
     def flush(self) -> None:
         self._stream.flush()
+
+
+def sync(folder: Path) -> None:
+    """A new name in ``folder`` is on the disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:
