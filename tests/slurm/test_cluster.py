@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT
 from tests.launching import environment, free_port, launch
@@ -83,9 +84,11 @@ def starts(run: Path) -> list[dict]:
 
 def slowly(folder: Path) -> dict[str, str]:
     """An environment in which every step, and every file of a save, takes a tenth of a second longer: time to disturb
-    them."""
+    them. SIGUSR2 makes a rank raise."""
     (folder / "sitecustomize.py").write_text(
-        "import builtins, sys, time\n"
+        "import signal, sys, time\n"
+        "def fall(*_): raise RuntimeError('asked to')\n"
+        "signal.signal(signal.SIGUSR2, fall)\n"
         "from importlib.abc import MetaPathFinder\n"
         "class Slow(MetaPathFinder):\n"
         "    def find_spec(self, name, path, target=None):\n"
@@ -182,6 +185,9 @@ def test_preempted_five_times_nothing_is_repeated_or_skipped(cluster, submit, re
     told = [m["step"] for m in metrics(run) if "loss/total" in m]
     assert told == list(range(1, 61))
     assert losses(run) == losses(calm) and same_weights(run, calm)
+    board = EventAccumulator(str(run / "runs"))
+    board.Reload()
+    assert [event.step for event in board.Scalars("loss/total")] == told
     evaluated = [m["step"] for m in metrics(run) if "eval/nll_wanted" in m]
     assert evaluated == [m["step"] for m in metrics(calm) if "eval/nll_wanted" in m]
 
@@ -370,14 +376,18 @@ def test_an_array_has_a_run_for_each_set_of_flags(cluster, recipe, job_env, tmp_
     assert len(starts(runs[told])) == 2 and len(starts(runs[1 - told])) == 1
 
 
-def test_mpirun_gives_the_weights_of_deepspeed(unbroken, recipe, job_env, tmp_path) -> None:
-    mpirun = Path(sys.executable).parent / "mpirun"
-    if not mpirun.exists() and not os.environ.get("WPN_DS_REQUIRE_SLURM"):
-        pytest.skip("no mpirun beside this Python: pip install mpi4py mpich")
+@pytest.mark.parametrize("launcher", ["mpirun", "torchrun"])
+def test_other_launchers_give_the_weights_of_deepspeed(unbroken, recipe, job_env, tmp_path, launcher) -> None:
+    starter = Path(sys.executable).parent / launcher
+    if not starter.exists() and not os.environ.get("WPN_DS_REQUIRE_SLURM"):
+        pytest.skip(f"no {launcher} beside this Python: pip install mpi4py mpich")
+    ranks = (
+        ["-n", "2", sys.executable] if launcher == "mpirun" else ["--nproc-per-node=2", f"--master-port={free_port()}"]
+    )
     run = tmp_path / "run"
     program = ["launch/train.py", "--deepspeed", "ds_configs/zero3.json", *recipe, "--output_dir", str(run)]
     done = subprocess.run(
-        [str(mpirun), "-n", "2", sys.executable, *program],
+        [str(starter), *ranks, *program],
         cwd=ROOT,
         env=environment({"WPN_DS_CACHE": job_env["WPN_DS_CACHE"]}),
         stdout=subprocess.PIPE,
@@ -386,5 +396,5 @@ def test_mpirun_gives_the_weights_of_deepspeed(unbroken, recipe, job_env, tmp_pa
         timeout=200,
         check=False,
     )
-    assert done.returncode == 0 and "started by mpirun: 2 ranks" in done.stdout, done.stdout[-3000:]
+    assert done.returncode == 0 and f"started by {launcher}: 2 ranks" in done.stdout, done.stdout[-3000:]
     assert same_weights(run, unbroken)

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import statistics
 import time
 from collections.abc import Iterator
@@ -23,9 +24,9 @@ pytestmark = pytest.mark.distributed
 
 KILLS = int(os.environ.get("WPN_DS_KILLS", "6"))
 STEPS, SAVE_STEPS = 60, 3
-KINDS = ("a rank", "all ranks", "within a save", "a node", "as it starts")
+KINDS = ("a rank", "a rank raises", "all ranks", "within a save", "a node", "as it starts")
 #: A node is only missed after SlurmdTimeout, so there are fewer of these. The last kind comes on top of another.
-SHARES = (4, 3, 4, 1, 0)
+SHARES = (4, 2, 3, 4, 1, 0)
 AGAIN = 0.2
 
 
@@ -88,7 +89,7 @@ def strike(kind: str, cluster: Cluster, job: str, run: Path, chance: random.Rand
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.1))
     for pid in ranks if kind == "all ranks" else [chance.choice(ranks)]:
-        cluster.kill(pid)
+        cluster.kill(pid, signal.SIGUSR2 if kind == "a rank raises" else signal.SIGKILL)
     if kind == "within a save":
         assert list(run.glob("checkpoint-*.tmp")), "the save was over"
     return None

@@ -145,11 +145,11 @@ class Trainer:
             job.world,
             keep=logging.save_total_limit,
             background=logging.async_save,
-            done=self._saved,
+            done=self._tell_of_save,
         )
         self.job = replace(job, layout=self._checked_layout(kernels))
         self.points = points
-        self.state, self.saved = past, past.step
+        self.state, self.saved_step = past, past.step
         self.shape = ModelShape.of(self.model.lm)
         self.skipped_in_a_row = 0
         self.energy = energy(job.world.device)
@@ -314,7 +314,7 @@ class Trainer:
                 window.exclude(time.perf_counter() - begun)
             self._finish(telemetry, values, starts)
         except Stopped:
-            if self.state.step > self.saved:
+            if self.state.step > self.saved_step:
                 set_rng_state(rng, job.world.device)  # the step that was left may have drawn from it
                 self._save()
             self.saver.finish()
@@ -378,9 +378,9 @@ class Trainer:
     def _save(self) -> None:
         self.points.pause()
         self.saver.save(self.state)
-        self.saved = self.state.step
+        self.saved_step = self.state.step
 
-    def _saved(self, step: int, seconds: float) -> None:
+    def _tell_of_save(self, step: int, seconds: float) -> None:
         """``checkpoint-<step>`` is whole, ``seconds`` after it was begun."""
         say(self.job.world, f"checkpoint-{step} took {seconds:.1f} s")
         lead = float(os.environ.get("WPN_SIGNAL_LEAD") or "inf")  # the job script says when Slurm's signal comes
