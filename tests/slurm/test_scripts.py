@@ -45,6 +45,8 @@ def test_the_header_is_what_the_estimate_in_it_was_made_for(script, capsys) -> N
     assert estimate.run([*command[1:], "--json"]) == 0
     told = json.loads(capsys.readouterr().out)
     assert told["fits"] and told["total"] / 2**30 == pytest.approx(gib, abs=0.06)
+    row = f"| {script.stem} | {asked['nodes']} x {asked['gpus-per-node']} | {found[2]} |"
+    assert row in (ROOT / "docs" / "cluster.md").read_text()
 
 
 def test_shell_checker_finds_nothing() -> None:
