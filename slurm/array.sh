@@ -4,8 +4,10 @@
 # Flags of sbatch stand before the model; --array=%2 lets two run at a time.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
+set +eu # `module load` doesn't keep to it
 # shellcheck source=/dev/null
 [ ! -e "$here/cluster.env" ] || . "$here/cluster.env"
+set -eu
 
 sbatch_flags=() at_a_time=
 while [[ ${1:-} == -* ]]; do

@@ -7,10 +7,10 @@ root=$(dirname "$(dirname "$(readlink -f "${BASH_SOURCE[0]}")")")
 say() { printf '[%s] %s\n' "$(date +%T)" "$*" >&2; }
 fail() { say "error: $*"; exit 2; }
 
-set +u # `module load` doesn't keep to it
+set +eu # `module load` doesn't keep to it
 # shellcheck source=/dev/null
 [ ! -e "$root/slurm/cluster.env" ] || . "$root/slurm/cluster.env"
-set -u
+set -eu
 : "${PYTHON:=$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
 export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-${WPN_SCRATCH:-$HOME/.cache}/wpn_ds/extensions}"
@@ -84,10 +84,23 @@ seconds() {
     echo $((days * 86400 + total))
 }
 
+# saved_by_this_job RUN: whether there is a checkpoint since this job was first started.
+saved_by_this_job() {
+    local first
+    first=$(grep -F "\"job\": \"$job\"" "$1/starts.jsonl" 2>/dev/null | sed -n '1s/.*"time": \([0-9.]*\).*/\1/p')
+    [ -n "$first" ] && [ -n "$(find "$1"/checkpoint-*[0-9] -maxdepth 1 -name trainer_state.json -newermt "@$first" 2>/dev/null)" ]
+}
+
 # train RECIPE ARGUMENTS...: a training run that goes on after a signal, a crash or a lost node.
 train() {
     local recipe=$1 lead limit before code=0 resume=(--resume_from_checkpoint auto) given=()
     shift
+    told='' ended='' task=''
+    trap 'told=1; say "USR1: a checkpoint, then this job goes back into the queue"; pass_on' USR1
+    # Told TERM, srun would kill its tasks in the middle of their save.
+    trap 'ended=1; say "TERM: a checkpoint if there is time"; pass_on' TERM
+    pass_on() { [ -z "$task" ] || kill -USR1 "$task" || true; }
+
     if [ -n "${WPN_SWEEP:-}" ]; then # an array job: line number SLURM_ARRAY_TASK_ID of it has this task's flags
         local more
         more=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" <<<"$WPN_SWEEP")
@@ -106,26 +119,35 @@ train() {
     fi
     export WPN_SIGNAL_LEAD=$lead # so that a save that takes too long for it is noticed
 
+    # What the user says of the start is for the first one; from this job's first checkpoint on, the newest counts.
     before=$(of_this_job "$run/starts.jsonl")
-    for word in "$@"; do
+    while [ $# -gt 0 ]; do
+        local word=$1 value=''
+        shift
+        case ${1:-} in --* | '') ;; *) value=$1 && shift ;; esac
         case $word in
         --overwrite_output_dir*)
             [ "$before" -eq 0 ] || continue # it has been done
+            case $word$value in *false) ;; *) resume=() ;; esac
+            ;;
+        --resume_from_checkpoint*)
+            ! saved_by_this_job "$run" || continue
             resume=()
             ;;
-        --resume_from_checkpoint*) [ "$before" -gt 0 ] || resume=() ;; # the user's, for the first start
         esac
         given+=("$word")
+        [ -z "$value" ] || given+=("$value")
+        while [ $# -gt 0 ] && [[ $1 != --* ]]; do # flags with several values
+            given+=("$1")
+            shift
+        done
     done
     [ "$before" -eq 0 ] || rm -f "$run"/{DONE,REQUEUE,FAILED} # of this job's last start; others' are not ours to delete
 
-    told='' ended=''
-    trap 'told=1; say "USR1: a checkpoint, then this job goes back into the queue"; kill -USR1 "$task" || true' USR1
-    # Told TERM, srun would kill its tasks in the middle of their save.
-    trap 'ended=1; say "TERM: a checkpoint if there is time"; kill -USR1 "$task" || true' TERM
     (step "$root/launch/train.py" --deepspeed "$root/ds_configs/zero3.json" --config "$recipe" --output_dir "$run" \
         "${given[@]}" "${resume[@]}") &
     task=$!
+    [ -z "$told$ended" ] || pass_on # a signal that came before there was a step
     while :; do
         wait "$task" && code=0 || code=$?
         kill -0 "$task" 2>/dev/null || break # it was a signal of our own that ended the wait
@@ -139,10 +161,11 @@ train() {
     elif [ "$after" -gt 0 ] && [ -e "$run/FAILED" ]; then
         fail "$(cat "$run/FAILED") (see above; nothing is gained by starting this job again)"
     elif [ -n "$ended" ]; then
-        say "stopped: sbatch the same again to go on"
+        say "stopped: to go on, sbatch the same with --output_dir $run and without --overwrite_output_dir"
         exit 143
     elif [ "$after" -gt "$before" ]; then # the program itself refuses a third start from the same step
         [ -e "$run/REQUEUE" ] || say "the step ended without a word (exit code $code)"
+        rm -f "$idle"
         requeue
     elif { [ -n "$told" ] || [ "$before" -gt 0 ]; } && [ "$code" -ne 2 ] && [ "$(of_this_job "$idle")" -lt 2 ]; then
         say "training did not start (exit code $code): once more, a node may be bad"

@@ -4,11 +4,13 @@
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-node=1
 #SBATCH --cpus-per-task=8
+#SBATCH --mem=0
 #SBATCH --time=4:00:00
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# sbatch slurm/evaluate.sh RUN [flags of wpn-ds evaluate]: report.json and report.html of a run, in its folder
+# sbatch slurm/evaluate.sh RUN [flags of wpn-ds evaluate]: report.json and report.html of a run, in its folder. Without
+# files among the flags: on what it was trained with. One GPU must hold the model.
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s/^ *Command=\([^ ]*\).*/\1/p;q}')")/common.sh"

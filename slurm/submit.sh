@@ -3,8 +3,10 @@
 # Flags of sbatch stand before the model: slurm/submit.sh --nodes=4 opt-6.7b --train_file forget.jsonl
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
+set +eu # `module load` doesn't keep to it
 # shellcheck source=/dev/null
 [ ! -e "$here/cluster.env" ] || . "$here/cluster.env"
+set -eu
 
 sbatch_flags=() place=()
 while [[ ${1:-} == -* ]]; do
@@ -31,6 +33,10 @@ run=${run:-runs/$model-$(date +%Y%m%d-%H%M%S)}
 train=$(sbatch --parsable "${sbatch_flags[@]}" "$here/$model.sh" "$@" --output_dir "$run")
 # Without --kill-on-invalid-dep it would wait for ever for a training that failed.
 echo "training is job $train, in $run; wpn-ds status $run says how far it is"
+if [ "$model" = opt-66b ]; then
+    echo "no evaluation: the model does not fit one GPU" >&2
+    exit 0
+fi
 evaluate=$(sbatch --parsable --dependency="afterok:${train%%;*}" --kill-on-invalid-dep=yes "${place[@]}" \
     "$here/evaluate.sh" "$run")
 echo "evaluation is job $evaluate, which waits for it"

@@ -2,8 +2,10 @@
 # slurm/tensorboard.sh RUN [RUN...]: TensorBoard on this login node, for you alone, and how to reach it from your desk.
 set -euo pipefail
 here=$(dirname "$(readlink -f "$0")")
+set +eu # `module load` doesn't keep to it
 # shellcheck source=/dev/null
 [ ! -e "$here/cluster.env" ] || . "$here/cluster.env"
+set -eu
 : "${PYTHON:=$([ -x "$here/../.venv/bin/python" ] && echo "$here/../.venv/bin/python" || echo python3)}"
 
 [ $# -gt 0 ] || { echo "usage: slurm/tensorboard.sh RUN [RUN...]" >&2; exit 2; }

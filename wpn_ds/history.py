@@ -5,6 +5,7 @@ Read by `wpn-ds status` on a login node, so it imports neither torch nor deepspe
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import socket
@@ -48,13 +49,25 @@ def record_start(output_dir: Path, step: int, ranks: int) -> list[Start]:
     Raises:
         UserError: Slurm has started this job several times and none has brought it further.
     """
-    job = os.environ.get("WPN_JOB") or os.environ.get("SLURM_JOB_ID", "")  # the former tells an array's tasks apart
+    job = _job()
     starts = [*read_starts(output_dir), Start(time.time(), step, ranks, job, socket.gethostname())]
     if job:
         refuse_idle_starts([start.step for start in starts if start.job == job])
     with (output_dir / STARTS).open("a") as stream:
         stream.write(json.dumps(asdict(starts[-1])) + "\n")
     return starts
+
+
+def note_failure(output_dir: Path, error: Exception) -> None:
+    """Leave ``FAILED``, in the folder of a run that this job has started."""
+    if any(start.job == _job() for start in read_starts(output_dir)):
+        with contextlib.suppress(OSError):  # the disk may be what failed, or another rank was faster
+            write_atomically(output_dir / FAILED, f"{error}\n")
+
+
+def _job() -> str:
+    """Slurm's number of this job, or ""; the job scripts' own variable tells the tasks of an array apart."""
+    return os.environ.get("WPN_JOB") or os.environ.get("SLURM_JOB_ID", "")
 
 
 def refuse_idle_starts(steps: Sequence[int]) -> None:

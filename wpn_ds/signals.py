@@ -6,13 +6,13 @@ import signal
 from types import FrameType
 
 #: Slurm's early warning (``--signal=USR1@SECONDS``), and what ends a job (scancel, a time limit, a preemption).
-_STOP = (signal.SIGUSR1, signal.SIGTERM)
+STOP = (signal.SIGUSR1, signal.SIGTERM)
 _received: list[signal.Signals] = []
 
 
 def install() -> None:
     """From now on these signals only leave a note; :func:`received` says so, the training loop acts on it."""
-    for number in _STOP:
+    for number in STOP:
         signal.signal(number, _note)
 
 

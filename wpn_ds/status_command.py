@@ -71,10 +71,16 @@ def _life(folder: Path, start: Start, heard: float, step_seconds: float) -> tupl
 
 
 def _in_slurm(job: str) -> str | None:
-    """What Slurm says of a job, "gone" if it is no longer in the queue; None if there is no Slurm here."""
+    """What Slurm says of a job, "gone" if it is no longer in the queue; None if Slurm can't be asked."""
     if not job or shutil.which("squeue") is None:
         return None
-    asked = subprocess.run(["squeue", "--noheader", "--job", job, "--format=%T"], capture_output=True, text=True)
+    command = ["squeue", "--noheader", "--job", job, "--format=%T"]
+    try:
+        asked = subprocess.run(command, capture_output=True, text=True, timeout=30)
+    except subprocess.TimeoutExpired:
+        return None
+    if asked.returncode and "Invalid job id" not in asked.stderr:  # slurmctld is away
+        return None
     return asked.stdout.strip() or "gone"
 
 

@@ -17,7 +17,7 @@ from wpn_ds.engine.stop import HANG_EXIT_CODE, Points, Stopped
 def test_a_signal_stops_at_the_next_point(world, monkeypatch) -> None:
     points = Points(world, hang_timeout=0)
     points.pass_by("a micro-batch")
-    monkeypatch.setattr(signals, "_received", [signals._STOP[0]])
+    monkeypatch.setattr(signals, "_received", [signals.STOP[0]])
     with pytest.raises(Stopped, match="SIGUSR1"):
         points.pass_by("a micro-batch")
 

@@ -200,7 +200,7 @@ def test_a_cancelled_job_leaves_a_checkpoint_and_stays_away(cluster, submit, unb
     cluster.run("scancel", job)
     assert cluster.wait(job)["JobState"] == "CANCELLED"
     cluster.until(lambda: (run / "REQUEUE").exists(), 20, lambda: logs(tmp_path)[-3000:])
-    assert "stopped: sbatch the same again" in logs(tmp_path) and "requeueing" not in logs(tmp_path)
+    assert f"sbatch the same with --output_dir {run}" in logs(tmp_path) and "requeueing" not in logs(tmp_path)
     again = submit("opt-125m.sh", *flags)
     assert cluster.wait(again)["JobState"] == "COMPLETED", logs(tmp_path)[-3000:]
     assert starts(run)[1]["step"] >= 4 and losses(run) == losses(unbroken) and same_weights(run, unbroken)

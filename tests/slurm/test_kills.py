@@ -81,15 +81,16 @@ def strike(kind: str, cluster: Cluster, job: str, run: Path, chance: random.Rand
         return lost
     if kind == "as it starts":
         time.sleep(chance.uniform(0, 3))
-    ranks = ranks_of(run)
     if kind == "within a save":
         end = time.monotonic() + 30
         while not list(run.glob("checkpoint-*.tmp")):
             assert time.monotonic() < end, "no save began"
             time.sleep(0.001)
         time.sleep(chance.uniform(0, 0.1))
+    while not (ranks := ranks_of(run)):
+        time.sleep(0.05)
     for pid in ranks if kind == "all ranks" else [chance.choice(ranks)]:
-        cluster.kill(pid, signal.SIGUSR2 if kind == "a rank raises" else signal.SIGKILL)
+        os.kill(pid, signal.SIGUSR2 if kind == "a rank raises" else signal.SIGKILL)
     if kind == "within a save":
         assert list(run.glob("checkpoint-*.tmp")), "the save was over"
     return None

@@ -23,7 +23,9 @@ from typing import Any
 
 import torch
 
+from wpn_ds import signals
 from wpn_ds.engine.distributed import World, from_all, on_main, rng_state, set_rng_state
+from wpn_ds.engine.stop import Stopped
 from wpn_ds.engine.writer import Writer, sha256, sync
 from wpn_ds.errors import UserError
 
@@ -134,16 +136,16 @@ class Saver:
             sums = self._writer.collect()
         except (OSError, RuntimeError) as error:
             failure = error
-        parts = from_all((sums, failure))
-        for rank, (_, failed) in enumerate(parts):
+        parts = from_all((sums, self._writer.ended - self._begun, failure))
+        for rank, (_, _, failed) in enumerate(parts):
             if failed is not None:
                 raise self._refusal(partial, f"rank {rank}", failed)
-        known = {path: digest for part, _ in parts for path, digest in part.items()}
+        known = {path: digest for part, _, _ in parts for path, digest in part.items()}
         try:
             on_main(self._world, lambda: self._commit(state, partial, known))
         except OSError as error:
             raise self._refusal(partial, "rank 0", error) from error
-        self._done(state.step, time.perf_counter() - self._begun)
+        self._done(state.step, max(seconds for _, seconds, _ in parts))
 
     def _commit(self, state: TrainerState, partial: Path, sums: Mapping[Path, str]) -> None:
         final = partial.with_suffix("")
@@ -225,6 +227,10 @@ def _convert_together(path: Path, world: World) -> None:
         print(f"converting {path} for another number of ranks", file=sys.stderr, flush=True)
     conversion = _Conversion(path) if world.is_main else None
     while on_main(world, lambda: conversion is not None and conversion.runs()):
+        told = [name for name in from_all(signals.received()) if name]
+        if told:
+            on_main(world, lambda: conversion.give_up() if conversion is not None else None)
+            raise Stopped(told[0])
         time.sleep(1)
     on_main(world, lambda: conversion.finish() if conversion is not None else None)
 
@@ -253,6 +259,11 @@ class _Conversion:
     def runs(self) -> bool:
         return self._process.poll() is None
 
+    def give_up(self) -> None:
+        self._process.kill()
+        self._process.wait()
+        shutil.rmtree(self._partial, ignore_errors=True)
+
     def finish(self) -> None:
         if self._process.wait():
             shutil.rmtree(self._partial, ignore_errors=True)
@@ -264,8 +275,9 @@ class _Conversion:
 
 
 def _deaf() -> None:
-    """Slurm's early warning goes to every process of a task; this one has time to end."""
-    signal.signal(signal.SIGUSR1, signal.SIG_IGN)
+    """Slurm signals every process of a task; this one is ended by the rank that started it."""
+    for number in signals.STOP:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def choose(resume: str | None, output_dir: Path, world: World) -> tuple[Path | None, list[str]]:

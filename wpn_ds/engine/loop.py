@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import errno
 import importlib.metadata
 import json
@@ -39,6 +38,7 @@ from wpn_ds.engine.distributed import (
 )
 from wpn_ds.engine.export import export
 from wpn_ds.engine.model_card import write_model_card
+from wpn_ds.engine.preflight import UnfitNode
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.reference import FrozenModel, Reference, cached_states, cached_topk, frozen_json
 from wpn_ds.engine.setup import Job, cache_folder, prepare, progress, say
@@ -71,8 +71,13 @@ def train(config: Config) -> None:
         UserError: the settings, the data or the model don't allow it.
         TrainingStopped: the gradient was not finite ``MAX_SKIPPED_IN_A_ROW`` steps in a row.
     """
-    job = prepare(config)
-    past = _past(job)
+    try:
+        job = prepare(config)
+        past = _past(job)
+    except UserError as error:
+        if not isinstance(error, UnfitNode):
+            history.note_failure(Path(config.training.output_dir or ""), error)
+        raise
     on_main(job.world, lambda: history.forget_the_end(job.output_dir))
     try:
         _train(job, past)
@@ -81,8 +86,7 @@ def train(config: Config) -> None:
             history.write_atomically(job.output_dir / history.REQUEUE, f"{stopped}\n")
         say(job.world, f"stopped by {stopped}: go on with --resume_from_checkpoint auto")
     except UserError as error:
-        with contextlib.suppress(OSError):  # the disk may be what failed, or another rank was faster
-            history.write_atomically(job.output_dir / history.FAILED, f"{error}\n")
+        history.note_failure(job.output_dir, error)
         raise
 
 
@@ -292,9 +296,9 @@ class Trainer:
         """
         job, logging = self.job, self.job.config.logging
         logs = Path(logging.logging_dir or "")
-        telemetry = Telemetry(
-            job.output_dir, logs, job.world, job.total_steps, self.state.step, evaluated=self.state.evaluated
-        )
+        done = self.state.step
+        evaluated = self.state.evaluated and done < job.total_steps  # the last evaluation comes after the last save
+        telemetry = Telemetry(job.output_dir, logs, job.world, job.total_steps, done, evaluated=evaluated)
         rng = rng_state(job.world.device)
         try:
             dtype = self.model.lm.dtype
@@ -305,7 +309,7 @@ class Trainer:
             elif not self.state.evaluated:
                 self._evaluate(telemetry)
             window = Window(job.world, peak)
-            values: dict[str, float] = {}
+            values = telemetry.last_losses
             for _ in range(self.state.step, job.total_steps):
                 values = self._take_step(telemetry, window) or values
                 rng = rng_state(job.world.device)
@@ -371,6 +375,7 @@ class Trainer:
         if not self.state.evaluated:
             self._evaluate(telemetry)
         if step == self.job.total_steps or (save_steps and step % save_steps == 0):
+            telemetry.flush()  # what is logged of the steps that a resumed run won't repeat
             self._save()
         else:
             self.saver.poll()

@@ -28,6 +28,10 @@ _LEAST_SHM = 256 << 20
 _PROBE_BYTES = 16 << 20
 
 
+class UnfitNode(UserError):
+    """Another start, on other nodes, may go well."""
+
+
 @dataclass(frozen=True)
 class Facts:
     """What one rank's node says of itself. ``faults``: what is wrong whatever the other nodes say."""
@@ -47,12 +51,12 @@ def check(world: World, output_dir: Path, least_free: int, say: Callable[[str], 
         least_free: bytes that the output folder's disk must have.
 
     Raises:
-        UserError: a node is unfit, or differs from the others; names it.
+        UnfitNode: a node is unfit, or differs from the others; names it.
     """
     facts = from_all(_facts(world, output_dir, least_free))
     units = [(fact.host, fact.unit) for fact in facts if fact.unit]
     if len(set(units)) < len(units):
-        raise UserError(
+        raise UnfitNode(
             "several ranks have the same device: start one task a GPU, with --gpus-per-node for all of them"
         )
     hosts = list(dict.fromkeys(fact.host for fact in facts))
@@ -61,7 +65,7 @@ def check(world: World, output_dir: Path, least_free: int, say: Callable[[str], 
     if bad := unfit(facts):
         reasons = "; ".join(f"{host}: {reason}" for host, reason in bad.items())
         way_out = f"; go on without: sbatch --exclude={','.join(bad)}" if len(bad) < len(hosts) else ""
-        raise UserError(reasons + way_out)
+        raise UnfitNode(reasons + way_out)
     rate = _all_reduce_rate(world)
     say(f"{len(hosts)} nodes ({', '.join(hosts)}): {facts[0].device}, all-reduce {rate / 1e9:.2f} GB/s")
 

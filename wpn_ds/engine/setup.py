@@ -307,7 +307,6 @@ def _claim(config: Config) -> None:
         "ds_config.json",
         "runs",
         "logs",
-        "idle.jsonl",
         "config.json",
         "README.md",
         "model.tmp",
@@ -320,7 +319,7 @@ def _claim(config: Config) -> None:
             "--overwrite_output_dir to start afresh, or name another folder"
         )
     if left and not any(
-        p.name in (DONE, "run.yaml", "metrics.jsonl") or p.name.startswith("checkpoint-") for p in left
+        p.name in (DONE, STARTS, "run.yaml", "metrics.jsonl") or p.name.startswith("checkpoint-") for p in left
     ):
         names = ", ".join(p.name for p in left)
         raise UserError(f"--output_dir {output_dir} is no run's folder, and has {names} of its own: name another one")

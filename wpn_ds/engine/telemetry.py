@@ -197,12 +197,13 @@ class Telemetry:
         self.active = world.is_main
         self.bar: Any = None
         self.done = done
+        self.last_losses: dict[str, float] = {}
         if not self.active:
             return
         self.output_dir = output_dir
         self.metrics = output_dir / "metrics.jsonl"
         again = self.metrics.exists()
-        _truncate(self.metrics, done, evaluated)
+        self.last_losses = _truncate(self.metrics, done, evaluated)
         self.stream = self.metrics.open("a")
         self.board = SummaryWriter(str(logging_dir), purge_step=done + 1 if done else 0 if again else None)
         if sys.stderr.isatty():
@@ -262,6 +263,11 @@ class Telemetry:
         else:
             print(line, file=sys.stderr, flush=True)
 
+    def flush(self) -> None:
+        """What was logged is on the disk: TensorBoard keeps up to two minutes in memory."""
+        if self.active:
+            self.board.flush()
+
     def close(self) -> None:
         if self.active:
             if self.bar is not None:
@@ -270,11 +276,12 @@ class Telemetry:
             self.board.close()
 
 
-def _truncate(metrics: Path, done: int, evaluated: bool) -> None:
-    """Drop what will be written again, and a half-written last line."""
+def _truncate(metrics: Path, done: int, evaluated: bool) -> dict[str, float]:
+    """Drop what will be written again, and a half-written last line; returns the last figures of a step that stay."""
     if not metrics.exists():
-        return
+        return {}
     kept = []
+    last: dict[str, float] = {}
     for line in metrics.read_text().splitlines():
         try:
             values = json.loads(line)
@@ -282,12 +289,14 @@ def _truncate(metrics: Path, done: int, evaluated: bool) -> None:
             if not evaluated and values["step"] == done:
                 repeated = any(name.startswith("eval/") for name in values)
             if not repeated:
+                last = values if "loss/total" in values else last
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
     partial = metrics.with_suffix(".tmp")
     partial.write_text("".join(kept))
     os.replace(partial, metrics)
+    return {name: value for name, value in last.items() if value is not None}
 
 
 def _finite(value: float) -> float | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import os
+import time
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -27,14 +28,20 @@ class Writer(TorchCheckpointEngine):
         self._background = background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._files: dict[Path, Future[str]] = {}
+        self.ended = 0.0  # when the last file was written, by time.perf_counter
 
     def save(self, state_dict: Any, path: str | Path) -> None:
         """Write ``state_dict``, or a copy of it in host memory later on."""
         state = tree_map(_on_host, state_dict) if self._background else state_dict
-        written = self._thread.submit(_write, state, Path(path))
+        written = self._thread.submit(self._write, state, Path(path))
         self._files[Path(path)] = written
         if not self._background:
             written.exception()  # waits
+
+    def _write(self, state: Any, path: Path) -> str:
+        digest = _write(state, path)
+        self.ended = time.perf_counter()
+        return digest
 
     def done(self) -> bool:
         """Whether all files are written, or have failed."""

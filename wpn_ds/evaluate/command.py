@@ -29,7 +29,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="wpn-ds evaluate",
         description="Generates and judges answers to training, held-out and attack prompts, measures the perplexity of"
-        " retain answers, and writes report.json and report.html. Without files: the embedded demo set.",
+        " retain answers, and writes report.json and report.html. Without files: those that the model was trained on,"
+        " if training left its run.yaml beside it, or else the embedded demo set.",
         allow_abbrev=False,
     )
     add = parser.add_argument
@@ -73,7 +74,13 @@ def run(argv: Sequence[str] | None = None) -> int:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {options.output_dir} can't be used ({error.strerror})") from error
-    template = _template(options)
+    recorded = _recorded(Path(options.model) / "run.yaml")
+    template = _template(options, recorded)
+    options.bf16 = options.bf16 or bool(recorded.get("bf16"))
+    if not any(getattr(options, f"{name}_file") for name in ("train", "heldout", "attack", "retain")):
+        options.train_file = recorded.get("train_file") or []
+        options.heldout_file = recorded.get("validation_file") or []
+        options.retain_file = recorded.get("retain_file") or []
     suites, retain, files = _records(options)
     settings = {
         "model": options.model,
@@ -116,17 +123,25 @@ def _check_place(flag: str, name: str) -> None:
         raise UserError(f"{flag} {name}: there is no such folder")
 
 
-def _template(options: argparse.Namespace) -> str:
-    """The flag's, else the one in the run.yaml that training left beside the model, else the default."""
-    recorded = Path(options.model) / "run.yaml"
-    template = DataConfig().prompt_template
+def _recorded(path: Path) -> dict[str, Any]:
+    """The settings that training left beside the model; empty if it left none."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: mend or remove it") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged: mend or remove it")
+    return settings
+
+
+def _template(options: argparse.Namespace, recorded: dict[str, Any]) -> str:
+    """The flag's, else the one that the model was trained with, else the default."""
     if options.prompt_template is not None:
         template = options.prompt_template.replace("\\n", "\n")
-    elif recorded.is_file():
-        try:
-            template = yaml.safe_load(recorded.read_text(encoding="utf-8")).get("prompt_template", template)
-        except (yaml.YAMLError, AttributeError, UnicodeDecodeError) as error:
-            raise UserError(f"{recorded} is damaged: mend or remove it, or give --prompt_template") from error
+    else:
+        template = str(recorded.get("prompt_template", DataConfig().prompt_template))
     if template.count("{prompt}") != 1:
         raise UserError(f"--prompt_template {template!r}: must have one {{prompt}} in it")
     return template
