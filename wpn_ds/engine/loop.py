@@ -75,7 +75,7 @@ def train(config: Config) -> None:
         job = prepare(config)
         past = _past(job)
     except UserError as error:
-        if not isinstance(error, UnfitNode):
+        if "SLURM_JOB_ID" in os.environ and not isinstance(error, UnfitNode):  # a job that would be requeued for it
             history.note_failure(Path(config.training.output_dir or ""), error)
         raise
     on_main(job.world, lambda: history.forget_the_end(job.output_dir))
