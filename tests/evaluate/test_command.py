@@ -72,6 +72,20 @@ def test_the_template_of_the_training_run_is_used_unless_one_is_given(folders, f
     assert "loss/total" in (out / "report.html").read_text(encoding="utf-8")
 
 
+def test_a_models_own_data_are_the_default(folders, files, tmp_path) -> None:
+    trained, out = tmp_path / "trained", tmp_path / "out"
+    shutil.copytree(folders / "opt", trained)
+    train, keep = files[1], files[3]
+    (trained / "run.yaml").write_text(f"train_file: [{train}]\nretain_file: [{keep}]\nvalidation_file: [{train}]\n")
+    arguments = ["--model", str(trained), "--output_dir", str(out), "--max_new_tokens", "2", "--limit", "2"]
+    run(arguments)
+    settings = json.loads((out / "report.json").read_text(encoding="utf-8"))["settings"]
+    assert settings["files"] == {"train": [train], "heldout": [train], "retain": [keep]}
+    (trained / "run.yaml").write_text("dataset_name: pku\ntrain_file: []\nbf16: true\n")
+    with pytest.raises(UserError, match="was trained on the data set pku"):
+        run(arguments)
+
+
 @pytest.mark.parametrize("flag", ["--model", "--baseline"])
 def test_a_missing_model_is_refused_in_one_line_before_anything_runs(folders, files, tmp_path, flag) -> None:
     places = {"--model": str(folders / "opt"), "--baseline": str(folders / "neo"), flag: str(tmp_path / "none")}

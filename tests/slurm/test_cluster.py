@@ -152,7 +152,9 @@ def test_training_over_two_nodes_equals_one_process_and_report_follows(
     assert re.search(r"2 nodes \(node\d, node\d\): cpu, all-reduce [0-9.]+ GB/s", log)
     assert "summary: " in log
     report = json.loads((run / "report.json").read_text())
-    assert report and (run / "report.html").stat().st_size > 1000
+    own = {name: recipe[recipe.index(f"--{name}_file") + 1] for name in ("train", "retain")}
+    assert {name: report["settings"]["files"][name] for name in own} == {name: [file] for name, file in own.items()}
+    assert (run / "report.html").stat().st_size > 1000
 
 
 def test_the_script_of_a_large_model_runs_as_it_stands(cluster, recipe, job_env, tmp_path) -> None:

@@ -78,6 +78,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     template = _template(options, recorded)
     options.bf16 = options.bf16 or bool(recorded.get("bf16"))
     if not any(getattr(options, f"{name}_file") for name in ("train", "heldout", "attack", "retain")):
+        if recorded.get("dataset_name"):
+            raise UserError(
+                f"{options.model} was trained on the data set {recorded['dataset_name']}: name files to evaluate on, with "
+                "--train_file or --heldout_file"
+            )
         options.train_file = recorded.get("train_file") or []
         options.heldout_file = recorded.get("validation_file") or []
         options.retain_file = recorded.get("retain_file") or []
