@@ -80,8 +80,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     if not any(getattr(options, f"{name}_file") for name in ("train", "heldout", "attack", "retain")):
         if recorded.get("dataset_name"):
             raise UserError(
-                f"{options.model} was trained on the data set {recorded['dataset_name']}: name files to evaluate on, with "
-                "--train_file or --heldout_file"
+                f"{options.model} was trained on the data set {recorded['dataset_name']}: name files to evaluate on "
+                "with --train_file or --heldout_file"
             )
         options.train_file = recorded.get("train_file") or []
         options.heldout_file = recorded.get("validation_file") or []
