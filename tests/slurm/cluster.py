@@ -6,10 +6,8 @@ two ranks happen to share a machine. Nothing outside the cluster's folder is wri
 
 from __future__ import annotations
 
-import contextlib
 import os
 import shlex
-import signal
 import subprocess
 import time
 from collections.abc import Callable, Mapping
@@ -219,8 +217,3 @@ class Cluster:
                 if any(marker.encode() in word for word in words):
                     found.append(int(entry.name))
         return sorted(found)
-
-    @staticmethod
-    def kill(pid: int, number: signal.Signals = signal.SIGKILL) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, number)

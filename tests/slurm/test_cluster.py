@@ -18,6 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from tests.conftest import ROOT
 from tests.launching import environment, free_port, launch
+from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import logs
 
 pytestmark = pytest.mark.distributed
@@ -82,6 +83,19 @@ def starts(run: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()] if path.exists() else []
 
 
+def ranks_of(run: Path) -> list[int]:
+    """The training processes, in order of their numbers."""
+    found = []
+    for pid in Cluster.processes(str(run)):
+        try:
+            program = Path(f"/proc/{pid}/exe").resolve().name
+        except OSError:
+            continue
+        if program.startswith("python"):
+            found.append(pid)
+    return found
+
+
 def slowly(folder: Path) -> dict[str, str]:
     """An environment in which every step, and every file of a save, takes a tenth of a second longer: time to disturb
     them. SIGUSR2 makes a rank raise."""
@@ -124,7 +138,7 @@ def test_every_script_is_accepted(cluster) -> None:
 
 
 def test_training_over_two_nodes_equals_one_process_and_report_follows(
-    cluster, alone, recipe, job_env, tmp_path
+    cluster, alone, recipe, job_env, tmp_path, monkeypatch
 ) -> None:
     run = tmp_path / "run"
     size = [
@@ -135,12 +149,8 @@ def test_training_over_two_nodes_equals_one_process_and_report_follows(
         f"--output={tmp_path}/%x-%j.log",
     ]
     submit = [str(ROOT / "slurm" / "submit.sh"), *size, "opt-125m", *recipe, "--output_dir", str(run)]
-    os_folder = os.getcwd()
-    os.chdir(tmp_path)  # evaluate.sh writes its log where it was submitted
-    try:
-        done = cluster.run(*submit, env=job_env)
-    finally:
-        os.chdir(os_folder)
+    monkeypatch.chdir(tmp_path)  # evaluate.sh writes its log where it was submitted
+    done = cluster.run(*submit, env=job_env)
     found = re.search(r"training is job (\d+), .*evaluation is job (\d+)", done.stdout, re.DOTALL)
     assert found is not None, done.stdout
     evaluation = cluster.wait(found[2], 240)
@@ -233,11 +243,10 @@ def test_a_hung_rank_ends_the_step_with_every_stack(cluster, submit, recipe, tmp
     flags = [*recipe, "--max_steps", "80", "--output_dir", str(run), "--hang_timeout", "10"]
     job = submit("opt-125m.sh", *flags, env=env)
     cluster.until(lambda: steps_done(run) >= 6, 120, lambda: logs(tmp_path)[-3000:])
-    ranks = cluster.processes(str(run))
-    python = [pid for pid in ranks if Path(f"/proc/{pid}/exe").resolve().name.startswith("python")]
-    assert len(python) == 2
+    ranks = ranks_of(run)
+    assert len(ranks) == 2
     begun = time.monotonic()
-    cluster.kill(python[1], signal.SIGUSR2)
+    os.kill(ranks[1], signal.SIGUSR2)
     cluster.until(
         lambda: len(starts(run)) == 2, 60, lambda: f"it hung on\n{logs(tmp_path)[-3000:]}"
     )  # and was started again

@@ -17,7 +17,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import logs
-from tests.slurm.test_cluster import by_launcher, losses, same_weights, slowly, starts, steps_done
+from tests.slurm.test_cluster import by_launcher, losses, ranks_of, same_weights, slowly, starts, steps_done
 from wpn_ds.engine.checkpoint import complete
 
 pytestmark = pytest.mark.distributed
@@ -37,19 +37,6 @@ class Kill:
     kind: str
     step: int
     back_after: float | None = None
-
-
-def ranks_of(run: Path) -> list[int]:
-    """The training processes, in order of their numbers."""
-    found = []
-    for pid in Cluster.processes(str(run)):
-        try:
-            program = Path(f"/proc/{pid}/exe").resolve().name
-        except OSError:
-            continue
-        if program.startswith("python"):
-            found.append(pid)
-    return found
 
 
 def moments(cluster: Cluster, job: str, run: Path, chance: random.Random) -> Iterator[None]:

@@ -19,6 +19,7 @@ from wpn_ds.data.tokens import Segment
 from wpn_ds.engine.distributed import fill_from_ranks
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.tables import Blocks, Tables
+from wpn_ds.engine.writer import feed
 from wpn_ds.objectives.wpn import WPN, FrozenTargets
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
@@ -147,7 +148,5 @@ def fingerprint_of_model(name_or_path: str, commit: str | None) -> str:
     for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) + [folder / "config.json"]:
         if path.is_file():
             digest.update(path.name.encode())
-            with path.open("rb") as stream:
-                while chunk := stream.read(1 << 22):
-                    digest.update(chunk)
+            feed(digest, path)
     return digest.hexdigest()

@@ -46,7 +46,6 @@ class Points:
 
     def __init__(self, world: World, hang_timeout: float, log: Path | None = None) -> None:
         """``hang_timeout``: seconds without a point after which the job is ended, its stacks in ``log``; 0: never."""
-        self.world = world
         timeout = timedelta(seconds=after_the_watchdog(hang_timeout) or _NEVER)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
         self._vote: tuple[dist.Work, torch.Tensor] | None = None

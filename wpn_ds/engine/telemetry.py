@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import logging
 import math
-import os
 import resource
 import sys
 import time
@@ -293,9 +292,7 @@ def _truncate(metrics: Path, done: int, evaluated: bool) -> dict[str, float]:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    partial = metrics.with_suffix(".tmp")
-    partial.write_text("".join(kept))
-    os.replace(partial, metrics)
+    history.write_atomically(metrics, "".join(kept))
     return {name: value for name, value in last.items() if value is not None}
 
 
