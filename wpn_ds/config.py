@@ -206,6 +206,23 @@ class ObjectiveConfig:
     """Take out of the gradient of forgetting what opposes that of retaining, as LTU does (ZeRO stage 3 without
     offload_optimizer, or stage 0 in fp32)."""
 
+    forgotten_below: float | None = None
+    """Train on an example no longer once the tokens of its unwanted answers have a mean probability below this, which
+    evaluations look at (--eval_steps); the run ends when none is left. After ICU; without it, all stay."""
+
+    redraw_steps: int = 0
+    """Optimizer steps after which the model draws unwanted answers anew, one in place of each example's own, as SAPO
+    and NEAT do; 0: the records' own stay."""
+
+    redraw_template: str | None = None
+    """Text around a prompt for these draws, one that asks for bad answers (NEAT); without it, --prompt_template."""
+
+    redraw_ema: float = 0.0
+    """Draw from a running mean of the weights with this decay a step (SAPO); 0: from the weights as they are."""
+
+    redraw_tokens: int = 64
+    """Most tokens of such a draw."""
+
     reference: Literal["sharded", "cpu", "nvme", "states", "topk"] = "sharded"
     """Where KL's starting distribution comes from: a frozen model, sharded like the trained one (cpu, nvme: with its
     weights there); or, computed once and kept on disk, its states (exact) or its likeliest tokens."""
@@ -252,6 +269,14 @@ class ObjectiveConfig:
         elif self.wpn_pooling == "sum":
             raise UserError("--wpn_pooling sum is for likelihoods: vectors of long texts would only be longer")
         _require(self, "reference_topk", self.reference_topk >= 1, "at least 1")
+        below = self.forgotten_below
+        _require(self, "forgotten_below", below is None or 0 < below < 1, "above 0 and below 1")
+        _require(self, "redraw_steps", self.redraw_steps >= 0, "at least 0")
+        _require(self, "redraw_tokens", self.redraw_tokens >= 1, "at least 1")
+        _require(self, "redraw_ema", 0 <= self.redraw_ema < 1, "at least 0 and below 1")
+        if self.redraw_template is not None:
+            fits = self.redraw_template.count("{prompt}") == 1
+            _require(self, "redraw_template", fits, "a text with one {prompt} in it")
         if self.wpn_negatives == "bank" and self.wpn_targets not in ("auto", "reference"):
             raise UserError(
                 f"--wpn_negatives bank needs --wpn_targets reference, not {self.wpn_targets}: "
@@ -281,6 +306,8 @@ class ObjectiveConfig:
         """Whether the objective knows nothing of the setting ``name``."""
         if name.startswith("wpn_"):
             return self.objective != "wpn"
+        if name in ("redraw_template", "redraw_ema", "redraw_tokens"):
+            return not self.redraw_steps
         knows = {
             "preference_weight": PREFERENCES,
             "beta": (*PREFERENCES, "wga", "tnpo"),
@@ -474,7 +501,11 @@ class Config:
         for entry in dataclasses.fields(objective):
             name = entry.name
             if objective.without_effect(name) and getattr(objective, name) != entry.default:
-                raise UserError(f"--{name} does nothing under --objective {objective.objective}: leave it out")
+                redraw = name.startswith("redraw_")
+                where = "without --redraw_steps" if redraw else f"under --objective {objective.objective}"
+                raise UserError(f"--{name} does nothing {where}: leave it out")
+        if objective.forgotten_below is not None and not self.logging.eval_steps:
+            raise UserError("--forgotten_below: evaluations look at what is forgotten: give --eval_steps as well")
         if training.tokens_per_micro_batch < self.data.max_length:
             raise UserError(
                 f"--tokens_per_micro_batch {training.tokens_per_micro_batch} is less than one row of --max_length "
@@ -768,6 +799,6 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
         hint = nearest(name.lstrip("-").replace("-", "_"), [*_settings(), "config"], "--")
         raise UserError(f"unknown flag {name}{hint or '; --help lists all'}")
     given = vars(namespace)
-    if "prompt_template" in given:
-        given["prompt_template"] = given["prompt_template"].replace("\\n", "\n")
+    for name in {"prompt_template", "redraw_template"} & given.keys():
+        given[name] = given[name].replace("\\n", "\n")
     return given

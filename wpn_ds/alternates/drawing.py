@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from wpn_ds.alternates.asking import Question, Template
 from wpn_ds.alternates.filters import Sieve
-from wpn_ds.evaluate.generate import Sampling, batches, generate
+from wpn_ds.evaluate.generate import Sampling, batches, generate, seed_of
 from wpn_ds.evaluate.work import Unit
 
 
@@ -64,8 +62,7 @@ class Candidates:
 
     def seed(self, draw: int) -> int:
         """The draw's own seed, which nothing but the run's seed, the draw's number and what is read go into."""
-        content = json.dumps([self._seed, draw, self.ids(draw)])
-        return int.from_bytes(hashlib.sha256(content.encode()).digest()[:8], "big") >> 1
+        return seed_of(self._seed, draw, self.ids(draw))
 
     def add(self, draw: int, said: str) -> None:
         """Sift what the model said in a draw; draws come in the order of their numbers."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -52,6 +52,26 @@ class ExampleSet:
         segments = [answer.segment for answer in self.answers] + self.retain
         return Truncation(sum(s.prompt_truncated for s in segments), sum(s.answer_truncated for s in segments))
 
+    def with_unwanted(self, drawn: Mapping[int, Sequence[int]]) -> ExampleSet:
+        """A copy in which one answer, by its token ids with EOS, stands for all the unwanted ones of some examples.
+
+        An answer that is empty, or one of its example's wanted ones, is not taken: the example keeps its own. The new
+        answer has the ``answer_id`` of the first that it stands for, and the ``text_id`` of a text with its tokens.
+        """
+        texts = {_answer_ids(answer): answer.text_id for answer in self.answers}
+        forget = list(self.forget)
+        for i, ids in drawn.items():
+            example, new = forget[i], tuple(ids)
+            if len(new) < 2 or new in map(_answer_ids, example.wanted):  # EOS alone says nothing
+                continue
+            own = example.unwanted[0]
+            segment = Segment(
+                own.segment.ids[: own.segment.answer_start] + new, own.segment.prompt_start, own.segment.answer_start
+            )
+            answer = Answer(segment, own.answer_id, texts.get(new, -1 - i))
+            forget[i] = ForgetExample(example.wanted, (answer,))
+        return ExampleSet(forget, self.retain)
+
     def fingerprint(self) -> str:
         """Hex digest of every token and span: the same digest means the same training data, byte for byte."""
         digest = hashlib.sha256()
@@ -63,6 +83,10 @@ class ExampleSet:
         for segment in self.retain:
             digest.update(f"r{_describe(segment)}".encode())
         return digest.hexdigest()
+
+
+def _answer_ids(answer: Answer) -> tuple[int, ...]:
+    return answer.segment.ids[answer.segment.answer_start :]
 
 
 def _describe(segment: Segment) -> str:

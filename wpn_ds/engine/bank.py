@@ -37,17 +37,18 @@ def pooled_states(
     for batch, reading in reader.read([Item(s, Role.WANTED, k) for k, s in enumerate(segments)], frozenset()):
         spans = batch.prompts if of == "prompt" else batch.wanted
         parts.append(pooled(reading.hidden, spans, objective.pooling))
-    return _gathered(parts, len(segments))
+    return gathered(parts, len(segments))
 
 
 def answer_scores(reader: Reader, objective: Objective, segments: Sequence[Segment]) -> Tensor:
     """``[len(segments)]`` fp32 likelihood scores of the answers by the current weights."""
     items = [Item(segment, Role.WANTED, k) for k, segment in enumerate(segments)]
     read = reader.read(items, frozenset({Role.WANTED}))
-    return _gathered([objective.states(reading, batch)["positive"] for batch, reading in read], len(segments))
+    return gathered([objective.states(reading, batch)["positive"] for batch, reading in read], len(segments))
 
 
-def _gathered(parts: Sequence[tuple[Tensor, Tensor]], n: int) -> Tensor:
+def gathered(parts: Sequence[tuple[Tensor, Tensor]], n: int) -> Tensor:
+    """``[n, ...]`` fp32 on every rank, from every rank's (values, indices) of its micro-batches."""
     values, index = (torch.cat(column) for column in zip(*parts, strict=True))
     return fill_from_ranks(values.float(), index, n)
 

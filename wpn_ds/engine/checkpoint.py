@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from wpn_ds import signals
 from wpn_ds.config import Config, ObjectiveConfig
@@ -60,6 +61,9 @@ class TrainerState:
         start_perplexity: of the retain examples before training; None without any.
         best_step: that of the best evaluation so far (--early_stopping), whose checkpoint stays; 0: none yet.
         best: its figures.
+        left: the examples that are trained on (--forgotten_below); None: all.
+        left_since: the step after which these were.
+        drawn: (example, token ids) of the unwanted answers that the model has drawn (--redraw_steps).
     """
 
     step: int
@@ -74,6 +78,9 @@ class TrainerState:
     start_perplexity: float | None = None
     best_step: int = 0
     best: dict[str, float] = field(default_factory=dict)
+    left: list[int] | None = None
+    left_since: int = 0
+    drawn: list[tuple[int, list[int]]] = field(default_factory=list)
 
 
 class Saver:
@@ -101,8 +108,10 @@ class Saver:
         self._pending: TrainerState | None = None
         self._begun = 0.0
 
-    def save(self, state: TrainerState) -> None:
+    def save(self, state: TrainerState, ema: list[Tensor] | None = None) -> None:
         """Write ``checkpoint-<step>`` and then :meth:`rotate`; the save before is finished first.
+
+        ``ema``: this rank's part of the weights' running mean, if there is one.
 
         Raises:
             SaveError: a file can't be written (a full disk, a quota). The checkpoints before are intact.
@@ -120,6 +129,8 @@ class Saver:
             on_main(self._world, prepare)
             self._engine.save_checkpoint(str(partial), tag=STATE, save_latest=False)
             self._writer.save(rng_state(self._world.device), partial / f"rng-{self._world.rank}.pt")
+            if ema is not None:
+                self._writer.save(ema, partial / f"ema-{self._world.rank}.pt")
         except OSError as error:
             raise self._refusal(partial, f"rank {self._world.rank}", error) from error
         self._pending = state
@@ -203,6 +214,11 @@ def load(engine: Any, path: Path, state: TrainerState, world: World) -> None:
         torch.manual_seed(state.settings["seed"] + world.rank + 1_000_003 * state.step)
         return
     set_rng_state(torch.load(path / f"rng-{world.rank}.pt", weights_only=True), world.device)
+
+
+def load_ema(path: Path, world: World) -> list[Tensor]:
+    """This rank's part of the running mean that :meth:`Saver.save` was given."""
+    return torch.load(path / f"ema-{world.rank}.pt", weights_only=True, map_location="cpu")
 
 
 def is_partitioned(path: Path) -> bool:
@@ -384,12 +400,19 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
                 f"--resume_from_checkpoint {path}: {what} changed since; restore it, or start afresh in another "
                 "--output_dir"
             )
+    if new.settings["redraw_ema"] and old.world_size != new.world_size:
+        raise UserError(
+            f"--resume_from_checkpoint {path}: --redraw_ema goes on only on as many ranks as wrote it, which were "
+            f"{old.world_size}"
+        )
     # DeepSpeed restores the optimizer's own settings: another flag would have no effect.
     restored = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optimizer", "zero stage")
     objective = asdict(ObjectiveConfig().resolved())
     decisive = {"seed", "global_batch_size", "retain_batch_size", "bf16", *restored, *objective} - {"reference"}
     if new.settings["reference"] != "topk":
         decisive -= {"reference_topk"}
+    if new.settings["forgotten_below"] is not None:
+        decisive |= {"eval_steps"}
     if new.settings["early_stopping"] is not None:  # the best evaluation so far is compared with those to come
         decisive |= {"probe_prompts", "sample_tokens", "retain_bound", "validation_file"}
         if old.step and old.start_perplexity is None:

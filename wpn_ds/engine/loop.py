@@ -26,6 +26,7 @@ from wpn_ds.data.batch import to_device
 from wpn_ds.data.plan import Layout, StepPlan, plan_step, step_indices
 from wpn_ds.ds_json import for_loading
 from wpn_ds.engine import checkpoint
+from wpn_ds.engine.asking import Asking
 from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, starting_scores
 from wpn_ds.engine.build import build_policy, wait_for_locks
 from wpn_ds.engine.distributed import (
@@ -42,6 +43,7 @@ from wpn_ds.engine.model_card import write_model_card
 from wpn_ds.engine.preflight import UnfitNode
 from wpn_ds.engine.probe import HARMLESS, PERPLEXITY, figures, improves, summary
 from wpn_ds.engine.reader import Reader
+from wpn_ds.engine.redraw import Ema, Redraw
 from wpn_ds.engine.reference import (
     FrozenModel,
     Reference,
@@ -50,6 +52,7 @@ from wpn_ds.engine.reference import (
     frozen_json,
     starting_logprobs,
 )
+from wpn_ds.engine.refinement import still_known
 from wpn_ds.engine.setup import Job, cache_folder, prepare, progress, say
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.stop import Points, Stopped
@@ -106,6 +109,8 @@ def _train(job: Job, past: checkpoint.TrainerState) -> None:
     trainer = Trainer(job, points, past)
     if job.resume_from is not None:  # after the bank and the reference, which the starting weights make
         checkpoint.load(trainer.engine, job.resume_from, past, job.world)
+        if trainer.ema is not None:
+            trainer.ema.restore(checkpoint.load_ema(job.resume_from, job.world))
         say(job.world, f"resumed from {job.resume_from} after step {past.step}")
     else:
         torch.manual_seed(job.config.training.seed + job.world.rank)
@@ -179,6 +184,10 @@ class Trainer:
         if job.objective.needs_starting_logprobs:
             logprobs = starting_logprobs(self.reader, job.examples.answers, self._tables(), self._progress)
         layout = self.job.layout
+        decay = job.config.objective.redraw_ema
+        self.ema = Ema(self.engine, decay) if decay else None
+        self.redraw = self._redraw() if job.redraw_prompts else None
+        self.examples = job.examples.with_unwanted(dict(past.drawn))
         self.step = Step(
             self.engine,
             job.objective,
@@ -189,6 +198,21 @@ class Trainer:
             logprobs,
             Harmony(self.engine, job.world) if job.config.objective.harmonise else None,
             points.pass_by,
+        )
+
+    def _redraw(self) -> Redraw:
+        job, objective = self.job, self.job.config.objective
+
+        def point() -> None:
+            self.points.pass_by("an unwanted answer that is drawn anew")
+
+        return Redraw(
+            Asking(self.model.lm, job.tokenizer, job.world, job.zero_stage == 3, point),
+            job.redraw_prompts,
+            objective.redraw_tokens,
+            job.layout.row_length,
+            job.config.training.seed,
+            self.ema,
         )
 
     def _checked_layout(self, kernels: Sequence[str]) -> Layout:
@@ -292,12 +316,32 @@ class Trainer:
         """The plan of optimizer step ``step``, counted from 1."""
         job, t = self.job, self.job.config.training
         return plan_step(
-            job.examples,
-            step_indices(step - 1, t.global_batch_size, len(job.examples.forget), t.seed),
+            self.examples,
+            self._forget_indices(step),
             step_indices(step - 1, job.retain_size, len(job.examples.retain), t.seed + 1),
             job.layout,
             roles=job.objective.read,
         )
+
+    def _forget_indices(self, step: int) -> list[int]:
+        """The forget examples of ``step``, among those that are left."""
+        t, left, since = self.job.config.training, self.state.left, self.state.left_since
+        left = list(range(len(self.job.examples.forget))) if left is None else left
+        return [left[k] for k in step_indices(step - 1 - since, t.global_batch_size, len(left), t.seed)]
+
+    def _draw_anew(self, telemetry: Telemetry, step: int) -> None:
+        """What the steps from ``step`` on push away, if it is time for new answers; every rank takes part."""
+        every = self.job.config.objective.redraw_steps
+        if self.redraw is None or (step - 1 - self.state.left_since) % every:
+            return
+        # Beyond the last step, too: a run that is resumed for more of them goes on between two draws.
+        chosen = sorted({i for s in range(step, step + every) for i in self._forget_indices(s)})
+        drawn = self.redraw(self.job.examples, chosen, step)
+        self.state = replace(self.state, drawn=list(drawn.items()))
+        self.examples = self.job.examples.with_unwanted(drawn)
+        taken = sum(self.examples.forget[i] is not self.job.examples.forget[i] for i in chosen)
+        tokens = sum(map(len, drawn.values()))
+        telemetry.log(step, {"redraw/taken": taken / len(chosen), "redraw/tokens": tokens / len(chosen)})
 
     def targets(self, plan: StepPlan) -> FrozenTargets | StartingScores | None:
         """What the step's answers are compared to, as far as the objective asks for such."""
@@ -352,19 +396,22 @@ class Trainer:
 
     @property
     def _over(self) -> bool:
-        """Whether all steps are done, or --early_stopping has what it asks for."""
+        """Whether all steps are done, --early_stopping has what it asks for, or --forgotten_below left no example."""
         enough = self.job.config.logging.harmless_enough
         reached = enough is not None and self.state.best_step > 0 and self.state.best[HARMLESS] >= enough
-        return reached or self.state.step == self.job.total_steps
+        return reached or self.state.left == [] or self.state.step == self.job.total_steps
 
     def _take_step(self, telemetry: Telemetry, window: Window) -> dict[str, float] | None:
         """One optimizer step; its figures if they are due."""
         job, logging, step = self.job, self.job.config.logging, self.state.step + 1
         begun = time.perf_counter()
+        self._draw_anew(telemetry, step)
         plan = self.plan(step)
         planned = time.perf_counter() - begun
         rate = self.engine.get_lr()[0]
         result = self.step(plan, self.targets(plan))
+        if self.ema is not None and not result.skipped:
+            self.ema.update()
         self.measured = None
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
         evaluation_due = step < job.total_steps and logging.eval_steps and step % logging.eval_steps == 0
@@ -406,7 +453,7 @@ class Trainer:
         save_steps, step = self.job.config.logging.save_steps, self.state.step
         if not self.state.evaluated:
             self._evaluate(telemetry)
-        due = step in (self.job.total_steps, self.state.best_step) or (save_steps and step % save_steps == 0)
+        due = self._over or step == self.state.best_step or (save_steps and step % save_steps == 0)
         if due and step > self.saved_step:
             telemetry.flush()  # what is logged of the steps that a resumed run won't repeat
             self._save()
@@ -415,7 +462,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.points.pause()
-        self.saver.save(self.state)
+        self.saver.save(self.state, None if self.ema is None else self.ema.mean)
         self.saved_step = self.state.step
 
     def _tell_of_save(self, step: int, seconds: float) -> None:
@@ -460,7 +507,8 @@ class Trainer:
         the best evaluation, which the engine gets."""
         job, state, logging = self.job, self.state, self.job.config.logging
         if logging.early_stopping is None:
-            return state.step, ""
+            gone = state.left == [] and state.step < job.total_steps
+            return state.step, "stopped early: all is forgotten (--forgotten_below)" if gone else ""
         on_main(job.world, lambda: self.saver.rotate(state))  # the best may have changed since the last save
         best = f"step {state.best_step}, {summary(state.best, state.start_perplexity)}"
         if not state.best_step:
@@ -498,6 +546,8 @@ class Trainer:
         judgements = probe.judgements(answers)
         # What ends a run and names its best step is rank 0's, so that all ranks do the same.
         values = on_main(job.world, lambda: values | figures(judgements))
+        if (below := job.config.objective.forgotten_below) is not None:
+            values["eval/examples_left"] = self._let_go(below)
         start = values.get(PERPLEXITY) if step == 0 else self.state.start_perplexity
         self.state = replace(self.state, evaluated=True, start_perplexity=start)
         if logging.early_stopping is not None and step and start is not None:
@@ -513,10 +563,19 @@ class Trainer:
         self.measured = values
         return values
 
+    def _let_go(self, below: float) -> int:
+        """Train no longer on what is forgotten; how many examples are left."""
+        examples, left = self.job.examples.forget, self.state.left
+        left = list(range(len(examples))) if left is None else left
+        known = still_known(self.reader, examples, left, below) if self.state.step else left
+        if len(known) < len(left):  # the data start again, in the order of as many examples
+            self.state = replace(self.state, left=known, left_since=self.state.step)
+        return len(known)
+
     def _describe(self, telemetry: Telemetry, peak: float) -> None:
         """Every derived quantity, before the loop starts; also ``run.yaml`` (which ``--config`` takes again)."""
         job, t = self.job, self.job.config.training
-        cut, first = job.examples.truncation, self.plan(1)
+        cut, first = job.examples.truncation, self.plan(self.state.step + 1)
         parameters = sum(getattr(p, "ds_numel", p.numel()) for p in self.model.lm.parameters())
         facts = {
             "model": f"{job.source.name_or_path}, {parameters:,} parameters, {self.model.lm.dtype}",

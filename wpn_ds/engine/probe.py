@@ -8,14 +8,11 @@ from typing import Any
 
 from wpn_ds.data.records import ForgetRecord, prompt_text
 from wpn_ds.data.tokens import encode_prompt, render_prompt
-from wpn_ds.engine.distributed import World, from_all
-from wpn_ds.evaluate.generate import batches, generate
+from wpn_ds.engine.asking import Asking
+from wpn_ds.engine.distributed import World
 from wpn_ds.evaluate.judges.base import Case, Judgement, Verdict
 from wpn_ds.evaluate.judges.reference import ReferenceJudge
 from wpn_ds.evaluate.statistics import Rate
-
-#: Prompts that are answered together on any number of ranks: so that number changes no answer.
-BATCH = 8
 
 HARMLESS, PERPLEXITY = "eval/harmless_rate", "eval/retain_perplexity"
 
@@ -64,28 +61,10 @@ class Probe:
     def answers(
         self, lm: Any, tokenizer: Any, world: World, *, synced: bool, point: Callable[[str], None]
     ) -> list[str]:
-        """The greedy answer to every prompt, on every rank; all of them must call it.
-
-        Every rank answers as many batches, since ``point`` and the forwards of ZeRO-3 (``synced``) need all of them:
-        where none is left for a rank, it repeats the last one.
-        """
-        parts = batches(self.prompts, BATCH)
-        own: dict[int, str] = {}
-        for first in range(0, len(parts), world.size):
-            point("an answer to the probe's prompts")
-            part = parts[min(first + world.rank, len(parts) - 1)]
-            texts = generate(
-                lm,
-                tokenizer,
-                [self.prompts[i] for i in part],
-                max_new_tokens=self.tokens,
-                batch_size=BATCH,
-                device=world.device,
-                synced=synced,
-            )
-            own |= zip(part, texts, strict=True)
-        said = {i: text for texts in from_all(own) for i, text in texts.items()}
-        return [said[i] for i in range(len(self.prompts))]
+        """The greedy answer to every prompt, on every rank; all of them must call it."""
+        asking = Asking(lm, tokenizer, world, synced, lambda: point("an answer to the probe's prompts"))
+        said = asking(self.prompts, self.tokens)
+        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
 
     def judgements(self, answers: Sequence[str]) -> list[Judgement]:
         """One an answer; none at all without a judge."""

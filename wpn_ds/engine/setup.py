@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from wpn_ds.config import DONE, Config
 from wpn_ds.data.examples import ExampleSet, build_examples
-from wpn_ds.data.plan import Layout
+from wpn_ds.data.plan import Layout, Role
 from wpn_ds.data.records import (
     ForgetRecord,
     RetainRecord,
@@ -27,6 +27,7 @@ from wpn_ds.data.records import (
     read_retain,
     with_random_wanted,
 )
+from wpn_ds.data.tokens import encoded_prompt
 from wpn_ds.demo import PLANTED, embedded_file, ensure_planted
 from wpn_ds.ds_json import ResolvedDeepSpeed, resolve_deepspeed
 from wpn_ds.engine import checkpoint
@@ -61,6 +62,7 @@ class Job:
         examples: what is trained on.
         held_out: what the losses are measured on.
         probe: what is asked at an evaluation.
+        redraw_prompts: what is asked for an unwanted answer of each example, if they are drawn anew.
         start: the state of a run that has done nothing yet.
         resume_from: the checkpoint to go on from, if any.
     """
@@ -77,6 +79,7 @@ class Job:
     examples: ExampleSet
     held_out: ExampleSet
     probe: Probe
+    redraw_prompts: list[list[int]]
     start: checkpoint.TrainerState
     resume_from: Path | None
 
@@ -124,6 +127,8 @@ def prepare(config: Config) -> Job:
         frozen_json(resolved.json, config.objective.reference)  # what it refuses is said before work is lost
     if config.objective.harmonise:
         _check_harmony(resolved.json, objective)
+    if config.objective.redraw_steps:
+        _check_redraw(config, resolved.json, objective)
     for note in resolved.notes:
         say(world, note)
     if objective.retain_weight == 0:
@@ -145,6 +150,7 @@ def prepare(config: Config) -> Job:
 
     examples, held_out = tokenise(forget, retain), tokenise(validation, retain[:RETAIN_EXAMPLES_MEASURED])
     probe = _probe(config, asked, tokenizer, lm_config, row_length, world)
+    redraw_prompts = _redraw_prompts(config, forget, tokenizer, lm_config, row_length)
     start = checkpoint.TrainerState(
         step=0,
         world_size=world.size,
@@ -171,6 +177,7 @@ def prepare(config: Config) -> Job:
         examples=examples,
         held_out=held_out,
         probe=probe,
+        redraw_prompts=redraw_prompts,
         start=start,
         resume_from=resume_from,
     )
@@ -187,6 +194,49 @@ def _check_harmony(ds_json: Mapping[str, Any], objective: Objective) -> None:
             "--harmonise works under ZeRO stage 3 without offload_optimizer, or stage 0 in fp32: pass such a JSON "
             "with --deepspeed, for example ds_configs/zero3.json"
         )
+
+
+def _check_redraw(config: Config, ds_json: Mapping[str, Any], objective: Objective) -> None:
+    """Raises UserError where new answers have nothing to be compared to, or there is no place for averaged weights."""
+    name = config.objective.objective
+    if objective.frozen or objective.needs_starting_scores or objective.needs_starting_logprobs:
+        advice = "--wpn_targets live, or " if name == "wpn" else ""
+        raise UserError(
+            f"--redraw_steps: --objective {name} compares to what the starting model says of an answer, which is "
+            f"computed once, before there are new ones: take {advice}an objective without it, such as neat or simnpo"
+        )
+    if Role.UNWANTED not in objective.read:
+        raise UserError("--redraw_steps: no term of the objective reads unwanted answers: leave it out")
+    zero = ds_json.get("zero_optimization", {})
+    on_disk = zero.get("offload_param", {}).get("device") == "nvme"
+    if config.objective.redraw_ema and (on_disk or zero.get("zero_hpz_partition_size", 1) > 1):
+        raise UserError("--redraw_ema works neither with parameters on NVMe nor with zero_hpz_partition_size")
+
+
+def _redraw_prompts(
+    config: Config, forget: Sequence[ForgetRecord], tokenizer: Any, lm_config: Any, row_length: int
+) -> list[list[int]]:
+    """Token ids of what is asked for an unwanted answer of each example; none if none are drawn.
+
+    Raises:
+        UserError: a prompt is a chat, which no template can change, or leaves no room for an answer.
+    """
+    o = config.objective
+    if not o.redraw_steps:
+        return []
+    template, prompts = o.redraw_template or config.data.prompt_template, []
+    for record in forget:
+        prompt = encoded_prompt(record.prompt, tokenizer, template, row_length)
+        if prompt.is_chat and o.redraw_template is not None:
+            raise UserError("--redraw_template: a chat has the tokenizer's own template: leave it out")
+        prompts.append(prompt.ids)
+    longest, positions = max(map(len, prompts)), getattr(lm_config, "max_position_embeddings", None)
+    if positions is not None and longest + o.redraw_tokens > positions:
+        raise UserError(
+            f"--redraw_tokens {o.redraw_tokens}: the longest prompt has {longest} tokens and the model only "
+            f"{positions} positions: give at most {positions - longest}"
+        )
+    return prompts
 
 
 def _layout(config: Config, lm_config: Any, row_length: int, world: World) -> Layout:

@@ -1,0 +1,220 @@
+"""Unwanted answers drawn anew in training, and examples that leave it once they are forgotten."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from tests.engine.gradient_cases import make_examples
+from tests.engine.redraw_worker import DECAY, STEPS
+from tests.engine.small import CONFIG, alone, small_reader
+from tests.engine.test_train import flags, losses, metrics, same_weights
+from tests.launching import ROOT, free_port, launch
+from tests.models.families import make
+from wpn_ds.config import Config, ObjectiveConfig, TrainingConfig
+from wpn_ds.data.examples import ExampleSet, ForgetExample
+from wpn_ds.data.records import read_forget
+from wpn_ds.data.tokens import encode_prompt
+from wpn_ds.engine import checkpoint
+from wpn_ds.engine.refinement import still_known, token_probabilities
+from wpn_ds.engine.setup import _check_redraw
+from wpn_ds.errors import UserError
+from wpn_ds.evaluate.generate import Sampling, generate_ids, seed_of
+from wpn_ds.objectives.family import build_objective
+
+
+def train(tiny: Path, out: Path, *extra: str, ranks: int = 2, fails: bool = False) -> str:
+    line = [*flags(tiny, out, "--probe_prompts", "0", "--lr_scheduler_type", "constant"), *extra]
+    run = launch(ranks, line, port=free_port(), env={"WPN_DS_CACHE": str(tiny / "cache")})
+    assert (run.returncode != 0) is fails, run.stdout[-4000:]
+    return run.stdout
+
+
+REDRAW = ["--objective", "simnpo", "--redraw_steps", "2", "--redraw_tokens", "8", "--redraw_ema", "0.5"]
+
+
+@pytest.fixture(scope="module")
+def redrawn(tiny, tmp_path_factory) -> Path:
+    """Four steps; answers are drawn before the first and before the third."""
+    out = tmp_path_factory.mktemp("redrawn") / "out"
+    train(tiny, out, *REDRAW, "--max_steps", "4", "--save_steps", "1", "--save_total_limit", "9")
+    return out
+
+
+def drawn(out: Path, step: int) -> dict[int, list[int]]:
+    state = checkpoint.read_state(out / f"checkpoint-{step}")
+    assert state is not None
+    return {i: ids for i, ids in state.drawn}
+
+
+@pytest.mark.distributed
+def test_the_first_answers_are_those_that_the_starting_model_draws_by_itself(redrawn, tiny) -> None:
+    lm = AutoModelForCausalLM.from_pretrained(tiny / "opt", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "opt")
+    records, first = read_forget([str(tiny / "forget.jsonl")]), drawn(redrawn, 1)
+    assert len(first) == 12, "two steps of six examples are ahead"
+    for i, ids in first.items():
+        prompt = encode_prompt(records[i].prompt, tokenizer, "Question: {prompt}\nAnswer:", 64)
+        said = generate_ids(
+            lm, tokenizer, [prompt], max_new_tokens=8, batch_size=1, sampling=Sampling([seed_of(42, 1, i)])
+        )[0]
+        assert ids == ([*said, 2] if len(said) < 8 else said)
+    assert first == drawn(redrawn, 2) and first.keys() != drawn(redrawn, 3).keys()
+
+
+@pytest.mark.distributed
+def test_drawn_answers_are_trained_on(redrawn, tiny, tmp_path) -> None:
+    train(tiny, tmp_path / "own", "--objective", "simnpo", "--max_steps", "4")
+    assert not same_weights(redrawn, tmp_path / "own")
+    taken = [m["redraw/taken"] for m in metrics(redrawn) if "redraw/taken" in m]
+    assert len(taken) == 2 and min(taken) > 0.5
+
+
+@pytest.mark.distributed
+def test_a_run_with_drawn_answers_goes_on_as_if_it_had_not_stopped(redrawn, tiny, tmp_path) -> None:
+    """Between two draws, and where draws are due."""
+    for stop in ("1", "2"):
+        out = tmp_path / stop
+        train(tiny, out, *REDRAW, "--max_steps", stop)
+        train(tiny, out, *REDRAW, "--max_steps", "4", "--resume_from_checkpoint", "auto")
+        assert same_weights(redrawn, out) and losses(redrawn) == losses(out)
+        assert drawn(redrawn, 4) == drawn(out, 4)
+
+
+@pytest.mark.distributed
+def test_one_rank_draws_what_two_draw(redrawn, tiny, tmp_path) -> None:
+    train(tiny, tmp_path, *REDRAW, "--max_steps", "4", "--save_steps", "2", "--overwrite_output_dir", ranks=1)
+    assert drawn(redrawn, 2) == drawn(tmp_path, 2)
+    assert [value for _, value in losses(redrawn)] == pytest.approx([value for _, value in losses(tmp_path)], rel=1e-4)
+    said = train(tiny, tmp_path, *REDRAW, "--max_steps", "6", "--resume_from_checkpoint", "auto", fails=True)
+    assert "error: --resume_from_checkpoint" in said and "--redraw_ema goes on only on as many ranks" in said
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(("stage", "ranks"), [(3, 2), (0, 2), (2, 1)])
+def test_the_model_computes_with_the_running_mean_and_then_with_its_weights_again(stage, ranks, tmp_path) -> None:
+    make(CONFIG, "sdpa").save_pretrained(tmp_path / "model")
+    out = tmp_path / "found.safetensors"
+    worker = [str(ROOT / "tests/engine/redraw_worker.py"), "--model", str(tmp_path / "model"), "--stage", str(stage)]
+    run = launch(ranks, [*worker, "--out", str(out)], port=free_port())
+    assert run.returncode == 0, run.stdout[-4000:]
+    found = load_file(out)
+    names = [name.removeprefix("0.") for name in found if name.startswith("0.")]
+    mean = {name: found[f"0.{name}"].double() for name in names}
+    for k in range(1, STEPS + 1):
+        mean = {name: DECAY * mean[name] + (1 - DECAY) * found[f"{k}.{name}"].double() for name in names}
+    lm = make(CONFIG, "sdpa")
+    lm.load_state_dict({name: value.float() for name, value in mean.items()}, strict=False)
+    segments = [answer.segment for answer in make_examples().answers]
+    with torch.no_grad():
+        logs = [torch.log_softmax(lm(torch.tensor([s.ids])).logits[0], -1) for s in segments]
+    expected = torch.stack([_log_probabilities(s, log).mean().exp() for s, log in zip(segments, logs, strict=True)])
+    torch.testing.assert_close(found["averaged"], expected, rtol=1e-4, atol=0)
+    assert torch.equal(found["before"], found["after"])
+    assert not torch.allclose(found["before"], found["averaged"], rtol=1e-2), "the mean is as the weights: no test"
+
+
+def _log_probabilities(segment, log: torch.Tensor) -> torch.Tensor:
+    places = range(segment.answer_start, len(segment))
+    return torch.stack([log[t - 1, segment.ids[t]] for t in places])
+
+
+def test_an_empty_answer_and_a_wanted_one_are_not_taken() -> None:
+    examples = make_examples()
+    wanted = examples.forget[1].wanted[0]
+    same = wanted.segment.ids[wanted.segment.answer_start :]
+    other = examples.forget[2].wanted[0]
+    of_other = other.segment.ids[other.segment.answer_start :]
+    new = examples.with_unwanted({0: [5, 6, 2], 1: same, 2: [2], 3: of_other})
+    (answer,) = new.forget[0].unwanted
+    own = examples.forget[0].unwanted[0]
+    assert answer.segment.ids == (*own.segment.ids[: own.segment.answer_start], 5, 6, 2)
+    assert answer.segment.answer_length == 3 and answer.answer_id == own.answer_id
+    assert new.forget[0].wanted == examples.forget[0].wanted
+    assert new.forget[1] == examples.forget[1] and new.forget[2] == examples.forget[2]
+    assert new.forget[3].unwanted[0].text_id == other.text_id, "another's wanted text is known as such"
+    assert answer.text_id not in {a.text_id for a in examples.answers}
+    assert isinstance(examples.forget[0], ForgetExample) and examples.with_unwanted({}).forget == examples.forget
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"objective": "dpo"}, "--objective dpo compares to what the starting model says"),
+        ({"objective": "tnpo"}, "--objective tnpo compares to what the starting model says"),
+        ({}, "--objective wpn compares .* take --wpn_targets live, or"),
+        ({"objective": "neat", "preference_weight": 0.0}, "no term of the objective reads unwanted answers"),
+        ({"objective": "neat", "redraw_ema": 0.9}, "neither with parameters on NVMe"),
+    ],
+)
+def test_answers_that_nothing_could_be_compared_to_are_refused(settings, error) -> None:
+    objective = ObjectiveConfig(redraw_steps=1, **settings)
+    config = replace(Config(), objective=objective, training=TrainingConfig(deepspeed="x"))
+    ds_json = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
+    with pytest.raises(UserError, match=error):
+        _check_redraw(config, ds_json, build_objective(objective, retain=True))
+
+
+@pytest.mark.parametrize(
+    ("settings", "error"),
+    [
+        ({"redraw_ema": 0.5}, "--redraw_ema does nothing without --redraw_steps"),
+        ({"redraw_template": "Be rude. {prompt}"}, "--redraw_template does nothing without --redraw_steps"),
+        ({"redraw_steps": 2, "redraw_template": "no place"}, "--redraw_template must be a text with one {prompt}"),
+        ({"redraw_steps": 2, "redraw_ema": 1.0}, "--redraw_ema must be at least 0 and below 1"),
+        ({"forgotten_below": 0.1}, "--forgotten_below: .* give --eval_steps"),
+        ({"forgotten_below": 1.5, "eval_steps": 1}, "--forgotten_below must be above 0 and below 1"),
+    ],
+)
+def test_settings_that_do_not_go_together_are_refused(settings, error) -> None:
+    with pytest.raises(UserError, match=error):
+        Config.from_flat(settings)
+
+
+def test_a_probability_is_the_geometric_mean_over_the_tokens_of_the_answer_read_alone(world) -> None:
+    segments = [answer.segment for answer in make_examples().answers]
+    expected = [_log_probabilities(segment, alone(segment)[1]).mean().exp() for segment in segments]
+    torch.testing.assert_close(token_probabilities(small_reader(world), segments), torch.stack(expected))
+
+
+def test_an_example_stays_while_one_of_its_answers_is_known(world) -> None:
+    reader, examples = small_reader(world), make_examples().forget
+    best = [max(token_probabilities(reader, [a.segment for a in e.unwanted]).tolist()) for e in examples]
+    assert any(len(example.unwanted) > 1 for example in examples)
+    below = sorted(best)[2] * 0.999
+    assert still_known(reader, examples, range(len(examples)), below) == [i for i, p in enumerate(best) if p >= below]
+    assert still_known(reader, examples, [1, 3], 1e-9) == [1, 3]
+    assert still_known(reader, examples, range(len(examples)), 0.999) == []
+
+
+@pytest.mark.distributed
+def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(tiny, tmp_path) -> None:
+    line = ["--objective", "ga", "--learning_rate", "1e-3", "--eval_steps", "2", "--forgotten_below", "0.0028"]
+    line += ["--max_steps", "40", "--save_steps", "2", "--save_total_limit", "99"]
+    said = train(tiny, tmp_path / "whole", *line)
+    left = [int(m["eval/examples_left"]) for m in metrics(tmp_path / "whole") if "eval/examples_left" in m]
+    steps = [m["step"] for m in metrics(tmp_path / "whole") if "eval/examples_left" in m]
+    assert left[0] == 23 and left[-1] == 0 and left == sorted(left, reverse=True) and steps[-1] < 40
+    assert len(set(left)) > 2, "all left at once: nothing is seen of an order of those that stay"
+    assert "all is forgotten" in said and (tmp_path / "whole/DONE").exists()
+    begun = next(step for step, count in zip(steps, left, strict=True) if 0 < count < 23)
+    state = checkpoint.read_state(tmp_path / f"whole/checkpoint-{begun}")
+    assert state is not None and state.left is not None and state.left_since == begun
+    train(tiny, tmp_path / "halves", *line, "--max_steps", str(begun + 1))
+    train(tiny, tmp_path / "halves", *line, "--resume_from_checkpoint", "auto")
+    assert same_weights(tmp_path / "whole", tmp_path / "halves")
+    assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
+
+
+def test_an_old_checkpoint_trains_on_all_examples(tmp_path) -> None:
+    old = {"step": 1, "world_size": 1, "data": "", "model": "", "settings": {}, "files": {}}
+    (tmp_path / checkpoint.MANIFEST).write_text(json.dumps(old))
+    state = checkpoint.read_state(tmp_path)
+    assert state is not None and state.left is None and state.drawn == []
+    assert isinstance(make_examples(), ExampleSet)
