@@ -46,14 +46,12 @@ class Ema:
             self._fill(weights)
 
     def _fill(self, values: Sequence[Tensor]) -> None:
+        if self._engine.zero_optimization_stage() == 3:
+            # What the last forward gathered is kept as long as there is room: the next would still compute with it.
+            self._engine.optimizer.parameter_offload.partition_all_parameters()
         with torch.no_grad():
             for part, value in zip(self._parts(), values, strict=True):
                 part.copy_(value)
-        if self._engine.zero_optimization_stage() == 3:
-            # Small parameters stay gathered between steps: without this, forwards would use what they were.
-            small = self._engine.optimizer.persistent_parameters
-            if small:
-                small[0].partition(small)
 
     def _parts(self) -> list[Tensor]:
         """Under ZeRO-3 this rank's shards; else the whole parameters, the same on every rank."""
