@@ -43,6 +43,8 @@ def recipe(tmp_path: Path) -> Any:
     return write
 
 
+TEMPLATES = st.text().filter(lambda text: "{prompt}" not in text).map(lambda text: text + "{prompt}")
+
 # Valid values of every setting; what holds between settings is kept by the narrow ranges.
 RANGES: dict[str, st.SearchStrategy[Any]] = {
     "dropout": st.floats(0, 0.99),
@@ -50,7 +52,10 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "adam_beta2": st.floats(0, 0.99),
     "max_length": st.integers(4, 512),
     "tokens_per_micro_batch": st.integers(1024, 10**9),
-    "prompt_template": st.text().filter(lambda text: "{prompt}" not in text).map(lambda text: text + "{prompt}"),
+    "prompt_template": TEMPLATES,
+    "redraw_template": TEMPLATES,
+    "redraw_ema": st.floats(0, 0.99),
+    "forgotten_below": st.floats(0.01, 0.99),
     "seed": st.integers(0, 2**32 - 1),
     "num_train_epochs": st.floats(0.01, 1e6),
     "comm_timeout_minutes": st.floats(0.01, 1e6),
@@ -79,7 +84,10 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 
 
 def with_effect(values: dict[str, Any]) -> dict[str, Any]:
-    objective = ObjectiveConfig(objective=values.get("objective", "wpn"))
+    deciding = ("objective", "redraw_steps", "retain_loss", "retain_weight")
+    objective = ObjectiveConfig(**{name: values[name] for name in deciding if name in values})
+    if not values.get("eval_steps"):
+        values.pop("forgotten_below", None)
     values = {name: value for name, value in values.items() if not objective.without_effect(name)}
     weights = {name: values[name] for name in ("nll_weight", "preference_weight") if name in values}
     if not dataclasses.replace(objective, **weights).reads_wanted:

@@ -295,6 +295,12 @@ class ObjectiveConfig:
         return {name: values[name] for name in values if name.endswith("_weight") and not self.without_effect(name)}
 
     @property
+    def keeps_distribution(self) -> bool:
+        """Whether the retain term compares to the starting model's distribution."""
+        own = self.own()
+        return own["retain_loss"] == "kl" and own["retain_weight"] > 0
+
+    @property
     def reads_wanted(self) -> bool:
         """Whether wanted answers are trained on or compared with."""
         without = {"retain_weight", "ascent_weight"}
@@ -306,6 +312,8 @@ class ObjectiveConfig:
         """Whether the objective knows nothing of the setting ``name``."""
         if name.startswith("wpn_"):
             return self.objective != "wpn"
+        if name in ("reference", "reference_topk"):
+            return not self.keeps_distribution
         if name in ("redraw_template", "redraw_ema", "redraw_tokens"):
             return not self.redraw_steps
         knows = {
@@ -501,9 +509,9 @@ class Config:
         for entry in dataclasses.fields(objective):
             name = entry.name
             if objective.without_effect(name) and getattr(objective, name) != entry.default:
-                redraw = name.startswith("redraw_")
-                where = "without --redraw_steps" if redraw else f"under --objective {objective.objective}"
-                raise UserError(f"--{name} does nothing {where}: leave it out")
+                where = {"redraw": "without --redraw_steps", "reference": "without a retain term with KL"}
+                there = where.get(name.partition("_")[0], f"under --objective {objective.objective}")
+                raise UserError(f"--{name} does nothing {there}: leave it out")
         if objective.forgotten_below is not None and not self.logging.eval_steps:
             raise UserError("--forgotten_below: evaluations look at what is forgotten: give --eval_steps as well")
         if training.tokens_per_micro_batch < self.data.max_length:

@@ -45,7 +45,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wpn_ds.config import Config, DataConfig, TrainingConfig
+from wpn_ds.config import OBJECTIVES, Config, DataConfig, ObjectiveConfig, TrainingConfig
 from wpn_ds.ds_json import resolve_deepspeed
 from wpn_ds.errors import UserError
 from wpn_ds.flags import above_0, positive
@@ -372,9 +372,11 @@ def _parser() -> argparse.ArgumentParser:
     tokens = TrainingConfig.tokens_per_micro_batch
     add("--tokens_per_micro_batch", type=positive, default=tokens, help="as in training (default: %(default)s)")
     add("--max_length", type=positive, default=DataConfig.max_length, help="as in training (default: %(default)s)")
-    add("--reference", choices=("sharded", "cpu", "nvme", "states", "topk", "none"), default="sharded",
+    add("--objective", choices=tuple(OBJECTIVES), default="wpn", metavar="NAME",
+        help="as in training (default: %(default)s): whether there is a term with KL")  # fmt: skip
+    add("--reference", choices=("sharded", "cpu", "nvme", "states", "topk", "none"),
         help="the starting model, for KL: a sharded copy, one offloaded, its head and cached states, cached top-k "
-        "distributions, or none (default: %(default)s)")  # fmt: skip
+        "distributions, or none (default: sharded, and none for an objective without KL)")  # fmt: skip
     batch = TrainingConfig.global_batch_size
     add("--global_batch_size", type=positive, default=batch, help="as in training (default: %(default)s)")
     add("--tokens_per_example", type=positive, default=512,
@@ -400,7 +402,7 @@ def _job(options: argparse.Namespace) -> Job:
             f"--tokens_per_micro_batch {options.tokens_per_micro_batch} is less than one row of --max_length "
             f"{options.max_length}: raise the one or lower the other"
         )
-    model = architecture(options.model)
+    model, with_kl = architecture(options.model), ObjectiveConfig(objective=options.objective).keeps_distribution
     said = {} if options.bf16 is None else {"bf16": options.bf16}
     resolved = resolve_deepspeed(
         options.deepspeed or {"zero_optimization": _ZERO3},
@@ -418,7 +420,7 @@ def _job(options: argparse.Namespace) -> Job:
         gradient_checkpointing=options.gradient_checkpointing,
         tokens_per_micro_batch=options.tokens_per_micro_batch,
         max_length=options.max_length,
-        reference=options.reference,
+        reference=options.reference or ("sharded" if with_kl else "none"),
         global_batch_size=options.global_batch_size,
         tokens_per_example=options.tokens_per_example,
     )
