@@ -29,7 +29,7 @@ BUDGET = {
     "max_length": 256,
     "tokens_per_micro_batch": 2048,
     "global_batch_size": 32,
-    "learning_rate": 1e-4,
+    "learning_rate": 3e-4,
     "warmup_steps": 10,
     "weight_decay": 0.01,
     "save_steps": 0,
@@ -47,7 +47,7 @@ def parser() -> argparse.ArgumentParser:
     add("--fluency", required=True, metavar="CLASSIFIER", help="of fluent text, as wpn-ds evaluate takes it")
     add("--output_dir", type=Path, default=Path("runs/tofu"))
     add("--plant_epochs", type=int, default=20, help="passes over the facts (default 20)")
-    add("--steps", type=int, default=60, help="optimizer steps of every objective (default 60)")
+    add("--steps", type=int, default=125, help="optimizer steps of every objective (default 125: ten passes)")
     add("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), metavar="NAME", help="only these objectives")
     add("--limit", type=int, help="questions of each set at most (default: all)")
     return made

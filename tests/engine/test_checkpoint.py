@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from wpn_ds.config import Config, ObjectiveConfig
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.build import remove_stale_locks
 from wpn_ds.engine.checkpoint import (
@@ -25,6 +26,9 @@ from wpn_ds.engine.checkpoint import (
 )
 from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
+
+#: A run's settings, resolved as they are when a checkpoint is written.
+DEFAULTS = Config(objective=ObjectiveConfig().resolved()).to_flat()
 
 
 class Engine:
@@ -110,8 +114,7 @@ def test_what_was_best_so_far_comes_back_from_a_checkpoint(world, tmp_path) -> N
 
 @pytest.mark.parametrize("name", ["probe_prompts", "sample_tokens", "retain_bound"])
 def test_another_probe_is_refused_where_the_best_evaluation_is_kept(tmp_path, name) -> None:
-    settings = {"reference": "sharded", "early_stopping": "harmless>=0.9", "probe_prompts": 64, "sample_tokens": 48}
-    settings["retain_bound"] = 1.05
+    settings = DEFAULTS | {"early_stopping": "harmless>=0.9"}
     old, now = (
         replace(state(1), settings=settings, start_perplexity=2.0),
         replace(state(0), settings=settings | {name: 7}),
@@ -123,7 +126,7 @@ def test_another_probe_is_refused_where_the_best_evaluation_is_kept(tmp_path, na
 
 
 def test_early_stopping_needs_to_know_where_the_run_began(tmp_path) -> None:
-    settings = {"reference": "sharded", "early_stopping": "harmless>=0.9"}
+    settings = DEFAULTS | {"early_stopping": "harmless>=0.9"}
     old, now = replace(state(1), settings=settings), replace(state(0), settings=settings)
     with pytest.raises(UserError, match=r"--early_stopping: .* doesn.t say what the retain perplexity was"):
         refuse_other_run(old, now, tmp_path)
@@ -131,7 +134,7 @@ def test_early_stopping_needs_to_know_where_the_run_began(tmp_path) -> None:
 
 def test_a_checkpoint_from_before_a_setting_has_its_default(tmp_path) -> None:
     old = replace(state(1), settings={"reference": "sharded"})
-    now = replace(state(0), settings={"reference": "sharded", "early_stopping": None, "ascent_weight": 0.0})
+    now = replace(state(0), settings=DEFAULTS)
     assert refuse_other_run(old, now, tmp_path) == []
     with pytest.raises(UserError, match=r"ascent_weight is 1.0, but .* was written with 0.0"):
         refuse_other_run(old, replace(now, settings=now.settings | {"ascent_weight": 1.0}), tmp_path)

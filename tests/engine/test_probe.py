@@ -19,7 +19,7 @@ import wpn_ds.cli
 from tests.engine.test_checkpoint import Engine, made
 from tests.engine.test_train import losses, metrics, same_weights
 from tests.launching import free_port, launch
-from wpn_ds.config import LoggingConfig
+from wpn_ds.config import Config, LoggingConfig
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.distributed import World
@@ -181,7 +181,7 @@ def test_the_last_weights_are_exported_and_that_is_said_where_there_are_no_bette
 
 
 def test_a_best_checkpoint_that_is_gone_is_forgotten_and_without_early_stopping_any_is(world, tmp_path, capsys) -> None:
-    settings = {"reference": "sharded", "early_stopping": None}
+    settings = Config().to_flat()
     past = checkpoint.TrainerState(3, 1, "data", "model", settings, best_step=2, best=EVALUATED)
     job = trainer(world, tmp_path, past).job
     job.start, job.resume_from = replace(past, step=0), tmp_path / "checkpoint-3"
