@@ -42,6 +42,8 @@ def test_every_row_of_a_grid_of_ours_is_a_valid_way_to_train_and_no_two_are_the_
     assert {"graddiff", "llmu"} <= {row.name for row in rows}
     (llmu,) = chosen_rows(rows, ["llmu"])
     assert not llmu.is_default and llmu.said == "objective llmu"
+    rude = Row("rude", {"redraw_template": "a|b\n{prompt}"}).said
+    assert rude == r"redraw_template a\|b\n{prompt}", "one cell of one row, whatever a setting holds"
 
 
 def test_settings_become_flags_that_training_reads_back() -> None:

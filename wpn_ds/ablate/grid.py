@@ -38,8 +38,9 @@ class Row:
 
     @property
     def said(self) -> str:
-        """What it changes, for the table."""
-        return ", ".join(f"{name} {_text(value)}" for name, value in self.changes.items())
+        """What it changes, for a cell of the table: on one line, without the table's separator."""
+        said = ", ".join(f"{name} {_text(value)}" for name, value in self.changes.items())
+        return said.replace("\n", "\\n").replace("|", "\\|")
 
 
 def read_grid(path: Path) -> list[Row]:
