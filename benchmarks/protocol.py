@@ -9,6 +9,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -70,9 +71,17 @@ def serve(step: Callable[[int], Mapping[str, Any]]) -> None:
 
 
 class Way:
-    """The driver's end of one way. ``command`` follows ``python``; ``log`` gets all that isn't an answer."""
+    """The driver's end of one way. ``command`` follows ``python``; ``log`` gets all that isn't an answer; after
+    ``seconds`` it is killed."""
 
-    def __init__(self, command: Sequence[str], log: Path, python: str = sys.executable, env: Mapping[str, str] = {}):
+    def __init__(
+        self,
+        command: Sequence[str],
+        log: Path,
+        python: str = sys.executable,
+        env: Mapping[str, str] = {},
+        seconds: float = threading.TIMEOUT_MAX,
+    ):
         self._log = log
         self._stream = log.open("w")
         cores = os.environ.get("OMP_NUM_THREADS", str(os.cpu_count()))
@@ -88,6 +97,9 @@ class Way:
             stderr=self._stream,
             text=True,
         )
+        self._limit = threading.Timer(seconds, self._process.kill)
+        self._limit.daemon = True
+        self._limit.start()
         begun = time.perf_counter()
         self._answer()
         self.load_seconds = time.perf_counter() - begun
@@ -101,14 +113,17 @@ class Way:
         """Stop the process; its peak memory in MiB."""
         self._ask("end")
         peak = self._answer()["peak_mib"]
-        self._process.wait()
-        self._stream.close()
+        self._leave()
         return peak
 
     def kill(self) -> None:
         """Stop the process at once, whatever it does."""
         self._process.kill()
+        self._leave()
+
+    def _leave(self) -> None:
         self._process.wait()
+        self._limit.cancel()
         self._stream.close()
 
     def _ask(self, line: str) -> None:

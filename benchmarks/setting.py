@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoTokenizer, GenerationConfig, GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoConfig, OPTConfig
 
 from wpn_ds.config import DataConfig
 from wpn_ds.data.examples import ForgetExample, build_examples
@@ -21,6 +21,7 @@ from wpn_ds.data.records import ForgetRecord, read_forget, read_retain
 from wpn_ds.data.tokens import Segment
 from wpn_ds.demo import embedded_file
 from wpn_ds.demo.plant import train_tokenizer
+from wpn_ds.sizes import KNOWN
 
 SEED = 42
 VOCABULARY, POSITIONS = 50_272, 2048
@@ -62,38 +63,48 @@ def make_model(name: str, folder: Path) -> Path:
         return folder
     family, _, size = name.partition("-")
     tokenizer = _tokenizer(family, folder)
-    width, layers, heads = SIZES[size]
     torch.manual_seed(0)
-    lm: Any
-    if family == "opt":
-        lm = OPTForCausalLM(
-            OPTConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=width,
-                word_embed_proj_dim=width,
-                num_hidden_layers=layers,
-                ffn_dim=4 * width,
-                num_attention_heads=heads,
-                max_position_embeddings=POSITIONS,
-                dropout=0.0,
-            )
-        )
-    else:
-        lm = GPTNeoForCausalLM(
-            GPTNeoConfig(
-                vocab_size=VOCABULARY,
-                hidden_size=width,
-                num_layers=layers,
-                attention_types=[[["global", "local"], layers // 2]],
-                num_heads=heads,
-                intermediate_size=4 * width,
-                max_position_embeddings=POSITIONS,
-                window_size=256,
-            )
-        )
+    lm = AutoModelForCausalLM.from_config(_config(family, *SIZES[size]))
     lm.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id)
     lm.save_pretrained(folder)
     return folder
+
+
+def make_shape(name: str, folder: Path) -> Path:
+    """Save the configuration of ``name`` (as ``wpn-ds estimate`` knows it, or a family with one of :data:`SIZES`) and a
+    tokenizer in ``folder``, unless it is there. Weights there are none."""
+    if folder.exists():
+        return folder
+    family = "gpt_neo" if name.startswith("gpt") else "opt"
+    known = KNOWN.get(name)
+    size = (known.hidden, known.layers, known.heads) if known else SIZES[name.partition("-")[2]]
+    _tokenizer(family, folder)
+    _config(family, *size).save_pretrained(folder)
+    return folder
+
+
+def _config(family: str, width: int, layers: int, heads: int) -> Any:
+    if family == "opt":
+        return OPTConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            word_embed_proj_dim=width,
+            num_hidden_layers=layers,
+            ffn_dim=4 * width,
+            num_attention_heads=heads,
+            max_position_embeddings=POSITIONS,
+            dropout=0.0,
+        )
+    return GPTNeoConfig(
+        vocab_size=VOCABULARY,
+        hidden_size=width,
+        num_layers=layers,
+        attention_types=[[["global", "local"], layers // 2]],
+        num_heads=heads,
+        intermediate_size=4 * width,
+        max_position_embeddings=POSITIONS,
+        window_size=256,
+    )
 
 
 def _tokenizer(family: str, folder: Path) -> Any:

@@ -1,33 +1,104 @@
-"""Our way: the training path itself, configured by nothing but its flags."""
+"""Our way: the training path itself. Its flags are those of ``wpn-ds train``, and ``--profile STEP``.
+
+A model folder without weights gets random ones, made where they are trained, so that no file of gigabytes is written
+and read. The step that is profiled says what its operators cost.
+"""
 
 from __future__ import annotations
 
-import sys
+import argparse
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+from transformers import AutoModelForCausalLM
 
 from benchmarks.protocol import serve
 from wpn_ds.config import parse_args
 from wpn_ds.engine.loop import Trainer
 from wpn_ds.engine.setup import prepare
 from wpn_ds.engine.stop import Points
+from wpn_ds.engine.telemetry import measure_peak_flops, peak_memory_bytes, step_flops, synchronize
+from wpn_ds.models.load import load_config
+
+#: Operators that a profile has, the costliest first.
+OPERATORS = 10
+
+
+class Measured(Trainer):
+    """The trainer; without weights in the folder, policy and reference get random ones, the plain way's."""
+
+    def _from_pretrained(self, *, trained: bool) -> Any:
+        job, settings = self.job, self.job.config.model
+        if any(Path(job.source.name_or_path).glob("*.safetensors")):
+            return super()._from_pretrained(trained=trained)
+        # Whole at first, and partitioned by the engine: drawn under zero.Init the weights would be others.
+        torch.manual_seed(0)
+        with job.world.device:
+            lm = AutoModelForCausalLM.from_config(
+                load_config(job.source, dropout=0.0),
+                dtype=torch.bfloat16 if settings.bf16 else torch.float32,
+                attn_implementation=self.attention,
+            )
+        if settings.gradient_checkpointing and trained:
+            lm.activation_checkpointing_enable({"use_reentrant": False})
+        return lm.train()
 
 
 def main() -> None:
-    job = prepare(parse_args(sys.argv[1:]))
-    trainer = Trainer(job, Points(job.world, hang_timeout=0), job.start)
+    parser = argparse.ArgumentParser(allow_abbrev=False)
+    parser.add_argument("--profile", type=int, default=0)
+    own, flags = parser.parse_known_args()
+    job = prepare(parse_args(flags))
+    trainer = Measured(job, Points(job.world, hang_timeout=0), job.start)
+    device, objective = job.world.device, job.objective
+    peak_flops = measure_peak_flops(device, trainer.model.lm.dtype)
+    if device.type == "cuda":  # of the steps alone: loading has a peak of its own
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
 
     def step(number: int) -> dict[str, Any]:
         plan = trainer.plan(number)
-        sums = trainer.step(plan, trainer.targets(plan)).sums
-        losses = {
-            name: (sums.totals[name] / max(1, sums.counts[name])).item()
-            for name in trainer.job.objective.weights
-            if name in sums.totals
+        costs: list[dict[str, Any]] = []
+        with profiled(device, costs) if number == own.profile else contextlib.nullcontext():
+            sums = trainer.step(plan, trainer.targets(plan)).sums
+            synchronize(device)
+        return {
+            "examples": job.config.training.global_batch_size,
+            "tokens": plan.tokens,
+            "losses": {
+                name: (sums.totals[name] / max(1, sums.counts[name])).item()
+                for name in objective.weights
+                if name in sums.totals
+            },
+            "flops": step_flops(plan, trainer.shape, objective.predicted),
+            "peak_flops": peak_flops,
+            "peak_bytes": peak_memory_bytes(device),
+            "attention": trainer.attention,
+            "operators": costs,
         }
-        examples = trainer.job.config.training.global_batch_size
-        return {"examples": examples, "tokens": plan.tokens, "losses": losses}
 
     serve(step)
+
+
+@contextlib.contextmanager
+def profiled(device: torch.device, costs: list[dict[str, Any]]) -> Iterator[None]:
+    """Put into ``costs`` the operators that took most of the device's own time, in milliseconds and as a share."""
+    on_device = device.type == "cuda"
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_device else [])
+    with profile(activities=activities) as found:
+        yield
+    name = "self_device_time_total" if on_device else "self_cpu_time_total"
+    # A kernel stands in the list a second time, by its own name beside the operator that started it.
+    operators = [event for event in found.key_averages() if event.device_type == DeviceType.CPU]
+    whole = sum(getattr(event, name) for event in operators) or 1
+    for event in sorted(operators, key=lambda event: getattr(event, name), reverse=True)[:OPERATORS]:
+        time = getattr(event, name)
+        costs.append({"name": event.key, "calls": event.count, "ms": time / 1000, "share": time / whole})
 
 
 if __name__ == "__main__":

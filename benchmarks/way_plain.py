@@ -2,8 +2,8 @@
 
 Two models in memory, the family's default attention, batches padded to their longest sequence (or to ``--pad_to``),
 logits of every position from the model's own forward. Gradients are accumulated over micro-batches, which frozen
-targets allow. Where a choice is free it is the faster one: targets come from the frozen model's backbone alone, and
-AdamW is the fused one.
+targets allow. Where a choice is free it is the faster one: targets come from the frozen model's backbone alone, AdamW
+is the fused one, and in bf16 the weights and AdamW's moments are bf16 too.
 """
 
 from __future__ import annotations
@@ -17,9 +17,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from benchmarks.protocol import serve
+from wpn_ds.engine.telemetry import peak_memory_bytes, synchronize
 
 TAU = 0.05
 
@@ -105,9 +106,20 @@ def main() -> None:
     parser.add_argument("--micro_batch", type=int, default=8)
     parser.add_argument("--pad_to", type=int, default=0)
     parser.add_argument("--learning_rate", type=float, required=True)
+    parser.add_argument("--bf16", action="store_true")
+    parser.add_argument("--random_weights", action="store_true", help="made on the device, of the folder's config")
     args = parser.parse_args()
-    policy: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).train()
-    reference: Any = AutoModelForCausalLM.from_pretrained(args.model, dtype=torch.float32).eval().requires_grad_(False)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_default_device(device)
+    dtype = torch.bfloat16 if args.bf16 else torch.float32
+
+    def load() -> Any:
+        if not args.random_weights:
+            return AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype, device_map=device)
+        torch.manual_seed(0)
+        return AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(args.model), dtype=dtype)
+
+    policy, reference = load().train(), load().eval().requires_grad_(False)
     optimizer = torch.optim.AdamW(policy.parameters(), lr=args.learning_rate, weight_decay=0.0, fused=True)
     steps = [json.loads(line) for line in args.steps.read_text().splitlines()]
 
@@ -117,7 +129,8 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        return {"examples": len(now["forget"]), "losses": losses}
+        synchronize(device)
+        return {"examples": len(now["forget"]), "losses": losses, "peak_bytes": peak_memory_bytes(device)}
 
     serve(step)
 

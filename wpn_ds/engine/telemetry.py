@@ -73,10 +73,10 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     a = b = torch.ones(n, n, device=device, dtype=dtype)  # no random numbers: a resumed run has its own stream
     best = float("inf")
     for _ in range(4):
-        _synchronize(device)
+        synchronize(device)
         start = time.perf_counter()
         a @ b
-        _synchronize(device)
+        synchronize(device)
         best = min(best, time.perf_counter() - start)
     return 2 * n**3 / best
 
@@ -88,7 +88,8 @@ def peak_memory_bytes(device: torch.device) -> int:
     return torch.get_device_module(device).max_memory_allocated(device)
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until the device has done all that it was given."""
     if device.type != "cpu":
         torch.get_device_module(device).synchronize(device)
 

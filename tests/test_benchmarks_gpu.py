@@ -1,0 +1,126 @@
+"""The benchmark for a GPU, as far as a CPU can tell: both ways train one model, and a wrong route is seen."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from benchmarks import gpu
+from benchmarks.gpu_exact import KERNELS, measured
+from benchmarks.protocol import Way
+from benchmarks.rows import STATES
+from benchmarks.setting import make_data, make_shape, write_steps
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ["opt-tiny", "gpt_neo-tiny"])
+def test_random_weights_are_the_same_for_both_ways_under_zero3(name, tmp_path):
+    model, data = make_shape(name, tmp_path / name), make_data("pku", 8, tmp_path)
+    write_steps(data, model, 512, 8, 8, 2, tmp_path / "steps.jsonl")
+    flags = ["--deepspeed", "ds_configs/zero3.json", "--model_name_or_path", model, "--train_file", data.forget]
+    flags += ["--retain_file", data.retain, "--output_dir", tmp_path / "out", "--global_batch_size", 8]
+    flags += ["--max_length", 512, "--tokens_per_micro_batch", 1024, "--learning_rate", 1e-3, *STATES]
+    flags += ["--lr_scheduler_type", "constant", "--profile", 2]
+    ours = Way(
+        ["-m", "benchmarks.way_ours", *map(str, flags)], tmp_path / "ours.log", env={"WPN_DS_CACHE": str(tmp_path)}
+    )
+    first, second = ours.step(), ours.step()
+    ours.end()
+    command = ["-m", "benchmarks.way_plain", "--random_weights", "--model", str(model), "--learning_rate", "1e-3"]
+    plain = Way([*command, "--steps", str(tmp_path / "steps.jsonl")], tmp_path / "plain.log")
+    for step in (first, second):  # the second after an update of both
+        assert step["losses"] == pytest.approx(plain.step()["losses"], rel=1e-4, abs=1e-6)
+    plain.end()
+    assert first["operators"] == [] and second["operators"][0]["ms"] >= second["operators"][1]["ms"] > 0
+    assert first["flops"] > 6 * first["tokens"] * 1e5 and first["peak_flops"] > 1e8
+
+
+@pytest.mark.parametrize("name", ["opt-tiny", "gpt_neo-tiny"])
+def test_a_route_that_leaks_between_texts_is_far_from_plain(name, tmp_path, monkeypatch):
+    def leaking(query, key, value, pieces, scale, window, dropout):
+        return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
+
+    monkeypatch.setitem(KERNELS, "wpn_flex", leaking)
+    folder = make_shape(name, tmp_path / name)
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+        rows = {
+            f"m {name} {row['route']}": row | {"model": "m", "dtype": name}
+            for row in measured(folder, dtype, torch.device("cpu"))
+        }
+        said = {line[0].split()[-1]: line[-1] for line in gpu.tables({"exact": rows})[0][1:]}
+        assert (said["plain"], said["packed"], said["flex"]) == ("yes", "yes", "NO"), rows
+        assert "reason" in rows[f"m {name} varlen"]  # which a CPU has not
+
+
+def bench(tmp_path, monkeypatch, gpu_memory: float) -> gpu.Bench:
+    options = gpu.parser().parse_args(["--small", "--output", str(tmp_path / "out.json")])
+    made = gpu.Bench(options, tmp_path)
+    monkeypatch.setattr(made, "gpu_memory", gpu_memory)
+    return made
+
+
+def test_the_first_setting_that_fits_is_taken_and_a_model_that_does_not_fit_says_so(tmp_path, monkeypatch):
+    setting = bench(tmp_path, monkeypatch, 80.0)._fitting("opt-1.3b")
+    assert setting.fits and (setting.gradient_checkpointing, setting.tokens_per_micro_batch) == (False, 8192)
+    tight = bench(tmp_path, monkeypatch, 30.0)._fitting("opt-1.3b")
+    assert tight.fits and tight.peak < 30 * 2**30 < setting.peak
+    none = bench(tmp_path, monkeypatch, 20.0)
+    row = none._ours("opt-1.3b", none._fitting("opt-1.3b"), False)
+    assert "GiB of device memory" in row["reason"]
+
+
+def test_what_there_is_no_time_for_says_so_and_stays_in_the_table(tmp_path, monkeypatch, capsys):
+    argv = ["--small", "--only", "b", "c", "--minutes", "0", "--output", str(tmp_path / "out.json")]
+    assert gpu.main(argv) == 0
+    found = json.loads((tmp_path / "out.json").read_text())
+    for part in ("steps", "plain"):
+        assert {row["reason"] for row in found[part].values()} == {"no time was left"}
+    assert capsys.readouterr().out.count("no time was left") >= 2
+
+
+MADE_UP = {
+    "device": "a GPU",
+    "steps": {
+        "opt-6.7b": {
+            "setting": {"tokens_per_micro_batch": 2048, "gradient_checkpointing": True},
+            "estimate_gib": 110.0,
+            "peak_gib": 100.0,
+            "examples_per_second": 90.0,
+            "tokens_per_second": 9000.0,
+            "mfu": 0.55,
+            "attention": "wpn_flex",
+            "first_losses": {"npair": 1.0, "nll": 10.0, "retain": 1e-6},
+            "operators": [{"name": f"op {k}", "calls": k, "ms": 9.0 - k, "share": 0.2} for k in range(5)],
+        }
+    },
+    "plain": {
+        "opt-6.7b": {
+            "examples_per_second": 45.0,
+            "peak_gib": 120.0,
+            "first_losses": {"npair": 1.01, "nll": 10.0, "retain": -1e-3},
+        }
+    },
+}
+
+
+def test_targets_are_held_against_what_was_measured():
+    assert gpu.verdicts(MADE_UP) == [
+        "MFU of opt-6.7b: 55.0%, asked >= 50%: reached",
+        "estimate of opt-6.7b: +10.0%, asked within 5%: MISSED",
+        "times plain, opt-6.7b: 2.00, asked >= 3: MISSED",
+        "losses against plain, opt-6.7b: 1.0%, asked <= 5%: reached",
+    ]
+    steps, operators = gpu.tables(MADE_UP)
+    assert steps[1][-1] == "2.00" and len(steps[0]) == len(steps[1])
+    assert [line[0] for line in operators[1:]] == ["op 0", "op 1", "op 2"]
+
+
+def test_without_a_gpu_only_the_small_run_is_possible(capsys):
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU here")
+    with pytest.raises(SystemExit):
+        gpu.main([])
+    assert "--small" in capsys.readouterr().err
