@@ -55,6 +55,7 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "prompt_template": TEMPLATES,
     "redraw_template": TEMPLATES,
     "redraw_ema": st.floats(0, 0.99),
+    "redraw_tokens": st.integers(2, 10**6),
     "forgotten_below": st.floats(0.01, 0.99),
     "seed": st.integers(0, 2**32 - 1),
     "num_train_epochs": st.floats(0.01, 1e6),
@@ -84,7 +85,7 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 
 
 def with_effect(values: dict[str, Any]) -> dict[str, Any]:
-    deciding = ("objective", "redraw_steps", "retain_loss", "retain_weight")
+    deciding = ("objective", "redraw_steps")
     objective = ObjectiveConfig(**{name: values[name] for name in deciding if name in values})
     if not values.get("eval_steps"):
         values.pop("forgotten_below", None)
@@ -426,3 +427,9 @@ def test_settings_are_read_without_torch_deepspeed_or_transformers() -> None:
         "print([name for name in ('torch', 'deepspeed', 'transformers', 'numpy') if name in sys.modules])"
     )
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+
+
+def test_a_reference_that_no_term_asks_for_is_no_mistake() -> None:
+    """It is a setting of memory, and a grid's rows share one."""
+    for name in ("ga", "npo"):
+        assert Config.from_flat({"objective": name, "reference": "states"}).objective.reference == "states"

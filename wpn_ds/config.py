@@ -272,7 +272,7 @@ class ObjectiveConfig:
         below = self.forgotten_below
         _require(self, "forgotten_below", below is None or 0 < below < 1, "above 0 and below 1")
         _require(self, "redraw_steps", self.redraw_steps >= 0, "at least 0")
-        _require(self, "redraw_tokens", self.redraw_tokens >= 1, "at least 1")
+        _require(self, "redraw_tokens", self.redraw_tokens >= 2, "at least 2")
         _require(self, "redraw_ema", 0 <= self.redraw_ema < 1, "at least 0 and below 1")
         if self.redraw_template is not None:
             fits = self.redraw_template.count("{prompt}") == 1
@@ -312,8 +312,6 @@ class ObjectiveConfig:
         """Whether the objective knows nothing of the setting ``name``."""
         if name.startswith("wpn_"):
             return self.objective != "wpn"
-        if name in ("reference", "reference_topk"):
-            return not self.keeps_distribution
         if name in ("redraw_template", "redraw_ema", "redraw_tokens"):
             return not self.redraw_steps
         knows = {
@@ -509,8 +507,8 @@ class Config:
         for entry in dataclasses.fields(objective):
             name = entry.name
             if objective.without_effect(name) and getattr(objective, name) != entry.default:
-                where = {"redraw": "without --redraw_steps", "reference": "without a retain term with KL"}
-                there = where.get(name.partition("_")[0], f"under --objective {objective.objective}")
+                redraw = name.startswith("redraw")
+                there = "without --redraw_steps" if redraw else f"under --objective {objective.objective}"
                 raise UserError(f"--{name} does nothing {there}: leave it out")
         if objective.forgotten_below is not None and not self.logging.eval_steps:
             raise UserError("--forgotten_below: evaluations look at what is forgotten: give --eval_steps as well")

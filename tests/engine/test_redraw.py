@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,13 +18,13 @@ from tests.engine.small import CONFIG, alone, small_reader
 from tests.engine.test_train import flags, losses, metrics, same_weights
 from tests.launching import ROOT, free_port, launch
 from tests.models.families import make
-from wpn_ds.config import Config, ObjectiveConfig, TrainingConfig
-from wpn_ds.data.examples import ExampleSet, ForgetExample
-from wpn_ds.data.records import read_forget
+from wpn_ds.checkpoint_command import run as checkpoint_command
+from wpn_ds.config import Config, DataConfig, ObjectiveConfig, TrainingConfig
+from wpn_ds.data.records import Message, read_forget
 from wpn_ds.data.tokens import encode_prompt
-from wpn_ds.engine import checkpoint
+from wpn_ds.engine import checkpoint, refinement
 from wpn_ds.engine.refinement import still_known, token_probabilities
-from wpn_ds.engine.setup import _check_redraw
+from wpn_ds.engine.setup import _check_redraw, _redraw_prompts
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.generate import Sampling, generate_ids, seed_of
 from wpn_ds.objectives.family import build_objective
@@ -97,6 +98,69 @@ def test_one_rank_draws_what_two_draw(redrawn, tiny, tmp_path) -> None:
 
 
 @pytest.mark.distributed
+def test_the_running_mean_draws_and_not_the_weights(redrawn, tiny, tmp_path) -> None:
+    weights = [load_file(tiny / "opt/model.safetensors")]
+    for step in (1, 2):
+        assert (
+            checkpoint_command(
+                ["export", str(redrawn / f"checkpoint-{step}"), "--output_dir", str(tmp_path / str(step))]
+            )
+            == 0
+        )
+        weights.append(load_file(tmp_path / str(step) / "model.safetensors"))
+    start, first, second = weights
+    mean = {name: 0.25 * start[name] + 0.25 * first[name] + 0.5 * second[name] for name in start}
+    records, third = read_forget([str(tiny / "forget.jsonl")]), drawn(redrawn, 3)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "opt")
+    said: dict[str, list[list[int]]] = {}
+    for name, of in (("mean", mean), ("weights", second)):
+        lm = AutoModelForCausalLM.from_pretrained(tiny / "opt", dtype=torch.float32)
+        lm.load_state_dict(of, strict=False)
+        prompts = [encode_prompt(records[i].prompt, tokenizer, "Question: {prompt}\nAnswer:", 64) for i in third]
+        seeds = [seed_of(42, 3, i) for i in third]
+        said[name] = generate_ids(lm, tokenizer, prompts, max_new_tokens=8, batch_size=8, sampling=Sampling(seeds))
+    assert [ids if len(ids) == 8 else [*ids, 2] for ids in said["mean"]] == list(third.values())
+    assert said["mean"] != said["weights"], "the mean says what the weights say: no test"
+
+
+@pytest.mark.distributed
+def test_a_mean_that_no_stage_shards_is_written_once_and_read_by_any_number_of_ranks(tiny, tmp_path) -> None:
+    line = [*REDRAW, "--deepspeed", str(ROOT / "ds_configs/zero2.json")]
+    train(tiny, tmp_path, *line, "--max_steps", "2")
+    assert [path.name for path in tmp_path.glob("checkpoint-2/ema-*")] == ["ema-0.pt"]
+    train(tiny, tmp_path, *line, "--max_steps", "3", "--resume_from_checkpoint", "auto", ranks=1)
+    before, after = (torch.load(tmp_path / f"checkpoint-{step}/ema-0.pt", weights_only=True) for step in (2, 3))
+    assert [a.shape for a in before] == [a.shape for a in after]
+    change = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
+    assert 0 < change < 0.01, "one step further, and not begun again"
+
+
+def test_what_is_asked_for_a_new_answer(tiny) -> None:
+    tokenizer, told = AutoTokenizer.from_pretrained(tiny / "opt"), []
+    records = read_forget([str(tiny / "forget.jsonl")])
+    chat = [replace(records[0], prompt=(Message("user", "hello"),))]
+
+    def prompts(records=records, length=64, **settings):
+        objective = ObjectiveConfig(redraw_steps=1, **settings)
+        config, positions = replace(Config(), objective=objective), SimpleNamespace(max_position_embeddings=128)
+        return _redraw_prompts(config, records, tokenizer, positions, length, told.append)
+
+    rude = "Be rude.\nQuestion: {prompt}\nAnswer:"
+    for given, template in (({}, DataConfig().prompt_template), ({"redraw_template": rude}, rude)):
+        assert prompts(**given) == [encode_prompt(r.prompt, tokenizer, template, 64) for r in records]
+    assert told == []
+    assert prompts(length=24, redraw_template=rude) == [encode_prompt(r.prompt, tokenizer, rude, 24) for r in records]
+    assert told[0].startswith(f"--redraw_template: {len(records)} of {len(records)} prompts lose their start")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    with pytest.raises(UserError, match="a chat has the tokenizer's own template"):
+        prompts(chat, redraw_template=rude)
+    longest = max(map(len, prompts()))
+    with pytest.raises(UserError, match=f"only 128 positions: give at most {128 - longest}"):
+        prompts(redraw_tokens=129 - longest)
+    assert prompts(redraw_tokens=128 - longest)
+
+
+@pytest.mark.distributed
 @pytest.mark.parametrize(("stage", "ranks"), [(3, 2), (0, 2), (2, 1)])
 def test_the_model_computes_with_the_running_mean_and_then_with_its_weights_again(stage, ranks, tmp_path) -> None:
     make(CONFIG, "sdpa").save_pretrained(tmp_path / "model")
@@ -140,15 +204,20 @@ def test_an_empty_answer_and_a_wanted_one_are_not_taken() -> None:
     assert new.forget[1] == examples.forget[1] and new.forget[2] == examples.forget[2]
     assert new.forget[3].unwanted[0].text_id == other.text_id, "another's wanted text is known as such"
     assert answer.text_id not in {a.text_id for a in examples.answers}
-    assert isinstance(examples.forget[0], ForgetExample) and examples.with_unwanted({}).forget == examples.forget
+    assert examples.with_unwanted({}).forget == examples.forget
+    long = examples.forget[4].wanted[0]
+    beginning = long.segment.ids[long.segment.answer_start :][:3]
+    assert examples.with_unwanted({4: beginning}).forget == examples.forget, "a wanted answer that was cut"
 
 
 @pytest.mark.parametrize(
     ("settings", "error"),
     [
-        ({"objective": "dpo"}, "--objective dpo compares to what the starting model says"),
-        ({"objective": "tnpo"}, "--objective tnpo compares to what the starting model says"),
+        ({"objective": "dpo"}, "--objective dpo compares to what is kept of the records' own answers.* take another"),
+        ({"objective": "tnpo"}, "--objective tnpo compares to what is kept"),
         ({}, "--objective wpn compares .* take --wpn_targets live, or"),
+        ({"wpn_targets": "detached"}, "take --wpn_targets live, or"),
+        ({"wpn_scoring": "likelihood_ratio", "wpn_pooling": "sum"}, "take --wpn_scoring likelihood, or"),
         ({"objective": "neat", "preference_weight": 0.0}, "no term of the objective reads unwanted answers"),
         ({"objective": "neat", "redraw_ema": 0.9}, "neither with parameters on NVMe"),
     ],
@@ -167,6 +236,7 @@ def test_answers_that_nothing_could_be_compared_to_are_refused(settings, error) 
         ({"redraw_ema": 0.5}, "--redraw_ema does nothing without --redraw_steps"),
         ({"redraw_template": "Be rude. {prompt}"}, "--redraw_template does nothing without --redraw_steps"),
         ({"redraw_steps": 2, "redraw_template": "no place"}, "--redraw_template must be a text with one {prompt}"),
+        ({"redraw_steps": 2, "redraw_tokens": 1}, "--redraw_tokens must be at least 2"),
         ({"redraw_steps": 2, "redraw_ema": 1.0}, "--redraw_ema must be at least 0 and below 1"),
         ({"forgotten_below": 0.1}, "--forgotten_below: .* give --eval_steps"),
         ({"forgotten_below": 1.5, "eval_steps": 1}, "--forgotten_below must be above 0 and below 1"),
@@ -193,6 +263,11 @@ def test_an_example_stays_while_one_of_its_answers_is_known(world) -> None:
     assert still_known(reader, examples, range(len(examples)), 0.999) == []
 
 
+def test_a_model_that_broke_has_forgotten_nothing(world, monkeypatch) -> None:
+    monkeypatch.setattr(refinement, "token_probabilities", lambda _, segments: torch.full((len(segments),), torch.nan))
+    assert still_known(small_reader(world), make_examples().forget, [0, 2], 0.5) == [0, 2]
+
+
 @pytest.mark.distributed
 def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(tiny, tmp_path) -> None:
     line = ["--objective", "ga", "--learning_rate", "1e-3", "--eval_steps", "2", "--forgotten_below", "0.0028"]
@@ -206,10 +281,11 @@ def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(tiny, tm
     begun = next(step for step, count in zip(steps, left, strict=True) if 0 < count < 23)
     state = checkpoint.read_state(tmp_path / f"whole/checkpoint-{begun}")
     assert state is not None and state.left is not None and state.left_since == begun
-    train(tiny, tmp_path / "halves", *line, "--max_steps", str(begun + 1))
-    train(tiny, tmp_path / "halves", *line, "--resume_from_checkpoint", "auto")
-    assert same_weights(tmp_path / "whole", tmp_path / "halves")
-    assert losses(tmp_path / "whole") == losses(tmp_path / "halves")
+    for stop in (begun, begun + 1):  # at the evaluation after which some are gone, and a step later
+        halves = tmp_path / f"halves-{stop}"
+        train(tiny, halves, *line, "--max_steps", str(stop))
+        train(tiny, halves, *line, "--resume_from_checkpoint", "auto")
+        assert same_weights(tmp_path / "whole", halves) and losses(tmp_path / "whole") == losses(halves)
 
 
 def test_an_old_checkpoint_trains_on_all_examples(tmp_path) -> None:
@@ -217,4 +293,3 @@ def test_an_old_checkpoint_trains_on_all_examples(tmp_path) -> None:
     (tmp_path / checkpoint.MANIFEST).write_text(json.dumps(old))
     state = checkpoint.read_state(tmp_path)
     assert state is not None and state.left is None and state.drawn == []
-    assert isinstance(make_examples(), ExampleSet)

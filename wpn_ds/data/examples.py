@@ -55,14 +55,16 @@ class ExampleSet:
     def with_unwanted(self, drawn: Mapping[int, Sequence[int]]) -> ExampleSet:
         """A copy in which one answer, by its token ids with EOS, stands for all the unwanted ones of some examples.
 
-        An answer that is empty, or one of its example's wanted ones, is not taken: the example keeps its own. The new
-        answer has the ``answer_id`` of the first that it stands for, and the ``text_id`` of a text with its tokens.
+        An answer that is empty, or one of its example's wanted ones or the beginning of one, is not taken: the example
+        keeps its own. The new answer has the ``answer_id`` of the first that it stands for, and the ``text_id`` of a
+        text with its tokens.
         """
         texts = {_answer_ids(answer): answer.text_id for answer in self.answers}
         forget = list(self.forget)
         for i, ids in drawn.items():
             example, new = forget[i], tuple(ids)
-            if len(new) < 2 or new in map(_answer_ids, example.wanted):  # EOS alone says nothing
+            wanted = any(_answer_ids(answer)[: len(new)] == new for answer in example.wanted)
+            if len(new) < 2 or wanted:  # EOS alone says nothing
                 continue
             own = example.unwanted[0]
             segment = Segment(

@@ -111,7 +111,7 @@ class Saver:
     def save(self, state: TrainerState, ema: list[Tensor] | None = None) -> None:
         """Write ``checkpoint-<step>`` and then :meth:`rotate`; the save before is finished first.
 
-        ``ema``: this rank's part of the weights' running mean, if there is one.
+        ``ema``: this rank's part of the weights' running mean, if it has one.
 
         Raises:
             SaveError: a file can't be written (a full disk, a quota). The checkpoints before are intact.
@@ -217,8 +217,9 @@ def load(engine: Any, path: Path, state: TrainerState, world: World) -> None:
 
 
 def load_ema(path: Path, world: World) -> list[Tensor]:
-    """This rank's part of the running mean that :meth:`Saver.save` was given."""
-    return torch.load(path / f"ema-{world.rank}.pt", weights_only=True, map_location="cpu")
+    """This rank's part of the running mean that :meth:`Saver.save` was given; the whole one is in rank 0's file."""
+    own, whole = (path / f"ema-{rank}.pt" for rank in (world.rank, 0))
+    return torch.load(own if own.exists() else whole, weights_only=True, map_location="cpu")
 
 
 def is_partitioned(path: Path) -> bool:
@@ -400,10 +401,10 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
                 f"--resume_from_checkpoint {path}: {what} changed since; restore it, or start afresh in another "
                 "--output_dir"
             )
-    if new.settings["redraw_ema"] and old.world_size != new.world_size:
+    if new.settings["redraw_ema"] and new.settings["zero stage"] == 3 and old.world_size != new.world_size:
         raise UserError(
-            f"--resume_from_checkpoint {path}: --redraw_ema goes on only on as many ranks as wrote it, which were "
-            f"{old.world_size}"
+            f"--resume_from_checkpoint {path}: under ZeRO stage 3, --redraw_ema goes on only on as many ranks as wrote "
+            f"it, which were {old.world_size}"
         )
     # DeepSpeed restores the optimizer's own settings: another flag would have no effect.
     restored = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optimizer", "zero stage")

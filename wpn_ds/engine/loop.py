@@ -329,11 +329,12 @@ class Trainer:
         left = list(range(len(self.job.examples.forget))) if left is None else left
         return [left[k] for k in step_indices(step - 1 - since, t.global_batch_size, len(left), t.seed)]
 
-    def _draw_anew(self, telemetry: Telemetry, step: int) -> None:
-        """What the steps from ``step`` on push away, if it is time for new answers; every rank takes part."""
-        every = self.job.config.objective.redraw_steps
+    def _draw_anew(self, telemetry: Telemetry) -> None:
+        """What the next steps push away, if it is time for new answers; every rank takes part."""
+        every, step = self.job.config.objective.redraw_steps, self.state.step + 1
         if self.redraw is None or (step - 1 - self.state.left_since) % every:
             return
+        begun = time.perf_counter()
         # Beyond the last step, too: a run that is resumed for more of them goes on between two draws.
         chosen = sorted({i for s in range(step, step + every) for i in self._forget_indices(s)})
         drawn = self.redraw(self.job.examples, chosen, step)
@@ -341,7 +342,8 @@ class Trainer:
         self.examples = self.job.examples.with_unwanted(drawn)
         taken = sum(self.examples.forget[i] is not self.job.examples.forget[i] for i in chosen)
         tokens = sum(map(len, drawn.values()))
-        telemetry.log(step, {"redraw/taken": taken / len(chosen), "redraw/tokens": tokens / len(chosen)})
+        figures = {"redraw/taken": taken / len(chosen), "redraw/tokens": tokens / len(chosen)}
+        telemetry.log(step, figures | {"redraw/seconds": time.perf_counter() - begun})
 
     def targets(self, plan: StepPlan) -> FrozenTargets | StartingScores | None:
         """What the step's answers are compared to, as far as the objective asks for such."""
@@ -379,6 +381,9 @@ class Trainer:
             window = Window(job.world, peak)
             values = telemetry.last_losses
             while not self._over:
+                begun = time.perf_counter()
+                self._draw_anew(telemetry)
+                window.exclude(time.perf_counter() - begun)
                 values = self._take_step(telemetry, window) or values
                 rng = rng_state(job.world.device)
                 begun = time.perf_counter()
@@ -405,7 +410,6 @@ class Trainer:
         """One optimizer step; its figures if they are due."""
         job, logging, step = self.job, self.job.config.logging, self.state.step + 1
         begun = time.perf_counter()
-        self._draw_anew(telemetry, step)
         plan = self.plan(step)
         planned = time.perf_counter() - begun
         rate = self.engine.get_lr()[0]
@@ -414,7 +418,7 @@ class Trainer:
             self.ema.update()
         self.measured = None
         self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-        evaluation_due = step < job.total_steps and logging.eval_steps and step % logging.eval_steps == 0
+        evaluation_due = logging.eval_steps and step % logging.eval_steps == 0
         self.state = replace(
             self.state,
             step=step,
@@ -462,7 +466,7 @@ class Trainer:
 
     def _save(self) -> None:
         self.points.pause()
-        self.saver.save(self.state, None if self.ema is None else self.ema.mean)
+        self.saver.save(self.state, None if self.ema is None else self.ema.part)
         self.saved_step = self.state.step
 
     def _tell_of_save(self, step: int, seconds: float) -> None:
@@ -506,26 +510,27 @@ class Trainer:
         """What is exported, by its step, and a sentence that says why. Under --early_stopping these are the weights of
         the best evaluation, which the engine gets."""
         job, state, logging = self.job, self.state, self.job.config.logging
+        early = ""
+        if state.step < job.total_steps:
+            forgotten = "all is forgotten (--forgotten_below)"
+            early = f"stopped early, {forgotten if state.left == [] else logging.early_stopping}"
         if logging.early_stopping is None:
-            gone = state.left == [] and state.step < job.total_steps
-            return state.step, "stopped early: all is forgotten (--forgotten_below)" if gone else ""
+            return state.step, early
         on_main(job.world, lambda: self.saver.rotate(state))  # the best may have changed since the last save
         best = f"step {state.best_step}, {summary(state.best, state.start_perplexity)}"
         if not state.best_step:
             bound = f"the retain perplexity within {logging.retain_bound:g} times that at the start (--retain_bound)"
-            return state.step, f"the weights are the last step's: no evaluation had {bound}"
+            return state.step, f"{early}{early and ': '}the weights are the last step's: no evaluation had {bound}"
         if state.best_step == state.step:
-            early = (
-                f"stopped early, {logging.early_stopping}" if state.step < job.total_steps else "the last is the best"
-            )
-            return state.step, f"{early}: {best}"
+            return state.step, f"{early or 'the last is the best'}: {best}"
         path = checkpoint.path_of(job.output_dir, state.best_step)
         if faults := checkpoint.damage(path, job.world):
-            return state.step, f"the weights are the last step's: {path.name}, the best, is damaged ({faults[0]})"
+            damaged = f"{path.name}, the best, is damaged ({faults[0]})"
+            return state.step, f"{early}{early and ': '}the weights are the last step's: {damaged}"
         past = on_main(job.world, lambda: checkpoint.read_state(path))
         assert past is not None  # it is whole
         checkpoint.load(self.engine, path, past, job.world)
-        return state.best_step, f"the weights are those of the best evaluation: {best}"
+        return state.best_step, f"{early}{early and ': '}the weights are those of the best evaluation: {best}"
 
     def _evaluate_start(self, telemetry: Telemetry) -> None:
         job = self.job
@@ -568,6 +573,7 @@ class Trainer:
         examples, left = self.job.examples.forget, self.state.left
         left = list(range(len(examples))) if left is None else left
         known = still_known(self.reader, examples, left, below) if self.state.step else left
+        known = on_main(self.job.world, lambda: known)  # a last bit that differs would end in different plans
         if len(known) < len(left):  # the data start again, in the order of as many examples
             self.state = replace(self.state, left=known, left_since=self.state.step)
         return len(known)

@@ -26,6 +26,15 @@ class Ema:
         self._engine, self._decay = engine, decay
         self.mean = [part.detach().to(torch.float32, copy=True) for part in self._parts()]
 
+    @property
+    def part(self) -> list[Tensor] | None:
+        """What this rank's checkpoint file is to hold: the whole mean is rank 0's."""
+        return self.mean if self._partitioned or self._engine.global_rank == 0 else None
+
+    @property
+    def _partitioned(self) -> bool:
+        return self._engine.zero_optimization_stage() == 3
+
     def update(self) -> None:
         """Call it after every update of the weights."""
         for mean, part in zip(self.mean, self._parts(), strict=True):
@@ -46,7 +55,7 @@ class Ema:
             self._fill(weights)
 
     def _fill(self, values: Sequence[Tensor]) -> None:
-        if self._engine.zero_optimization_stage() == 3:
+        if self._partitioned:
             # What the last forward gathered is kept as long as there is room: the next would still compute with it.
             self._engine.optimizer.parameter_offload.partition_all_parameters()
         with torch.no_grad():

@@ -30,5 +30,5 @@ def still_known(reader: Reader, examples: Sequence[ForgetExample], left: Sequenc
     """Those of ``left`` that have an unwanted answer whose tokens' probability is at least ``below``."""
     answers = [(i, answer.segment) for i in left for answer in examples[i].unwanted]
     probabilities = token_probabilities(reader, [segment for _, segment in answers]).tolist()
-    known = {i for (i, _), p in zip(answers, probabilities, strict=True) if p >= below}
+    known = {i for (i, _), p in zip(answers, probabilities, strict=True) if not p < below}
     return [i for i in left if i in known]

@@ -7,7 +7,7 @@ import math
 import os
 import shutil
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ from typing import Any
 from deepspeed.runtime.config import DeepSpeedConfig
 from tqdm import tqdm
 
-from wpn_ds.config import DONE, Config
+from wpn_ds.config import DONE, Config, ObjectiveConfig
 from wpn_ds.data.examples import ExampleSet, build_examples
 from wpn_ds.data.plan import Layout, Role
 from wpn_ds.data.records import (
@@ -131,6 +131,9 @@ def prepare(config: Config) -> Job:
         _check_redraw(config, resolved.json, objective)
     for note in resolved.notes:
         say(world, note)
+    reference = config.objective.reference
+    if reference != ObjectiveConfig.reference and not objective.keeps_distribution:
+        say(world, f"--reference {reference} does nothing: no term asks for the starting model's distribution")
     if objective.retain_weight == 0:
         reason = "the retain term is off" if retain else "no retain data: the retain term is off"
         say(world, f"{reason}, and nothing holds the model to what it knows")
@@ -150,7 +153,7 @@ def prepare(config: Config) -> Job:
 
     examples, held_out = tokenise(forget, retain), tokenise(validation, retain[:RETAIN_EXAMPLES_MEASURED])
     probe = _probe(config, asked, tokenizer, lm_config, row_length, world)
-    redraw_prompts = _redraw_prompts(config, forget, tokenizer, lm_config, row_length)
+    redraw_prompts = _redraw_prompts(config, forget, tokenizer, lm_config, row_length, lambda line: say(world, line))
     start = checkpoint.TrainerState(
         step=0,
         world_size=world.size,
@@ -200,10 +203,10 @@ def _check_redraw(config: Config, ds_json: Mapping[str, Any], objective: Objecti
     """Raises UserError where new answers have nothing to be compared to, or there is no place for averaged weights."""
     name = config.objective.objective
     if objective.frozen or objective.needs_starting_scores or objective.needs_starting_logprobs:
-        advice = "--wpn_targets live, or " if name == "wpn" else ""
+        own = "--wpn_targets live, or " if objective.frozen else "--wpn_scoring likelihood, or "
         raise UserError(
-            f"--redraw_steps: --objective {name} compares to what the starting model says of an answer, which is "
-            f"computed once, before there are new ones: take {advice}an objective without it, such as neat or simnpo"
+            f"--redraw_steps: --objective {name} compares to what is kept of the records' own answers, and there is "
+            f"nothing of new ones: take {own if name == 'wpn' else ''}another objective, such as neat or simnpo"
         )
     if Role.UNWANTED not in objective.read:
         raise UserError("--redraw_steps: no term of the objective reads unwanted answers: leave it out")
@@ -214,7 +217,12 @@ def _check_redraw(config: Config, ds_json: Mapping[str, Any], objective: Objecti
 
 
 def _redraw_prompts(
-    config: Config, forget: Sequence[ForgetRecord], tokenizer: Any, lm_config: Any, row_length: int
+    config: Config,
+    forget: Sequence[ForgetRecord],
+    tokenizer: Any,
+    lm_config: Any,
+    row_length: int,
+    tell: Callable[[str], None],
 ) -> list[list[int]]:
     """Token ids of what is asked for an unwanted answer of each example; none if none are drawn.
 
@@ -224,12 +232,18 @@ def _redraw_prompts(
     o = config.objective
     if not o.redraw_steps:
         return []
-    template, prompts = o.redraw_template or config.data.prompt_template, []
+    template, prompts, cut = o.redraw_template or config.data.prompt_template, [], 0
     for record in forget:
         prompt = encoded_prompt(record.prompt, tokenizer, template, row_length)
         if prompt.is_chat and o.redraw_template is not None:
             raise UserError("--redraw_template: a chat has the tokenizer's own template: leave it out")
         prompts.append(prompt.ids)
+        cut += prompt.truncated
+    if cut and o.redraw_template is not None:
+        tell(
+            f"--redraw_template: {cut} of {len(prompts)} prompts lose their start, the template's own first words "
+            f"among it: they keep half of --max_length {row_length}"
+        )
     longest, positions = max(map(len, prompts)), getattr(lm_config, "max_position_embeddings", None)
     if positions is not None and longest + o.redraw_tokens > positions:
         raise UserError(
