@@ -1,11 +1,13 @@
-"""What the commands' flags have in common: types for argparse, and where a model may be. Training's own settings are
-checked in :mod:`wpn_ds.config`."""
+"""What the commands' flags have in common: types for argparse, where a model may be, what is written. Training's own
+settings are checked in :mod:`wpn_ds.config`."""
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import math
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 from wpn_ds.errors import UserError
@@ -54,3 +56,20 @@ def check_place(flag: str, name: str) -> None:
         raise UserError(f"{flag} {name}: the folder has no config.json: give one that holds a model")
     if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UserError(f"{flag} {name}: there is no such folder")
+
+
+@contextlib.contextmanager
+def new_output(path: Path) -> Iterator[None]:
+    """Around the work that writes ``--output``.
+
+    Raises:
+        UserError: the file is there already, or can't be written (a full disk, a folder without the right).
+    """
+    if path.exists():
+        raise UserError(f"--output {path} exists: remove it, or name another file")
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        raise UserError(f"--output {path}: {error.filename or 'it'} can't be used ({error.strerror})") from error

@@ -23,7 +23,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.measurement import device
 from wpn_ds.evaluate.ranks import all_arrived, join_ranks
 from wpn_ds.evaluate.work import Ledger, Unit, identity
-from wpn_ds.flags import above_0, check_place, positive, share, whole
+from wpn_ds.flags import above_0, check_place, new_output, positive, share, whole
 from wpn_ds.history import write_atomically
 from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer
 
@@ -88,17 +88,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         if not getattr(options, name):
             raise UserError(f"--{name} is missing (--model, --train_file and --output are needed, or --check)")
     check_place("--model", options.model)
-    if options.output.exists():
-        raise UserError(f"--output {options.output} exists: remove it, or name another file")
     rank, size = join_ranks()
-    try:
+    with new_output(options.output):
         _make(options, rank, size)
-    except OSError as error:  # a full disk, a folder that can't be written
-        if error.filename is None and error.errno is None:
-            raise
-        raise UserError(
-            f"--output {options.output}: {error.filename or 'it'} can't be used ({error.strerror})"
-        ) from error
     return 0
 
 

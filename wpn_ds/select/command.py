@@ -13,7 +13,7 @@ import torch
 from wpn_ds.config import DataConfig
 from wpn_ds.data.records import ForgetRecord, Record, read_forget, read_retain
 from wpn_ds.errors import UserError
-from wpn_ds.flags import check_place, positive, share, whole
+from wpn_ds.flags import check_place, new_output, positive, share, whole
 from wpn_ds.history import write_atomically
 from wpn_ds.select.choosing import core, hardest, nearest, total_variance
 from wpn_ds.select.reading import Reader, Settings
@@ -31,17 +31,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     for flag in ("model", "baseline"):
         if flag in options:
             check_place(f"--{flag}", getattr(options, flag))
-    if options.output.exists():
-        raise UserError(f"--output {options.output} exists: remove it, or name another file")
-    try:
+    with new_output(options.output):
         options.output.absolute().parent.mkdir(parents=True, exist_ok=True)
         said = options.work(options)
-    except OSError as error:  # a full disk, a folder that can't be written
-        if error.filename is None and error.errno is None:
-            raise
-        raise UserError(
-            f"--output {options.output}: {error.filename or 'it'} can't be used ({error.strerror})"
-        ) from error
     print(f"{options.output}: {said}", file=sys.stderr)
     return 0
 
