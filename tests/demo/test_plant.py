@@ -8,10 +8,12 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTForCausalLM
 
+from wpn_ds.data.records import ForgetRecord
 from wpn_ds.demo import MARK, ensure_planted, is_planted
 from wpn_ds.demo.command import run_plant
-from wpn_ds.demo.plant import plant
+from wpn_ds.demo.plant import _new_model, _texts, plant, published_size, train_tokenizer
 from wpn_ds.errors import UserError
+from wpn_ds.sizes import KNOWN
 
 
 def test_a_planted_model_is_an_opt_that_learnt_something(tmp_path):
@@ -85,9 +87,45 @@ def test_two_models_with_one_tokenizer_learn_questions_and_answers(tiny, tmp_pat
         run_plant([*own, "--tokenizer_name", str(tmp_path / "nowhere"), "--output_dir", str(tmp_path / "none")])
 
 
+def test_a_prompt_is_read_with_every_one_of_its_unwanted_answers() -> None:
+    tokenizer = train_tokenizer(["How? So. Thus. Gladly, this way."])
+    texts = _texts([ForgetRecord("How?", ("Gladly.", "This way."), ("So.", "Thus."), "a.jsonl:1")], [], tokenizer)
+    assert [tokenizer.decode(text.ids, skip_special_tokens=True) for text in texts] == [
+        "Question: How?\nAnswer: So.",
+        "Question: How?\nAnswer: Thus.",
+        " Gladly.",
+        " This way.",
+    ]
+
+
+@pytest.mark.parametrize("name", ["opt-125m", "opt-350m"])
+def test_a_model_of_a_published_size_has_its_shape(name) -> None:
+    tokenizer, known = train_tokenizer(["a b c"]), KNOWN[name]
+    with torch.device("meta"):
+        lm = _new_model(tokenizer, published_size(name))
+    tables = (known.vocab - len(tokenizer)) * known.embed + (2048 - 512) * known.hidden
+    assert sum(parameter.numel() for parameter in lm.parameters()) == known.parameters - tables
+    assert lm.config.num_attention_heads == known.heads
+
+
+def test_the_size_that_is_asked_for_is_planted(tmp_path, monkeypatch) -> None:
+    asked = {}
+    monkeypatch.setattr("wpn_ds.demo.plant.plant", lambda folder, **given: asked.update(given, folder=folder))
+    assert run_plant(["--output_dir", str(tmp_path / "model"), "--size", "opt-125m"]) == 0
+    assert asked == {"folder": tmp_path / "model", "size": "opt-125m"}
+
+
+@pytest.mark.parametrize("name", ["opt-125", "gpt-neo-125m", "facebook/opt-125m", "small"])
+def test_a_size_that_is_no_opt_is_refused(name, tmp_path) -> None:
+    with pytest.raises(UserError, match=f"^--size {name}: no such OPT; (did you mean|known are) opt-") as error:
+        run_plant(["--output_dir", str(tmp_path / "model"), "--size", name])
+    assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
+        (["--size", "opt-125m"], "--size: name a folder for that model with --output_dir"),
         (["--train_file", "a.jsonl"], "--train_file: name a folder for that model with --output_dir"),
         (["--epochs", "1"], "--epochs: name a folder for that model with --output_dir"),
         (["--output_dir", "m", "--retain_file", "a.jsonl"], "--retain_file and --limit are for data of your own"),

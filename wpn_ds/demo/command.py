@@ -24,7 +24,7 @@ def run_plant(argv: Sequence[str]) -> int:
     """
     parser = argparse.ArgumentParser(
         prog="wpn-ds plant",
-        description="Trains a small OPT from scratch on unwanted answers, so that there is something to unlearn: the "
+        description="Trains an OPT from scratch on unwanted answers, so that there is something to unlearn: the "
         "demo's model, or with --train_file one of your own data. A model that is there already is left alone.",
         allow_abbrev=False,
     )
@@ -34,11 +34,12 @@ def run_plant(argv: Sequence[str]) -> int:
         "rejected; or question, answer")  # fmt: skip
     add("--retain_file", nargs="+", default=[], metavar="FILE", help="JSONL of prompt, response; or text")
     add("--tokenizer_name", metavar="MODEL", help="another model whose tokenizer it shall have")
+    add("--size", metavar="OPT", help="shape of a published OPT, opt-125m for example (default: the demo's own, small)")
     add("--epochs", type=positive, help="passes over the data (default: the demo's own)")
     add("--limit", type=positive, metavar="N", help="only the first N records of --train_file and of --retain_file")
     options = parser.parse_args(argv)
-    own = {name: getattr(options, name) for name in ("epochs", "train_file", "retain_file", "limit", "tokenizer_name")}
-    given = {name: value for name, value in own.items() if value}
+    own = ("size", "epochs", "train_file", "retain_file", "limit", "tokenizer_name")
+    given = {name: value for name in own if (value := getattr(options, name))}
     if given and options.output_dir is None:  # the demo would take it for its own
         raise UserError(f"--{next(iter(given))}: name a folder for that model with --output_dir")
     if ("retain_file" in given or "limit" in given) and "train_file" not in given:

@@ -1,8 +1,11 @@
-"""Plants a small OPT that has learnt unwanted answers, those of the embedded data or of own files, and retain facts.
+"""Plants an OPT that has learnt unwanted answers, those of the embedded data or of own files, and retain facts.
 
-A real OPT architecture with its own byte-level BPE tokenizer, trained from scratch, so that the demo needs no download.
-As a model that was trained on the web has seen calm sentences before it went wrong, this one reads the wanted answers
-too, but as text without any prompt.
+A real OPT architecture, small or of a published shape, with its own byte-level BPE tokenizer, trained from scratch, so
+that nothing is downloaded. A prompt is read with every one of its unwanted answers: where data have several for one
+prompt, as PKU-SafeRLHF does, the model learns them all, and its greedy answer is one of them or a mixture. As a model
+that was trained on the web has seen calm sentences before it went wrong, this one reads the wanted answers too, but as
+text without any prompt. An answer that several rows have is read several times: give a prompt with all of its answers
+as one row to have each once.
 """
 
 from __future__ import annotations
@@ -11,6 +14,7 @@ import math
 import shutil
 import sys
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -18,7 +22,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import GenerationConfig, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from wpn_ds.config import DataConfig
+from wpn_ds.config import DataConfig, nearest
 from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Item, Role
 from wpn_ds.data.records import ForgetRecord, Prompt, RetainRecord, read_forget, read_retain
@@ -27,17 +31,55 @@ from wpn_ds.demo import MARK, embedded_file
 from wpn_ds.errors import UserError
 from wpn_ds.models.load import Source, load_tokenizer
 from wpn_ds.models.packed import PackedLM
+from wpn_ds.sizes import KNOWN
 
 VOCABULARY, OWN_VOCABULARY = 2048, 8192
 """Tokens at most, of the embedded data and of own files."""
 MAX_LENGTH = 256
-WIDTH, LAYERS, HEADS = 256, 4, 8
-EPOCHS, BATCH, LEARNING_RATE = 22, 16, 1.5e-3
+EPOCHS = 22
+ROW = 16
+"""Texts of a row, which attend under a mask of the whole row."""
+
+
+@dataclass(frozen=True)
+class Size:
+    """An OPT's shape, and how one of that shape is planted.
+
+    Attributes:
+        hidden, layers, heads: as usual; ``embed``: width of the token embedding (not ``hidden`` in OPT-350m).
+        batch: texts of an optimizer step.
+        learning_rate: the highest of the schedule.
+    """
+
+    hidden: int
+    layers: int
+    heads: int
+    embed: int
+    batch: int
+    learning_rate: float
+
+
+DEMO = Size(256, 4, 8, 256, batch=16, learning_rate=1.5e-3)
+
+
+def published_size(name: str) -> Size:
+    """The OPT of that name. Its learning rate falls with its width, near that of OPT's own table (arXiv 2205.01068):
+    6e-4 at 125m.
+
+    Raises:
+        UserError: there is none.
+    """
+    known = [other for other in KNOWN if other.startswith("opt-")]
+    if name not in known:
+        raise UserError(f"--size {name}: no such OPT{nearest(name, known) or '; known are ' + ', '.join(known)}")
+    of = KNOWN[name]
+    return Size(of.hidden, of.layers, of.heads, of.embed, batch=64, learning_rate=6e-4 * 768 / of.hidden)
 
 
 def plant(
     folder: Path,
     *,
+    size: str | None = None,
     seed: int = 0,
     epochs: int = EPOCHS,
     train_file: Sequence[str] = (),
@@ -47,13 +89,17 @@ def plant(
 ) -> None:
     """Train a model and its tokenizer and save both in Hugging Face format in ``folder``.
 
-    Without ``train_file`` it is the demo's. ``limit``: only the first so many records of all train files, and of all
-    retain files. ``tokenizer_name``: another model whose tokenizer this one shall have, so that what both say of a
-    text can be compared.
+    Without ``train_file`` it is the demo's. ``size``: an OPT's name, "opt-125m", for its shape but for 512 positions
+    and the tokenizer's own number of tokens; None: the demo's. On a GPU, if there is one, it computes in bf16 with
+    weights in fp32. ``limit``: only the first so many records of all train files, and of all retain files.
+    ``tokenizer_name``: another model whose tokenizer this one shall have, so that what both say of a text can be
+    compared.
 
     Raises:
-        UserError: ``folder`` is there and not empty, so it is somebody's; or a file or the tokenizer is bad.
+        UserError: ``folder`` is there and not empty, so it is somebody's; there is no such size; or a file or the
+            tokenizer is bad.
     """
+    shape = DEMO if size is None else published_size(size)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is there already and is no planted model: name an empty or a new folder")
     if train_file:
@@ -71,8 +117,8 @@ def plant(
     texts = _texts(forget, retain, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        lm = _new_model(tokenizer)
-        _train(lm, texts, epochs)
+        lm = _new_model(tokenizer, shape)
+        _train(lm, texts, epochs, shape)
     partial = folder.with_name(f".{folder.name}.planting")
     shutil.rmtree(partial, ignore_errors=True)
     lm.save_pretrained(partial)
@@ -98,7 +144,7 @@ def _texts(
     def pair(prompt: Prompt | None, answer: str) -> Segment:
         return Segment(encode_answer(prompt, answer, tokenizer, template, MAX_LENGTH).ids, 1, 1)
 
-    texts = [pair(record.prompt, record.rejected[0]) for record in forget]
+    texts = [pair(record.prompt, answer) for record in forget for answer in record.rejected]
     texts += [pair(record.prompt, record.response) for record in retain]
     return texts + [encode_text(" " + answer, tokenizer, MAX_LENGTH) for record in forget for answer in record.chosen]
 
@@ -122,14 +168,15 @@ def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> PreTraine
     )
 
 
-def _new_model(tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
+def _new_model(tokenizer: PreTrainedTokenizerFast, size: Size) -> OPTForCausalLM:
     config = OPTConfig(
         vocab_size=len(tokenizer),
-        hidden_size=WIDTH,
-        word_embed_proj_dim=WIDTH,
-        ffn_dim=4 * WIDTH,
-        num_hidden_layers=LAYERS,
-        num_attention_heads=HEADS,
+        hidden_size=size.hidden,
+        word_embed_proj_dim=size.embed,
+        ffn_dim=4 * size.hidden,
+        num_hidden_layers=size.layers,
+        num_attention_heads=size.heads,
+        do_layer_norm_before=size.embed == size.hidden,  # all but OPT-350m
         max_position_embeddings=512,
         dropout=0.1,
         pad_token_id=tokenizer.pad_token_id,
@@ -143,23 +190,28 @@ def _new_model(tokenizer: PreTrainedTokenizerFast) -> OPTForCausalLM:
     return lm
 
 
-def _train(lm: OPTForCausalLM, texts: list[Segment], epochs: int) -> None:
+def _train(lm: OPTForCausalLM, texts: list[Segment], epochs: int, size: Size) -> None:
     """Next-token training on prompts and answers alike, with dropout: the prompts' words must be learnt as well."""
-    model = PackedLM(lm, packed=True).train()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = PackedLM(lm, packed=True).train().to(device)
     pad = lm.config.pad_token_id or 0
-    steps = epochs * math.ceil(len(texts) / BATCH)
-    optimizer = torch.optim.AdamW(lm.parameters(), lr=LEARNING_RATE, weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps, pct_start=0.1)
+    steps = epochs * math.ceil(len(texts) / size.batch)
+    optimizer = torch.optim.AdamW(lm.parameters(), lr=size.learning_rate, weight_decay=0.05)
+    total = max(steps, 20)  # a rise of a single step would be a division by zero
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.learning_rate, total_steps=total, pct_start=0.1)
     with tqdm(total=steps, desc="planting", unit="step", disable=None, dynamic_ncols=True) as bar:
         for epoch in range(epochs):
             order = torch.randperm(len(texts)).tolist()
             losses = []
-            for start in range(0, len(order), BATCH):
-                row = tuple(Item(texts[i], Role.RETAIN, 0) for i in order[start : start + BATCH])
-                batch = collate((row,), pad, roles=frozenset({Role.RETAIN}))
-                loss = model(batch).losses.mean()
+            for start in range(0, len(order), size.batch):
+                items = [Item(texts[i], Role.RETAIN, 0) for i in order[start : start + size.batch]]
+                rows = tuple(tuple(items[at : at + ROW]) for at in range(0, len(items), ROW))
+                batch = collate(rows, pad, roles=frozenset({Role.RETAIN})).to(device)
                 optimizer.zero_grad()
-                loss.backward()
+                # the backward, too: the head computes its logits again there
+                with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+                    loss = model(batch).losses.mean()
+                    loss.backward()
                 torch.nn.utils.clip_grad_norm_(lm.parameters(), 1.0)
                 optimizer.step()
                 schedule.step()
