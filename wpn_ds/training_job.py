@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -30,6 +31,13 @@ def command_line(flags: Sequence[str], ranks: int, port: int | None = None) -> l
     """The command that trains with ``flags``; ``port``: for the ranks to meet, if not the launcher's own."""
     where = [] if port is None else ["--master_port", str(port)]
     return ["deepspeed", *where, "--num_accelerators", str(ranks), str(TRAIN), *flags]
+
+
+def free_port() -> int:
+    """For the ranks to meet, as another job on this machine may hold the launcher's own."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
 
 
 def launch(command: Sequence[str], log: Path | None = None) -> int:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import socket
 import sys
 import time
 from collections.abc import Mapping, Sequence
@@ -23,7 +22,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.evaluate.suites import QUICK_LIMIT
 from wpn_ds.history import clock
-from wpn_ds.training_job import TRAIN, command_line, launch, require_here
+from wpn_ds.training_job import TRAIN, command_line, free_port, launch, require_here
 
 STOPPED = 3
 """Exit code of a run whose gradients were not finite any more: a result, and no mistake."""
@@ -203,7 +202,7 @@ def _carry_out(run: Run, ranks: int, config: Config, data: Data) -> Outcome:
     code = 0
     if not (run.output_dir / DONE).exists():
         run.output_dir.mkdir(parents=True, exist_ok=True)
-        code = launch(command_line(run.flags, ranks, _free_port()), run.log)
+        code = launch(command_line(run.flags, ranks, free_port()), run.log)
         if code == 0 and not (run.output_dir / DONE).exists():
             raise UserError(f"{run.row.name}, seed {run.seed}, was told to stop: call again to go on")
     training = read_training(run.output_dir / "metrics.jsonl")
@@ -225,13 +224,6 @@ def _carry_out(run: Run, ranks: int, config: Config, data: Data) -> Outcome:
 def _reason(log: Path, code: int) -> str:
     errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ") if errors else f"exit code {code}, see {log}"
-
-
-def _free_port() -> int:
-    """For the ranks to meet, as another job on this machine may hold the launcher's own."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def _lines(grid: Sequence[Row], runs: Sequence[Run], outcomes: Mapping[Path, Outcome]) -> list[Line]:
