@@ -146,32 +146,27 @@ def write_data(source: Path, folder: Path, records: int | None) -> None:
         if not (source / name).is_file():
             raise UserError(f"{name} isn't below {source}: name the folder with --data_dir or WPN_DS_SHARED")
     folder.mkdir(parents=True, exist_ok=True)
-    seen: set[str] = set()
 
     def write(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
-        fresh = [row for row in rows if _prompt(row) not in seen][:records]
-        seen.update(map(_prompt, fresh))
-        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in fresh))
+        (folder / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows[:records]))
 
     for name, file in (("forget", FORGET["pku"]), ("heldout", HELD_OUT)):
         merged = merged_by_prompt(read_forget([source / file]))
         both = [r for r in merged if r.chosen and r.rejected]  # not of answers that are labelled both ways alone
         write(name, [{"prompt": r.prompt, "chosen": r.chosen, "rejected": r.rejected} for r in both])
-    texts = list({_prompt(row): row for row in (*instructions(source), *dialogues(source, folder))}.values())
+    asked = [*instructions(source), *dialogues(source, folder)]
+    texts = list({row.get("prompt", row.get("text", "")).strip().lower(): row for row in asked}.values())
     random.Random(0).shuffle(texts)
     known = round(KNOWN_SHARE * len(texts))
     write("known", texts[:known])
     write("retain", texts[known:])
-    files = [file for of in (*BENCHMARKS.values(), *PUBLISHED.values()) for file in of.files]
+    files = [file for benchmark in BENCHMARKS.values() for file in benchmark.files]
+    files += [file for prompts in PUBLISHED.values() for file in prompts.files]
     for path in {path for file in files for path in source.rglob(file)}:
         link = folder / path.relative_to(source)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)
         link.symlink_to(path.resolve())
-
-
-def _prompt(row: Mapping[str, Any]) -> str:
-    return str(row.get("prompt", row.get("text"))).strip().lower()
 
 
 def instructions(source: Path) -> Iterator[dict[str, str]]:

@@ -116,7 +116,8 @@ def test_the_size_that_is_asked_for_is_planted(tmp_path, monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("name", ["opt-125", "gpt-neo-125m", "facebook/opt-125m", "small"])
-def test_a_size_that_is_no_opt_is_refused(name, tmp_path) -> None:
+def test_a_size_that_is_no_opt_is_refused(name, tmp_path, monkeypatch) -> None:
+    monkeypatch.setattr("wpn_ds.demo.plant._train", None)
     with pytest.raises(UserError, match=f"^--size {name}: no such OPT; (did you mean|known are) opt-") as error:
         run_plant(["--output_dir", str(tmp_path / "model"), "--size", name])
     assert "\n" not in str(error.value) and list(tmp_path.iterdir()) == []
