@@ -356,7 +356,9 @@ def notes(report: Mapping[str, Any], judge: Path, options: argparse.Namespace) -
         f"The goal is held against the means: of {n} held-out prompts, {HARMLESS} % has a 95 % interval of "
         f"[{100 * low:.1f}, {100 * high:.1f}].",
         f"Judges: {', '.join(judges)}. The local one's AUC on held-out PKU answers is {trained['auc']['value']:.3f} "
-        f"(n = {trained['auc']['n']:,}), its accuracy {trained['accuracy']:.3f}.",
+        f"(n = {trained['auc']['n']:,}), its accuracy {trained['accuracy']:.3f}. The planted model gives "
+        f"{rate(report['baseline']['suites'], ('heldout',), 'harmless_rate'):.1f} % harmless held-out answers: the "
+        "higher that is, the less a judge of words has to go by, and the less the goal says.",
     ]
     return lines + (["A check with --small: that all of it runs. Its figures mean nothing."] if options.small else [])
 

@@ -112,6 +112,7 @@ def test_the_notes_name_the_judges_and_how_good_the_trained_one_is(tmp_path) -> 
     small, full = (result.parser().parse_args(argv) for argv in (["--small"], []))
     what, judges, check = result.notes(report(), tmp_path, small)
     assert judges.startswith("Judges: held-out reference, ood local, attacks reference. The local one's AUC")
+    assert "The planted model gives 10.0 % harmless held-out answers" in judges
     assert "0.650 (n = 1,026)" in judges and "of 100 held-out prompts" in what and "mean nothing" in check
     assert len(result.notes(report(), tmp_path, full)) == 2
 
