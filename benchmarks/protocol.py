@@ -5,6 +5,7 @@ Only the standard library: TRL's way runs in an environment that has nothing of 
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import subprocess
@@ -25,8 +26,8 @@ class Failed(RuntimeError):
 
 
 def tell(**values: Any) -> None:
-    """Answer the driver."""
-    print(MARK + json.dumps(values), flush=True)
+    """Answer the driver, on a line of its own whatever a library has left unfinished."""
+    print("\n" + MARK + json.dumps(values), flush=True)
 
 
 def asked() -> bool:
@@ -128,8 +129,9 @@ class Way:
 
     def _ask(self, line: str) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.write(line + "\n")
-        self._process.stdin.flush()
+        with contextlib.suppress(OSError):  # it is gone, which the answer that doesn't come will tell
+            self._process.stdin.write(line + "\n")
+            self._process.stdin.flush()
 
     def _answer(self) -> dict[str, Any]:
         assert self._process.stdout is not None

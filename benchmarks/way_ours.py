@@ -23,7 +23,7 @@ from wpn_ds.engine.loop import Trainer
 from wpn_ds.engine.setup import prepare
 from wpn_ds.engine.stop import Points
 from wpn_ds.engine.telemetry import measure_peak_flops, peak_memory_bytes, step_flops, synchronize
-from wpn_ds.models.load import load_config
+from wpn_ds.models.load import checkpoint_activations, load_config
 
 #: Operators that a profile has, the costliest first.
 OPERATORS = 10
@@ -45,7 +45,7 @@ class Measured(Trainer):
                 attn_implementation=self.attention,
             )
         if settings.gradient_checkpointing and trained:
-            lm.activation_checkpointing_enable({"use_reentrant": False})
+            checkpoint_activations(lm)
         return lm.train()
 
 
@@ -70,6 +70,9 @@ def main() -> None:
         return {
             "examples": job.config.training.global_batch_size,
             "tokens": plan.tokens,
+            "largest_micro_batch": max(
+                sum(item.tokens for row in batch for item in row) for rank in plan.micro_batches for batch in rank
+            ),
             "losses": {
                 name: (sums.totals[name] / max(1, sums.counts[name])).item()
                 for name in objective.weights

@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from benchmarks import gpu
+from benchmarks import gpu, gpu_tables
 from benchmarks.gpu_exact import KERNELS, measured
 from benchmarks.protocol import Way
 from benchmarks.rows import STATES
-from benchmarks.setting import make_data, make_shape, write_steps
+from benchmarks.setting import SHARED, make_data, make_shape, write_steps
+from wpn_ds.errors import UserError
 
 
 @pytest.mark.distributed
@@ -50,9 +52,11 @@ def test_a_route_that_leaks_between_texts_is_far_from_plain(name, tmp_path, monk
             f"m {name} {row['route']}": row | {"model": "m", "dtype": name}
             for row in measured(folder, dtype, torch.device("cpu"))
         }
-        said = {line[0].split()[-1]: line[-1] for line in gpu.tables({"exact": rows})[0][1:]}
+        said = {line[0].split()[-1]: line[-1] for line in gpu_tables.tables({"exact": rows})[0][1:]}
         assert (said["plain"], said["packed"], said["flex"]) == ("yes", "yes", "NO"), rows
         assert "reason" in rows[f"m {name} varlen"]  # which a CPU has not
+        (verdict,) = gpu_tables.verdicts({"device": "CPU", "exact": rows})
+        assert verdict.endswith(f"1 of 2, not m {name} flex, asked all: MISSED")
 
 
 def bench(tmp_path, monkeypatch, gpu_memory: float) -> gpu.Bench:
@@ -62,23 +66,71 @@ def bench(tmp_path, monkeypatch, gpu_memory: float) -> gpu.Bench:
     return made
 
 
-def test_the_first_setting_that_fits_is_taken_and_a_model_that_does_not_fit_says_so(tmp_path, monkeypatch):
-    setting = bench(tmp_path, monkeypatch, 80.0)._fitting("opt-1.3b")
-    assert setting.fits and (setting.gradient_checkpointing, setting.tokens_per_micro_batch) == (False, 8192)
-    tight = bench(tmp_path, monkeypatch, 30.0)._fitting("opt-1.3b")
-    assert tight.fits and tight.peak < 30 * 2**30 < setting.peak
+def test_settings_that_fit_are_tried_in_their_order_and_a_model_that_does_not_fit_says_so(tmp_path, monkeypatch):
+    settings = bench(tmp_path, monkeypatch, 80.0)._settings("opt-1.3b")
+    assert all(setting.fits for setting in settings)
+    assert (settings[0].gradient_checkpointing, settings[0].tokens_per_micro_batch) == (False, 8192)
+    tight = bench(tmp_path, monkeypatch, 30.0)._settings("opt-1.3b")
+    assert tight[0].fits and tight[0].peak < 30 * 2**30 < settings[0].peak and len(tight) < len(settings)
     none = bench(tmp_path, monkeypatch, 20.0)
-    row = none._ours("opt-1.3b", none._fitting("opt-1.3b"), False)
+    row = none._ours("opt-1.3b", none._settings("opt-1.3b"), False)
     assert "GiB of device memory" in row["reason"]
 
 
-def test_what_there_is_no_time_for_says_so_and_stays_in_the_table(tmp_path, monkeypatch, capsys):
+def test_what_runs_out_of_memory_is_tried_with_the_next_setting(tmp_path, monkeypatch):
+    made, tried = bench(tmp_path, monkeypatch, 80.0), []
+
+    def ours(name, setting, profiled):
+        tried.append(setting)
+        return {"reason": "out of memory"} if len(tried) < 3 else {"mfu": 0.5}
+
+    monkeypatch.setattr(made, "_ours_with", ours)
+    settings = made._settings("opt-1.3b")
+    row = made._ours("opt-1.3b", settings, False)
+    assert tried == settings[:3] and row["mfu"] == 0.5 and "reason" not in row
+    assert row["setting"]["tokens_per_micro_batch"] == settings[2].tokens_per_micro_batch
+
+
+@pytest.mark.parametrize(
+    ("log", "reason"),
+    [
+        ("Traceback\ntorch.OutOfMemoryError: CUDA out of memory. Tried\n[W1 c10d.cpp] a warning", "out of memory"),
+        ("RuntimeError: CUDA error: CUBLAS_STATUS_ALLOC_FAILED", "out of memory"),
+        ("  File x\nValueError: no such thing\n[W1 ProcessGroup.cpp] left early", "ValueError: no such thing"),
+        ("error: --deepspeed x: no such file", "error: --deepspeed x: no such file"),
+        ("", "ended without a word"),
+    ],
+)
+def test_the_reason_is_the_error_and_not_what_was_printed_after_it(log, reason):
+    assert gpu._reason(log) == reason
+
+
+def test_what_there_is_no_time_for_says_so_and_another_call_goes_on(tmp_path, monkeypatch, capsys):
     argv = ["--small", "--only", "b", "c", "--minutes", "0", "--output", str(tmp_path / "out.json")]
     assert gpu.main(argv) == 0
     found = json.loads((tmp_path / "out.json").read_text())
     for part in ("steps", "plain"):
         assert {row["reason"] for row in found[part].values()} == {"no time was left"}
     assert capsys.readouterr().out.count("no time was left") >= 2
+    found["steps"]["opt-tiny"] = MADE_UP["steps"]["opt-6.7b"]
+    (tmp_path / "out.json").write_text(json.dumps(found))
+    asked = []
+    monkeypatch.setattr(gpu.Bench, "_ours", lambda self, name, *_: asked.append(name) or {"reason": "late"})
+    assert gpu.main(argv) == 0 and asked == ["gpt_neo-tiny"]
+    (tmp_path / "out.json").write_text(json.dumps(found | {"device": "another"}))
+    with pytest.raises(UserError, match="has another device: name another file"):
+        gpu.main(argv)
+
+
+def test_each_model_has_its_own_tokenizers_ids(tmp_path, monkeypatch):
+    made, files = bench(tmp_path, monkeypatch, 80.0), []
+    monkeypatch.setattr(made, "_steps", lambda command, *_: files.append(command[command.index("--steps") + 1]) or {})
+    for name in gpu.SMALL:
+        made._plain(name)
+    lines = [Path(path).read_text().splitlines()[0] for path in sorted(set(files))]
+    first, second = (json.loads(line)["forget"][0]["wanted"][0][0] for line in lines)
+    assert len(set(files)) == 2 and len(files) == 2 * len(gpu.MICRO_BATCHES)
+    assert first != second or not (SHARED / "tokenizer_opt").is_dir()
 
 
 MADE_UP = {
@@ -92,6 +144,8 @@ MADE_UP = {
             "tokens_per_second": 9000.0,
             "mfu": 0.55,
             "attention": "wpn_flex",
+            "tokens": 4000,
+            "matrix_product_tflops": 700.0,
             "first_losses": {"npair": 1.0, "nll": 10.0, "retain": 1e-6},
             "operators": [{"name": f"op {k}", "calls": k, "ms": 9.0 - k, "share": 0.2} for k in range(5)],
         }
@@ -100,6 +154,7 @@ MADE_UP = {
         "opt-6.7b": {
             "examples_per_second": 45.0,
             "peak_gib": 120.0,
+            "micro_batch": 32,
             "first_losses": {"npair": 1.01, "nll": 10.0, "retain": -1e-3},
         }
     },
@@ -107,13 +162,13 @@ MADE_UP = {
 
 
 def test_targets_are_held_against_what_was_measured():
-    assert gpu.verdicts(MADE_UP) == [
+    assert gpu_tables.verdicts(MADE_UP) == [
         "MFU of opt-6.7b: 55.0%, asked >= 50%: reached",
         "estimate of opt-6.7b: +10.0%, asked within 5%: MISSED",
         "times plain, opt-6.7b: 2.00, asked >= 3: MISSED",
         "losses against plain, opt-6.7b: 1.0%, asked <= 5%: reached",
     ]
-    steps, operators = gpu.tables(MADE_UP)
+    steps, operators = gpu_tables.tables(MADE_UP)
     assert steps[1][-1] == "2.00" and len(steps[0]) == len(steps[1])
     assert [line[0] for line in operators[1:]] == ["op 0", "op 1", "op 2"]
 

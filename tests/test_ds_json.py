@@ -542,6 +542,9 @@ def test_adamw_is_torchs_on_a_cpu_without_offload(device: str, zero: dict[str, A
 
 def test_a_file_that_says_torch_adam_itself_is_obeyed() -> None:
     assert resolve(adamw(torch_adam=False), device="cpu").json["optimizer"]["params"]["torch_adam"] is False
+    for device in ("cpu", "cuda"):
+        assert resolve(adamw(torch_adam=True), device=device).json["optimizer"]["params"]["fused"] is True
+    assert "fused" not in resolve(adamw(), device="cuda").json["optimizer"]["params"]
 
 
 @pytest.mark.parametrize("name", [name for name in OPTIMIZER_FLAGS if not name.startswith("Adam")] + ["Adamax"])

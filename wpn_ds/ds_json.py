@@ -287,10 +287,10 @@ def _resolve_optimizer(work: _Resolution, *, device: str | None) -> None:
     zero = source.section("zero_optimization")
     offload = source.section("zero_optimization", "offload_optimizer")
     offloaded = offload.get("device", "none") in ("cpu", "nvme") or zero.get("cpu_offload") is True
-    if adam and device == "cpu" and not offloaded:
-        # DeepSpeed's AdamW for the device would be compiled first, for a minute.
-        params.setdefault("torch_adam", True)
-        if params["torch_adam"]:
+    if adam and not offloaded:
+        if device == "cpu":  # DeepSpeed's AdamW for it would be compiled first, for a minute
+            params.setdefault("torch_adam", True)
+        if params.get("torch_adam"):
             params.setdefault("fused", True)  # else a step makes two temporary copies of all moments
     if name not in _DEEPSPEED_OPTIMIZERS:
         result["zero_allow_untested_optimizer"] = True

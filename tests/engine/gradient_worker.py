@@ -117,6 +117,7 @@ def run_case(case: dict, models: Path, cache: Path, world) -> tuple[dict, dict |
         other = Reader(build_policy(PackedLM(load("reference"), packed=layout.packed), config, None), layout, 0, world)
     if objective.needs_starting_scores:
         scores = starting_scores(other, objective, examples.answers, tables, silent)
+        scores = scores.to(world.device)
         targets = StartingScores(scores[torch.from_numpy(plan.wanted_ids)], scores[torch.from_numpy(plan.unwanted_ids)])
     if objective.keeps_distribution and case["reference"] == "states":
         reference = cached_states(other, examples.retain, tables, silent)

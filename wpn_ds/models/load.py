@@ -120,10 +120,15 @@ def load_model(
     audit(model, info, source)
     model.train()
     if gradient_checkpointing:
-        enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
-        # Non-reentrant: the reentrant kind runs the head's chunks twice under ZeRO-3, which asserts.
-        enable({"use_reentrant": False})
+        checkpoint_activations(model)
     return model
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Recompute a layer's activations in the backward pass. Non-reentrant: the reentrant kind runs the head's chunks
+    twice under ZeRO-3, which asserts."""
+    enable = getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable
+    enable({"use_reentrant": False})
 
 
 def audit(model: Any, info: Mapping[str, Any], source: Source) -> None:
