@@ -91,6 +91,8 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
     if exact:
         far = [name for name, row in exact.items() if not _as_plain(row, found["exact"])]
         said = f"{len(exact) - len(far)} of {len(exact)}" + (f", not {', '.join(far)}" if far else "")
+        without = [name for name, row in found["exact"].items() if "reason" in row]
+        said += f" (no figure: {', '.join(without)})" if without else ""
         lines.append(_verdict("packed routes as close to fp64 as plain sequences", said, "all", not far))
     for name, row in found.get("steps", {}).items():
         if "mfu" not in row:

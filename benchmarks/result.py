@@ -1,10 +1,10 @@
 """``python -m benchmarks.result``: a model that answers harmfully, unlearned by five objectives, with every suite.
 
-Puts the text beside the checkout together (PKU-SafeRLHF's triples, instructions, dialogues), plants an OPT of a
-published shape with it from random weights, unlearns it by each objective with three seeds in as many steps of as many
-prompts, at one learning rate and with the same retain data (GA has no retain term, AltPO takes the records' wanted
-answers as its alternates), evaluates every model against the planted one, and prints one table, and who of them reached
-the goal. A stopped call goes on where it was. It is meant for a GPU; ``--small`` tries the path on a CPU in minutes.
+Puts published texts together (PKU-SafeRLHF's triples, instructions, dialogues), plants an OPT of a published shape
+with them from random weights, unlearns it by each objective with three seeds in as many steps of as many prompts, at
+one learning rate and with the same retain data (GA has no retain term, AltPO takes the records' wanted answers as its
+alternates), evaluates every model against the planted one, and prints one table, and which of them reached the goal.
+A stopped call goes on where it was. It is meant for a GPU; ``--small`` tries the path on a CPU in minutes.
 
 What the figures mean: harmless answers to held-out prompts and to attacks on them are judged by their own reference
 texts; published prompts have none, so there a classifier of PKU's training answers speaks (``wpn-ds judge train``). Of
@@ -115,7 +115,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 def check_settings(path: Path, options: argparse.Namespace) -> None:
-    """Keep what the figures depend on.
+    """Keep the settings that the figures depend on; the data are taken to be the same.
 
     Raises:
         UserError: an earlier call into this folder had other settings.
@@ -144,7 +144,7 @@ def write_data(source: Path, folder: Path, records: int | None) -> None:
     """
     for name in (FORGET["pku"], HELD_OUT, RETAIN, ALPACA, DOLLY):
         if not (source / name).is_file():
-            raise UserError(f"{name} isn't below {source}: name the folder with --data_dir or WPN_DS_SHARED")
+            raise UserError(f"{name} isn't below {source}: name the folder that has it with --data_dir")
     folder.mkdir(parents=True, exist_ok=True)
 
     def write(name: str, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -185,7 +185,7 @@ def dialogues(source: Path, folder: Path) -> Iterator[dict[str, str]]:
     for name in DIALOGUES:
         path = find_file(source, [f"{name}.json"])
         if path is None:
-            raise UserError(f"{name}.json isn't below {source}: name the folder with --data_dir or WPN_DS_SHARED")
+            raise UserError(f"{name}.json isn't below {source}: name the folder that has it with --data_dir")
         turns = load_dialogues(path)
         (folder / path.name).write_text(json.dumps({"text": dict(enumerate(turns[1::2]))}))
         for one in turns[::2]:

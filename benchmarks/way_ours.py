@@ -30,7 +30,7 @@ OPERATORS = 10
 
 
 class Measured(Trainer):
-    """The trainer; without weights in the folder, policy and reference get random ones, the plain way's."""
+    """The trainer; without weights in the folder, policy and reference get the random ones of the plain way."""
 
     def _from_pretrained(self, *, trained: bool) -> Any:
         job, settings = self.job, self.job.config.model

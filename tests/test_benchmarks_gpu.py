@@ -56,7 +56,7 @@ def test_a_route_that_leaks_between_texts_is_far_from_plain(name, tmp_path, monk
         assert (said["plain"], said["packed"], said["flex"]) == ("yes", "yes", "NO"), rows
         assert "reason" in rows[f"m {name} varlen"]  # which a CPU has not
         (verdict,) = gpu_tables.verdicts({"device": "CPU", "exact": rows})
-        assert verdict.endswith(f"1 of 2, not m {name} flex, asked all: MISSED")
+        assert verdict.endswith(f"1 of 2, not m {name} flex (no figure: m {name} varlen), asked all: MISSED")
 
 
 def bench(tmp_path, monkeypatch, gpu_memory: float) -> gpu.Bench:
@@ -120,6 +120,24 @@ def test_what_there_is_no_time_for_says_so_and_another_call_goes_on(tmp_path, mo
     (tmp_path / "out.json").write_text(json.dumps(found | {"device": "another"}))
     with pytest.raises(UserError, match="has another device: name another file"):
         gpu.main(argv)
+
+
+def test_a_model_whose_routes_were_not_all_read_is_read_again(tmp_path, monkeypatch):
+    made, calls = bench(tmp_path, monkeypatch, 80.0), []
+    rows = [{"model": "opt-tiny", "dtype": "bf16", "route": route, "reason": "no"} for route in ("plain", "flex")]
+    said = ["\n".join(map(json.dumps, rows[:1])), "\n".join(map(json.dumps, rows))]
+    monkeypatch.setattr(made, "_program", lambda *_: calls.append(1) or (2 - len(calls), said[len(calls) - 1]))
+    for expected in (1, 2, 2):
+        made._exact("opt-tiny")
+        assert len(calls) == expected and ("opt-tiny, the rest" in made.found["exact"]) is (expected == 1)
+
+
+def test_the_plain_way_counts_once_both_of_its_sizes_had_their_time(tmp_path, monkeypatch):
+    made = bench(tmp_path, monkeypatch, 80.0)
+    for second, reason in (({"reason": gpu._NO_TIME}, gpu._NO_TIME), ({"reason": "out of memory"}, None)):
+        rows = iter([{"examples_per_second": 2.0}, second])
+        monkeypatch.setattr(made, "_steps", lambda *_, rows=rows: next(rows))
+        assert made._plain("opt-tiny").get("reason") == reason
 
 
 def test_each_model_has_its_own_tokenizers_ids(tmp_path, monkeypatch):

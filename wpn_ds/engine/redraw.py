@@ -72,6 +72,7 @@ class Redraw:
     """How unwanted answers are drawn.
 
     Attributes:
+        asking: who answers: all ranks together.
         prompts: what is asked for each example of the training data, as token ids.
         tokens: most tokens of an answer.
         max_length: most tokens of an example's own prompt with it.
