@@ -126,7 +126,8 @@ def test_a_folder_of_other_settings_is_refused_but_not_more_seeds(tmp_path) -> N
 
 
 def test_a_folder_without_the_data_is_named(tmp_path) -> None:
-    with pytest.raises(UserError, match=r"triples_train.jsonl isn't below .*: name the folder that has it with --data_dir"):
+    message = r"triples_train.jsonl isn't below .*: name the folder that has it with --data_dir"
+    with pytest.raises(UserError, match=message):
         result.write_data(tmp_path, tmp_path / "out", None)
 
 
