@@ -19,8 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from benchmarks.protocol import serve
-from wpn_ds.engine.telemetry import peak_memory_bytes, synchronize
+from benchmarks.protocol import peak_mib, serve
 
 TAU = 0.05
 
@@ -129,8 +128,11 @@ def main() -> None:
         torch.nn.utils.clip_grad_norm_(policy.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        synchronize(device)
-        return {"examples": len(now["forget"]), "losses": losses, "peak_bytes": peak_memory_bytes(device)}
+        peak = peak_mib() * 2**20
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+            peak = torch.cuda.max_memory_allocated()
+        return {"examples": len(now["forget"]), "losses": losses, "peak_bytes": peak}
 
     serve(step)
 
