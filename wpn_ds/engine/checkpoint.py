@@ -111,7 +111,7 @@ class Saver:
     def save(self, state: TrainerState, ema: list[Tensor] | None = None) -> None:
         """Write ``checkpoint-<step>`` and then :meth:`rotate`; the save before is finished first.
 
-        ``ema``: this rank's part of the weights' running mean, if it has one.
+        ``ema``: this rank's part of the weights' running mean, if its file is to hold one.
 
         Raises:
             SaveError: a file can't be written (a full disk, a quota). The checkpoints before are intact.
@@ -216,10 +216,9 @@ def load(engine: Any, path: Path, state: TrainerState, world: World) -> None:
     set_rng_state(torch.load(path / f"rng-{world.rank}.pt", weights_only=True), world.device)
 
 
-def load_ema(path: Path, world: World) -> list[Tensor]:
-    """This rank's part of the running mean that :meth:`Saver.save` was given; the whole one is in rank 0's file."""
-    own, whole = (path / f"ema-{rank}.pt" for rank in (world.rank, 0))
-    return torch.load(own if own.exists() else whole, weights_only=True, map_location="cpu")
+def load_ema(path: Path, holder: int) -> list[Tensor]:
+    """The part of the running mean that rank ``holder`` gave to :meth:`Saver.save`."""
+    return torch.load(path / f"ema-{holder}.pt", weights_only=True, map_location="cpu")
 
 
 def is_partitioned(path: Path) -> bool:

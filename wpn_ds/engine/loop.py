@@ -110,7 +110,7 @@ def _train(job: Job, past: checkpoint.TrainerState) -> None:
     if job.resume_from is not None:  # after the bank and the reference, which the starting weights make
         checkpoint.load(trainer.engine, job.resume_from, past, job.world)
         if trainer.ema is not None:
-            trainer.ema.restore(checkpoint.load_ema(job.resume_from, job.world))
+            trainer.ema.restore(checkpoint.load_ema(job.resume_from, trainer.ema.holder))
         say(job.world, f"resumed from {job.resume_from} after step {past.step}")
     else:
         torch.manual_seed(job.config.training.seed + job.world.rank)
@@ -466,7 +466,8 @@ class Trainer:
 
     def _save(self) -> None:
         self.points.pause()
-        self.saver.save(self.state, None if self.ema is None else self.ema.part)
+        ema = self.ema
+        self.saver.save(self.state, ema.mean if ema is not None and ema.holder == self.job.world.rank else None)
         self.saved_step = self.state.step
 
     def _tell_of_save(self, step: int, seconds: float) -> None:
@@ -516,21 +517,22 @@ class Trainer:
             early = f"stopped early, {forgotten if state.left == [] else logging.early_stopping}"
         if logging.early_stopping is None:
             return state.step, early
+        lead = f"{early}: " if early else ""
         on_main(job.world, lambda: self.saver.rotate(state))  # the best may have changed since the last save
         best = f"step {state.best_step}, {summary(state.best, state.start_perplexity)}"
         if not state.best_step:
             bound = f"the retain perplexity within {logging.retain_bound:g} times that at the start (--retain_bound)"
-            return state.step, f"{early}{early and ': '}the weights are the last step's: no evaluation had {bound}"
+            return state.step, f"{lead}the weights are the last step's: no evaluation had {bound}"
         if state.best_step == state.step:
             return state.step, f"{early or 'the last is the best'}: {best}"
         path = checkpoint.path_of(job.output_dir, state.best_step)
         if faults := checkpoint.damage(path, job.world):
             damaged = f"{path.name}, the best, is damaged ({faults[0]})"
-            return state.step, f"{early}{early and ': '}the weights are the last step's: {damaged}"
+            return state.step, f"{lead}the weights are the last step's: {damaged}"
         past = on_main(job.world, lambda: checkpoint.read_state(path))
         assert past is not None  # it is whole
         checkpoint.load(self.engine, path, past, job.world)
-        return state.best_step, f"{early}{early and ': '}the weights are those of the best evaluation: {best}"
+        return state.best_step, f"{lead}the weights are those of the best evaluation: {best}"
 
     def _evaluate_start(self, telemetry: Telemetry) -> None:
         job = self.job

@@ -27,9 +27,9 @@ class Ema:
         self.mean = [part.detach().to(torch.float32, copy=True) for part in self._parts()]
 
     @property
-    def part(self) -> list[Tensor] | None:
-        """What this rank's checkpoint file is to hold: the whole mean is rank 0's."""
-        return self.mean if self._partitioned or self._engine.global_rank == 0 else None
+    def holder(self) -> int:
+        """The rank whose checkpoint file holds this rank's part: its own, or rank 0 where all have the whole mean."""
+        return self._engine.global_rank if self._partitioned else 0
 
     @property
     def _partitioned(self) -> bool:
