@@ -38,8 +38,10 @@ from benchmarks.report import aligned
 from benchmarks.rows import LEARNING_RATE, STATES
 from benchmarks.setting import FORGET, SEED, SHARED, make_data, make_shape, write_steps
 from wpn_ds import estimate
+from wpn_ds.ablate.grid import flags
 from wpn_ds.errors import UserError
 from wpn_ds.models.attention import KERNELS
+from wpn_ds.training_job import say
 
 RESULTS = Path(__file__).parent / "results.gpu.json"
 #: The most telling first: what there is no time for is at the end.
@@ -97,6 +99,10 @@ class Bench:
             )
         about = {"device": torch.cuda.get_device_name(0) if cuda else "CPU", "small": options.small}
         about |= {"data": self.data.source, "machine": machine()}
+        zero3 = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+        zero3["optimizer"]["params"]["torch_adam"] = True  # DeepSpeed's own would be compiled first, a minute
+        self.zero3 = folder / "zero3.json"
+        self.zero3.write_text(json.dumps(zero3))
         self.found: dict[str, Any] = about
         if options.output.exists():
             earlier = json.loads(options.output.read_text())
@@ -117,14 +123,19 @@ class Bench:
                 self._note("steps", name, self._ours(name, self._settings(name), profiled))
             if "c" in parts and not self._known("plain", name):
                 self._note("plain", name, self._plain(name))
-        for name in () if "e" not in parts else SMALL[:1] if small else OFFLOADED:
+        if "e" in parts:
+            self._offloaded(SMALL[:1] if small else OFFLOADED)
+        if "a" in parts and not self._known("gradient", "one rank"):
+            self._gradient()
+
+    def _offloaded(self, names: Sequence[str]) -> None:
+        """The first of the models that the host holds."""
+        for name in names:
             if not self._known("offload", name):
                 setting = self._setting(name, "ds_configs/zero3_offload.json", True, ROW_LENGTH)
                 self._note("offload", name, self._ours(name, [setting], False))
             if self._known("offload", name):
-                break
-        if "a" in parts and not self._known("gradient", "one rank"):
-            self._gradient()
+                return
 
     def _known(self, part: str, name: str, figure: str = "") -> bool:
         row = self.found.get(part, {}).get(name, {"reason": "not yet"})
@@ -133,7 +144,7 @@ class Bench:
     def _note(self, part: str, name: str, row: Mapping[str, Any]) -> None:
         self.found.setdefault(part, {})[name] = row
         self.options.output.write_text(json.dumps(self.found, indent=2) + "\n")
-        _say(f"{part}, {name}: {row.get('reason') or _short(row)}")
+        say(f"{part}, {name}: {row.get('reason') or _short(row)}")
 
     @property
     def _seconds_left(self) -> float:
@@ -188,11 +199,7 @@ class Bench:
 
     def _settings(self, name: str) -> list[Setting]:
         """Those of :data:`SETTINGS` that fit; if none does, the smallest."""
-        zero = self.folder / "zero3.json"
-        with_torch = json.loads((ROOT / "ds_configs/zero3.json").read_text())
-        with_torch["optimizer"]["params"]["torch_adam"] = True  # DeepSpeed's own would be compiled first, a minute
-        zero.write_text(json.dumps(with_torch))
-        found = [self._setting(name, str(zero), checkpointing, tokens) for checkpointing, tokens in SETTINGS]
+        found = [self._setting(name, str(self.zero3), checkpointing, tokens) for checkpointing, tokens in SETTINGS]
         return [setting for setting in found if setting.fits] or found[-1:]
 
     def _ours(self, name: str, settings: Sequence[Setting], profiled: bool) -> dict[str, Any]:
@@ -203,7 +210,7 @@ class Bench:
             row |= self._unfit(setting) or self._ours_with(name, setting, profiled)
             if row.get("reason") != _OUT_OF_MEMORY:
                 break
-            _say(f"{name}: out of memory with {setting}")
+            say(f"{name}: out of memory with {setting}")
         return row
 
     def _unfit(self, setting: Setting) -> dict[str, Any]:
@@ -215,23 +222,23 @@ class Bench:
         return {}
 
     def _ours_with(self, name: str, setting: Setting, profiled: bool) -> dict[str, Any]:
-        flags = {
-            "--deepspeed": setting.deepspeed,
-            "--model_name_or_path": self._model(name),
-            "--train_file": self.data.forget,
-            "--retain_file": self.data.retain,
-            "--output_dir": self.folder / f"{name}-output",
-            "--global_batch_size": self.examples,
-            "--max_length": ROW_LENGTH,
-            "--tokens_per_micro_batch": setting.tokens_per_micro_batch,
-            "--gradient_checkpointing": str(setting.gradient_checkpointing).lower(),
-            "--bf16": "true",
-            "--learning_rate": LEARNING_RATE,
-            "--lr_scheduler_type": "constant",
-            "--overwrite_output_dir": "true",
-            "--seed": SEED,
+        settings = {
+            "deepspeed": setting.deepspeed,
+            "model_name_or_path": self._model(name),
+            "train_file": self.data.forget,
+            "retain_file": self.data.retain,
+            "output_dir": self.folder / f"{name}-output",
+            "global_batch_size": self.examples,
+            "max_length": ROW_LENGTH,
+            "tokens_per_micro_batch": setting.tokens_per_micro_batch,
+            "gradient_checkpointing": setting.gradient_checkpointing,
+            "bf16": True,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "overwrite_output_dir": True,
+            "seed": SEED,
         }
-        command = ["benchmarks.way_ours", *(str(word) for pair in flags.items() for word in pair), *STATES]
+        command = ["benchmarks.way_ours", *flags(settings), *STATES]
         command += ["--profile", str(WARM_UP + STEPS + 1)] if profiled else []
         row = self._steps(command, f"{name}-ours", WARM_UP, STEPS, profiled)
         if "reason" not in row:  # micro-batches are seldom full, and the peak is that of the largest
@@ -331,12 +338,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for table in tables(found):
                 print(f"\n{aligned(table)}")
             print("\n" + "\n".join(verdicts(found)))
-    _say(f"{options.output} after {(time.monotonic() - begun) / 60:.1f} min")
+    say(f"{options.output} after {(time.monotonic() - begun) / 60:.1f} min")
     return 0
-
-
-def _say(line: str) -> None:
-    print(f"== {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

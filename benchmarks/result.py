@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import operator
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -26,8 +27,9 @@ from typing import Any
 import torch
 
 from benchmarks.setting import FORGET, RETAIN, SHARED
-from benchmarks.tofu import ZERO, say, tokens_per_second
+from benchmarks.tofu import ZERO, tokens_per_second
 from wpn_ds.ablate.command import STOPPED
+from wpn_ds.ablate.grid import flags
 from wpn_ds.config import DONE
 from wpn_ds.data.records import merged_by_prompt, read_forget, read_retain
 from wpn_ds.demo.command import run_plant
@@ -42,7 +44,7 @@ from wpn_ds.evaluate.report.files import REPORT_HTML, REPORT_JSON
 from wpn_ds.evaluate.statistics import wilson_interval
 from wpn_ds.evaluate.suites import GROUPS
 from wpn_ds.flags import above_0, positive
-from wpn_ds.training_job import TRAIN, command_line, free_port, launch, require_here
+from wpn_ds.training_job import TRAIN, command_line, free_port, launch, require_here, say
 
 OBJECTIVES = ("wpn", "ga", "graddiff", "npo", "altpo")
 HELD_OUT = FORGET["pku"].replace("train", "dev")
@@ -77,10 +79,10 @@ def parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    flags = parser()
-    if flags.parse_args(argv).small:
-        flags.set_defaults(**SMALL)
-    options = flags.parse_args(argv)
+    made = parser()
+    if made.parse_args(argv).small:
+        made.set_defaults(**SMALL)
+    options = made.parse_args(argv)
     require_here(TRAIN, ZERO)
     out: Path = options.output_dir
     check_settings(out / "settings.json", options)
@@ -215,13 +217,12 @@ def unlearn(name: str, seed: int, planted: Path, run: Path, data: Path, options:
         "max_steps": options.steps,
         "learning_rate": options.learning_rate,
         "seed": seed,
-        "bf16": str(gpu).lower(),
+        "bf16": gpu,
         "tokens_per_micro_batch": 16384 if gpu else 2048,
         "probe_prompts": 0,
     }
     say(f"unlearn: {run}")
-    flags = [part for flag, value in given.items() for part in (f"--{flag}", str(value))]
-    code = launch(command_line(flags, 1, free_port()))
+    code = launch(command_line(flags(given), 1, free_port()))
     if code == STOPPED:
         say(f"{run} has no model: its gradient was not finite")
     elif code or not (run / DONE).exists():
@@ -320,6 +321,9 @@ def _cell(values: Sequence[float | None], column: str, bounds: Sequence[float | 
     return f"{mean} [{min(ends):{form}}, {max(ends):{form}}]" if len(ends) > 1 else mean
 
 
+_HOLDS = {">=": operator.ge, ">": operator.gt, "<=": operator.le}
+
+
 def goal(name: str, of: Sequence[Figures]) -> str:
     """Whether the means over the seeds reach it; a figure that wasn't measured doesn't."""
     limits = (
@@ -333,8 +337,8 @@ def goal(name: str, of: Sequence[Figures]) -> str:
         values = [value for one in of if (value := one[column]) is not None]
         if len(values) < len(of):
             missed.append(f"{what} not measured")
-        elif not {">=": fmean(values) >= limit, ">": fmean(values) > limit, "<=": fmean(values) <= limit}[sign]:
-            missed.append(f"{what} {fmean(values):.1f} {unit}, not {sign} {limit}")
+        elif not _HOLDS[sign](mean := fmean(values), limit):
+            missed.append(f"{what} {mean:.1f} {unit}, not {sign} {limit}")
     return f"{name}: goal " + ("missed: " + "; ".join(missed) if missed else "reached")
 
 

@@ -17,11 +17,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from wpn_ds.ablate.grid import flags
 from wpn_ds.config import DONE
 from wpn_ds.demo.command import run_plant
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.command import run as evaluate
-from wpn_ds.training_job import TRAIN, command_line, launch, require_here
+from wpn_ds.training_job import TRAIN, command_line, launch, require_here, say
 
 #: In the table's order. All have the retain term but GA.
 OBJECTIVES = ("ga", "graddiff", "npo", "simnpo", "idkdpo", "altpo", "wpn")
@@ -90,7 +91,7 @@ def settings(name: str, model: Path, run: Path, options: argparse.Namespace) -> 
         "objective": name,
         "max_steps": options.steps,
     }
-    return [part for flag, value in given.items() for part in (f"--{flag}", str(value))]
+    return flags(given)
 
 
 def measured(model: Path, options: argparse.Namespace, log: Path | None) -> dict[str, Any]:
@@ -130,10 +131,6 @@ def _p(test: Mapping[str, float] | None) -> str:
 
 def _number(value: float | None) -> str:
     return "" if value is None else f"{value:.3f}"
-
-
-def say(line: str) -> None:
-    print(f"== {line}", file=sys.stderr, flush=True)
 
 
 if __name__ == "__main__":

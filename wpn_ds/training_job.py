@@ -33,6 +33,11 @@ def command_line(flags: Sequence[str], ranks: int, port: int | None = None) -> l
     return ["deepspeed", *where, "--num_accelerators", str(ranks), str(TRAIN), *flags]
 
 
+def say(line: str) -> None:
+    """What a command that starts others is at, between their own lines."""
+    print(f"== {line}", file=sys.stderr, flush=True)
+
+
 def free_port() -> int:
     """For the ranks to meet, as another job on this machine may hold the launcher's own."""
     with socket.socket() as free:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import shutil
-import sys
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,7 +21,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.evaluate.suites import QUICK_LIMIT
 from wpn_ds.history import clock
-from wpn_ds.training_job import TRAIN, command_line, free_port, launch, require_here
+from wpn_ds.training_job import TRAIN, command_line, free_port, launch, require_here, say
 
 STOPPED = 3
 """Exit code of a run whose gradients were not finite any more: a result, and no mistake."""
@@ -122,11 +121,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     for done, run in enumerate(left):
         each = (time.monotonic() - begun) / done if done else 0.0
         time_left = f", about {clock(each * (len(left) - done))} left" if done else ""
-        _say(f"[{done + 1}/{len(left)}] {run.row.name}, seed {run.seed}{time_left}; its log is {run.log}")
+        say(f"[{done + 1}/{len(left)}] {run.row.name}, seed {run.seed}{time_left}; its log is {run.log}")
         outcomes[run.output_dir] = outcome = _carry_out(run, options.ranks, configs[run.output_dir], data)
         faults += bool(outcome.stopped) and not run.record.exists()
         if outcome.stopped:
-            _say(f"{run.row.name}, seed {run.seed}, stopped: {outcome.stopped}")
+            say(f"{run.row.name}, seed {run.seed}, stopped: {outcome.stopped}")
         write(options.output_dir, result(start, _lines(grid, runs, outcomes)))
     found = result(start, _lines(grid, runs, outcomes))
     paths = write(options.output_dir, found)
@@ -184,7 +183,7 @@ def _start(folder: Path, model: str, config: Config, data: Data) -> Evaluation:
     settings = {"model": model, "heldout_file": data.heldout_file, "retain_file": data.retain_file}
     outcome = _read(record, settings)
     if outcome is None:
-        _say(f"evaluate {model}")
+        say(f"evaluate {model}")
         outcome = Outcome(
             settings, Training(0.0, None, None), measure(model, folder / "answers", config, data.suites, data.retain)
         )
@@ -233,7 +232,3 @@ def _lines(grid: Sequence[Row], runs: Sequence[Run], outcomes: Mapping[Path, Out
         for row in grid
     ]
     return [line for line in known if line.outcomes]
-
-
-def _say(line: str) -> None:
-    print(f"== {line}", file=sys.stderr, flush=True)
