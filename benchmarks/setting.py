@@ -70,16 +70,16 @@ def make_model(name: str, folder: Path) -> Path:
     return folder
 
 
-def make_shape(name: str, folder: Path) -> Path:
+def make_shape(name: str, folder: Path, depth: int | None = None) -> Path:
     """Save the configuration of ``name`` (as ``wpn-ds estimate`` knows it, or a family with one of :data:`SIZES`) and a
-    tokenizer in ``folder``, unless it is there. Weights there are none."""
+    tokenizer in ``folder``, unless it is there. Weights there are none. ``depth``: layers in place of its own."""
     if folder.exists():
         return folder
     family = "gpt_neo" if name.startswith("gpt") else "opt"
     known = KNOWN.get(name)
-    size = (known.hidden, known.layers, known.heads) if known else SIZES[name.partition("-")[2]]
+    width, layers, heads = (known.hidden, known.layers, known.heads) if known else SIZES[name.partition("-")[2]]
     _tokenizer(family, folder)
-    _config(family, *size).save_pretrained(folder)
+    _config(family, width, depth or layers, heads).save_pretrained(folder)
     return folder
 
 

@@ -31,7 +31,7 @@ from wpn_ds.demo import MARK, embedded_file
 from wpn_ds.errors import UserError
 from wpn_ds.models.load import Source, load_tokenizer
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.sizes import KNOWN
+from wpn_ds.sizes import KNOWN, Architecture, opt
 
 VOCABULARY, OWN_VOCABULARY = 2048, 8192
 """Tokens at most, of the embedded data and of own files."""
@@ -46,20 +46,17 @@ class Size:
     """An OPT's shape, and how one of that shape is planted.
 
     Attributes:
-        hidden, layers, heads: as usual; ``embed``: width of the token embedding (not ``hidden`` in OPT-350m).
+        shape: but for its positions and its number of tokens.
         batch: texts of an optimizer step.
         learning_rate: the highest of the schedule.
     """
 
-    hidden: int
-    layers: int
-    heads: int
-    embed: int
+    shape: Architecture
     batch: int
     learning_rate: float
 
 
-DEMO = Size(256, 4, 8, 256, batch=16, learning_rate=1.5e-3)
+DEMO = Size(opt("demo", layers=4, hidden=256, heads=8), batch=16, learning_rate=1.5e-3)
 
 
 def published_size(name: str) -> Size:
@@ -72,8 +69,7 @@ def published_size(name: str) -> Size:
     known = [other for other in KNOWN if other.startswith("opt-")]
     if name not in known:
         raise UserError(f"--size {name}: no such OPT{nearest(name, known) or '; known are ' + ', '.join(known)}")
-    of = KNOWN[name]
-    return Size(of.hidden, of.layers, of.heads, of.embed, batch=64, learning_rate=6e-4 * 768 / of.hidden)
+    return Size(KNOWN[name], batch=64, learning_rate=6e-4 * 768 / KNOWN[name].hidden)
 
 
 def plant(
@@ -99,7 +95,7 @@ def plant(
         UserError: ``folder`` is there and not empty, so it is somebody's; there is no such size; or a file or the
             tokenizer is bad.
     """
-    shape = DEMO if size is None else published_size(size)
+    chosen = DEMO if size is None else published_size(size)
     if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
         raise UserError(f"{folder} is there already and is no planted model: name an empty or a new folder")
     if train_file:
@@ -117,8 +113,8 @@ def plant(
     texts = _texts(forget, retain, tokenizer)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        lm = _new_model(tokenizer, shape)
-        _train(lm, texts, epochs, shape)
+        lm = _new_model(tokenizer, chosen)
+        _train(lm, texts, epochs, chosen)
     partial = folder.with_name(f".{folder.name}.planting")
     shutil.rmtree(partial, ignore_errors=True)
     lm.save_pretrained(partial)
@@ -169,14 +165,15 @@ def train_tokenizer(texts: list[str], vocabulary: int = VOCABULARY) -> PreTraine
 
 
 def _new_model(tokenizer: PreTrainedTokenizerFast, size: Size) -> OPTForCausalLM:
+    shape = size.shape
     config = OPTConfig(
         vocab_size=len(tokenizer),
-        hidden_size=size.hidden,
-        word_embed_proj_dim=size.embed,
-        ffn_dim=4 * size.hidden,
-        num_hidden_layers=size.layers,
-        num_attention_heads=size.heads,
-        do_layer_norm_before=size.embed == size.hidden,  # all but OPT-350m
+        hidden_size=shape.hidden,
+        word_embed_proj_dim=shape.embed,
+        ffn_dim=shape.ffn,
+        num_hidden_layers=shape.layers,
+        num_attention_heads=shape.heads,
+        do_layer_norm_before=shape.embed == shape.hidden,  # all but OPT-350m
         max_position_embeddings=512,
         dropout=0.1,
         pad_token_id=tokenizer.pad_token_id,

@@ -381,14 +381,12 @@ class Trainer:
             window = Window(job.world, peak)
             values = telemetry.last_losses
             while not self._over:
-                begun = time.perf_counter()
-                self._draw_anew(telemetry)
-                window.exclude(time.perf_counter() - begun)
+                with window.paused():
+                    self._draw_anew(telemetry)
                 values = self._take_step(telemetry, window) or values
                 rng = rng_state(job.world.device)
-                begun = time.perf_counter()
-                self._after_step(telemetry)
-                window.exclude(time.perf_counter() - begun)
+                with window.paused():
+                    self._after_step(telemetry)
             self._finish(telemetry, values, starts)
         except Stopped:
             if self.state.step > self.saved_step:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import math
 import resource
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -140,9 +141,12 @@ class Window:
         self.start = time.perf_counter()
         self.excluded = 0.0
 
-    def exclude(self, seconds: float) -> None:
-        """Time that went into something else than steps: an evaluation, a checkpoint."""
-        self.excluded += seconds
+    @contextlib.contextmanager
+    def paused(self) -> Iterator[None]:
+        """Around something else than steps, whose time doesn't count: an evaluation, a checkpoint, new answers."""
+        begun = time.perf_counter()
+        yield
+        self.excluded += time.perf_counter() - begun
 
     def add(self, result: StepResult, plan: StepPlan, examples: int, flops: float, data_seconds: float) -> None:
         self.steps += 1
