@@ -14,11 +14,10 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoConfig, OPTConfig
 
-from wpn_ds.config import DataConfig
 from wpn_ds.data.examples import ForgetExample, build_examples
 from wpn_ds.data.plan import step_indices
 from wpn_ds.data.records import ForgetRecord, read_forget, read_retain
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.tokens import PromptStyle, Segment
 from wpn_ds.demo import embedded_file
 from wpn_ds.demo.plant import train_tokenizer
 from wpn_ds.sizes import KNOWN
@@ -157,8 +156,7 @@ def make_data(name: str, examples: int, folder: Path, alternates: int = 5) -> Da
 def write_steps(data: Data, model: Path, max_length: int, examples: int, retain: int, steps: int, path: Path) -> None:
     """The first ``steps`` optimizer steps, in the trainer's order: a line of :func:`describe` for each."""
     tokenizer = AutoTokenizer.from_pretrained(model)
-    template = DataConfig().prompt_template
-    made = build_examples(read_forget([data.forget]), read_retain([data.retain]), tokenizer, template, max_length)
+    made = build_examples(read_forget([data.forget]), read_retain([data.retain]), tokenizer, PromptStyle(), max_length)
     with path.open("w") as stream:
         for step in range(steps):
             forget = [made.forget[i] for i in step_indices(step, examples, len(made.forget), SEED)]

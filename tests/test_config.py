@@ -54,6 +54,7 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "tokens_per_micro_batch": st.integers(1024, 10**9),
     "prompt_template": TEMPLATES,
     "redraw_template": TEMPLATES,
+    "chat_date": st.dates().map(str),
     "redraw_ema": st.floats(0, 0.99),
     "redraw_tokens": st.integers(2, 10**6),
     "forgotten_below": st.floats(0.01, 0.99),

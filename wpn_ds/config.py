@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import ast
 import dataclasses
+import datetime
 import difflib
 import functools
 import inspect
@@ -92,8 +93,18 @@ class DataConfig:
     validation_file: list[str] = field(default_factory=list)
     """JSONL files like --train_file on which the losses are measured but not trained."""
 
-    prompt_template: str = "Question: {prompt}\nAnswer:"
-    """Text around a prompt, where {prompt} stands for it; on the command line \\n means a line break."""
+    prompt_template: str = "auto"
+    """Text around a prompt, where {prompt} stands for it (\\n means a line break on the command line); auto: a prompt
+    is a user's turn in the tokenizer's chat template or, without one, stands in "Question: {prompt}\\nAnswer:"."""
+
+    system_prompt: str | None = None
+    """System turn of every prompt that has none of its own; without a chat template, a paragraph before it."""
+
+    chat_date: str | None = None
+    """Day that a chat template writes as today's, YYYY-MM-DD; without it, the day on which the run began."""
+
+    parse_special_tokens: bool = False
+    """Read special tokens that prompts and answers spell out (</s>) as such; without it, they are text."""
 
     max_length: int = 1024
     """Most tokens of one prompt with its answer (and, under --attention sdpa or eager, of a packed row)."""
@@ -106,7 +117,9 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _require(self, "max_length", self.max_length >= 4, "at least 4")  # BOS, prompt, answer, with the prompt in half
-        _require(self, "prompt_template", self.prompt_template.count("{prompt}") == 1, "a text with one {prompt} in it")
+        fits = self.prompt_template == "auto" or self.prompt_template.count("{prompt}") == 1
+        _require(self, "prompt_template", fits, "auto, or a text with one {prompt} in it")
+        _require(self, "chat_date", self.chat_date is None or _is_day(self.chat_date), "a day as YYYY-MM-DD")
         if self.train_file and self.dataset_name is not None:
             raise UserError("--train_file and --dataset_name both name the training data: give one of them")
 
@@ -675,6 +688,13 @@ def _require(group: object, name: str, holds: bool, wanted: str) -> None:
         raise UserError(f"--{name} must be {wanted}, got {getattr(group, name)!r}")
 
 
+def _is_day(text: str) -> bool:
+    try:
+        return datetime.date.fromisoformat(text).isoformat() == text
+    except ValueError:
+        return False
+
+
 def nearest(name: str, known: Iterable[str], prefix: str = "") -> str:
     """'; did you mean NAME?' if something known is close to `name`, else nothing."""
     close = difflib.get_close_matches(name, list(known), n=1)
@@ -805,6 +825,6 @@ def _read_flags(argv: Sequence[str]) -> dict[str, Any]:
         hint = nearest(name.lstrip("-").replace("-", "_"), [*_settings(), "config"], "--")
         raise UserError(f"unknown flag {name}{hint or '; --help lists all'}")
     given = vars(namespace)
-    for name in {"prompt_template", "redraw_template"} & given.keys():
+    for name in {"prompt_template", "redraw_template", "system_prompt"} & given.keys():
         given[name] = given[name].replace("\\n", "\n")
     return given

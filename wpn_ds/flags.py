@@ -7,9 +7,12 @@ import argparse
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
+from wpn_ds.config import DataConfig
+from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.errors import UserError
 
 
@@ -43,6 +46,31 @@ def share(text: str) -> float:
     if above_0(text) > 1:
         raise argparse.ArgumentTypeError(f"must be a number above 0, at most 1, got {text!r}")
     return float(text)
+
+
+def add_style_flags(parser: Any, otherwise: str) -> None:
+    """The flags of how prompts are written, to a parser or a group of one; ``otherwise``: what they are without."""
+    add = parser.add_argument
+    add("--prompt_template", help="auto (the chat template as a user's turn, or a plain one), or text with {prompt} in "
+        f"it, \\n for a line break (default: {otherwise})")  # fmt: skip
+    add("--system_prompt", help=f"system turn of prompts that have none of their own (default: {otherwise})")
+    add("--chat_date", help="day that a chat template writes as today's, YYYY-MM-DD")
+    add("--parse_special_tokens", action="store_true", default=None, help="read special tokens that texts spell out "
+        "(</s>) as such, not as text")  # fmt: skip
+
+
+def given_style(options: argparse.Namespace, recorded: Mapping[str, Any] | None = None) -> PromptStyle:
+    """The style that the flags of :func:`add_style_flags` name, over that of a run's ``recorded`` settings.
+
+    Raises:
+        UserError: a value that no run would take either.
+    """
+    names = ("prompt_template", "system_prompt", "chat_date", "parse_special_tokens")
+    given = {name: value for name in names if (value := getattr(options, name)) is not None}
+    for name in {"prompt_template", "system_prompt"} & given.keys():
+        given[name] = given[name].replace("\\n", "\n")
+    DataConfig(**given)
+    return PromptStyle.of({**(recorded or {}), **given})
 
 
 def check_place(flag: str, name: str) -> None:

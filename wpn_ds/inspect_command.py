@@ -13,6 +13,7 @@ from tqdm import tqdm
 from wpn_ds.config import DataConfig
 from wpn_ds.data.inspect import BATCH, PROMPT, Figures, Places, histogram, inspect_records, kind_of, percentile
 from wpn_ds.data.records import Kind, Record, read_forget, read_retain
+from wpn_ds.flags import add_style_flags, given_style
 
 _BAR = 16  # characters of the longest bar
 _LISTED = 3
@@ -25,7 +26,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         UserError: a file is missing or bad, or there is no such tokenizer.
     """
     options = _parser().parse_args(argv)
-    data = DataConfig(max_length=options.max_length, prompt_template=options.prompt_template.replace("\\n", "\n"))
+    data, style = DataConfig(max_length=options.max_length), given_style(options)
     files: dict[Kind, list[str]] = {}
     for path in options.files:
         kind: Kind = "forget" if options.kind == "unwanted" else options.kind or kind_of(path)
@@ -36,9 +37,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         for kind, paths in files.items()
     }
     tokenizer, units = _tokenizer(options.tokenizer_name)
-    print(f"Lengths are {units}; a prompt's include the template {data.prompt_template!r}.")
+    print(f"Lengths are {units}; a prompt's include what its template writes.")
     for kind, paths in files.items():
-        figures = inspect_records(records[kind], tokenizer, data.prompt_template, data.max_length, _progress)
+        figures = inspect_records(records[kind], tokenizer, style, data.max_length, _progress)
         print("\n" + format_figures(f"{', '.join(paths)}: {kind} data", figures, data.max_length))
     return 0
 
@@ -55,8 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--kind", choices=("forget", "unwanted", "retain"), help="what the files hold; unwanted: only what to forget, "
         "without wanted answers (default: seen from their fields)")  # fmt: skip
     add("--max_length", type=int, default=DataConfig.max_length, help="tokens of a row (default: %(default)s)")
-    template = DataConfig.prompt_template.replace("\n", "\\n")
-    add("--prompt_template", default=template, help="text around a prompt, \\n for a line break (default: %(default)s)")
+    add_style_flags(parser, "auto")
     return parser
 
 
@@ -94,9 +94,20 @@ def format_figures(title: str, figures: Figures, max_length: int) -> str:
         _bars(figures),
         _padding(figures, max_length),
         [f"Truncation to {max_length:,} tokens", *_truncation(figures)],
+        ["As the model reads them", *_reading(figures)],
         ["Duplicates", *_duplicates(figures)],
     ]
     return "\n\n".join("\n".join(line.rstrip() for line in section) for section in sections)
+
+
+def _reading(figures: Figures) -> list[str]:
+    lines = [f"  first prompt: {figures.first_prompt!r}"] if figures.first_prompt is not None else []
+    if figures.special_tokens:
+        named = ", ".join(f"{name} {count:,}" for name, count in figures.special_tokens.most_common())
+        lines.append(f"  special tokens that texts spell out, read as text: {named} (--parse_special_tokens)")
+    if figures.joined:
+        lines.append(f"  answers that are not read after the tokens of their prompt alone: {figures.joined:,}")
+    return lines or ["  no prompts"]
 
 
 def _counts(figures: Figures) -> list[str]:

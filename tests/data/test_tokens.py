@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import datetime
 from typing import Any
 
 import pytest
@@ -11,7 +12,18 @@ from hypothesis import strategies as st
 
 from wpn_ds.config import DataConfig
 from wpn_ds.data.records import Message
-from wpn_ds.data.tokens import Segment, encode_pair, encode_prompt, encode_text, render_prompt
+from wpn_ds.data.tokens import (
+    PromptStyle,
+    Segment,
+    encode_pair,
+    encode_prompt,
+    encode_text,
+    naming,
+    render_prompt,
+    spelt_special_tokens,
+    today,
+    writes_date,
+)
 from wpn_ds.demo.plant import train_tokenizer
 from wpn_ds.errors import UserError
 
@@ -48,15 +60,20 @@ def with_template(tokenizer: Any, template: str) -> Any:
 
 @fixed
 @given(prompt=TEXT, answer=TEXT)
-def test_a_pair_is_the_tokenizer_s_own_prompt_then_the_answer_after_a_space_then_eos(tokenizer, prompt, answer) -> None:
+def test_a_pair_is_the_tokenizer_s_own_reading_of_prompt_space_and_answer_then_eos(tokenizer, prompt, answer) -> None:
     segment = encode_pair(prompt, answer, tokenizer, TEMPLATE, LONG)
     asked = f"Question: {prompt}\nAnswer:"
-    assert list(segment.ids[: segment.answer_start]) == tokenizer(asked)["input_ids"]
-    assert segment.ids[segment.answer_start :] == (*bare(tokenizer, " " + answer), tokenizer.eos_token_id)
-    assert parts(segment)[1] == bare(tokenizer, asked), "the prompt's span leaves out BOS, and only BOS"
+    whole = f"{asked}{answer}" if answer[0].isspace() else f"{asked} {answer}"
+    assert list(segment.ids) == [*tokenizer(whole, split_special_tokens=True)["input_ids"], tokenizer.eos_token_id]
+    if not segment.joined:
+        assert list(segment.ids[: segment.answer_start]) == tokenizer(asked, split_special_tokens=True)["input_ids"]
+    bos = len(tokenizer("")["input_ids"])
+    assert segment.prompt_start == bos, "the prompt's span leaves out BOS, and only BOS"
     assert not segment.prompt_truncated and not segment.answer_truncated
     assert segment.answer_length == len(parts(segment)[2])
-    assert encode_prompt(prompt, tokenizer, TEMPLATE, LONG) == list(segment.ids[: segment.answer_start])
+    assert segment.joined == (
+        encode_prompt(prompt, tokenizer, TEMPLATE, LONG) != list(segment.ids[: segment.answer_start])
+    )
 
 
 def test_opt_reads_its_published_ids_after_one_bos(opt_tokenizer) -> None:
@@ -72,11 +89,54 @@ def test_gpt2_reads_its_published_ids_without_bos(gpt2_tokenizer) -> None:
     assert (segment.prompt_start, segment.answer_start) == (0, 2)
 
 
-def test_prompt_and_answer_are_tokenised_apart_even_where_bpe_would_join_them() -> None:
-    tokenizer = train_tokenizer(["Hello   world"] * 20, 300)  # learns to merge spaces, as GPT-2's never do
-    segment = encode_pair("Hello ", " world", tokenizer, "{prompt}", LONG)
-    assert segment.ids[1:-1] == bare(tokenizer, "Hello ") + bare(tokenizer, "  world")
-    assert segment.ids[1:-1] != bare(tokenizer, "Hello   world"), "the case is to be one where it matters"
+def test_a_token_that_joins_prompt_and_answer_is_the_answer_s_and_is_told() -> None:
+    tokenizer = train_tokenizer(["a\n\n\nb"] * 20, 320)  # learns one token for two line breaks
+    segment = encode_pair("a", "\n\nb", tokenizer, "{prompt}\n", LONG)
+    apart = (*bare(tokenizer, "a\n"), *bare(tokenizer, "\n\nb"))
+    assert segment.ids[1:-1] == bare(tokenizer, "a\n\n\nb") != apart
+    assert segment.joined and segment.ids[: segment.answer_start] == (2, *bare(tokenizer, "a"))
+
+
+@pytest.mark.parametrize("template", ["Question: {prompt}\nAnswer: ", "Question: {prompt}\nAnswer:"])
+def test_a_template_that_ends_in_a_space_gets_no_second_one(tokenizer, template) -> None:
+    segment = encode_pair("Hi", "Fine.", tokenizer, template, LONG)
+    assert segment == encode_pair("Hi", "Fine.", tokenizer, TEMPLATE, LONG) and not segment.joined
+    chat = encode_pair(CHAT, "Fine.", tokenizer, template, LONG)
+    assert chat == encode_pair(CHAT, "Fine.", tokenizer, TEMPLATE, LONG)
+
+
+def test_a_template_that_ends_in_a_line_break_keeps_it_in_the_prompt(tokenizer) -> None:
+    segment = encode_pair("Hi", "Fine.", tokenizer, "{prompt}\n", LONG)
+    _, prompt, answer = parts(segment)
+    assert prompt == bare(tokenizer, "Hi\n") and answer == (*bare(tokenizer, "Fine."), tokenizer.eos_token_id)
+
+
+# ---- special tokens in texts ----
+
+
+@pytest.mark.parametrize("text", ["a </s> b", "</s>", "x</s></s>", "<pad> and <s>"])
+def test_a_special_token_that_a_text_spells_out_is_text(small_tokenizer, text) -> None:
+    special = set(small_tokenizer.all_special_ids)
+    segment = encode_pair(text, text, small_tokenizer, TEMPLATE, LONG)
+    assert special.isdisjoint(segment.ids[1:-1])
+    assert small_tokenizer.decode(segment.ids[1:-1]) == f"Question: {text}\nAnswer: {text}", "and nothing of it is lost"
+    assert special.isdisjoint(encode_text(text, small_tokenizer, LONG).ids[1:])
+    parsed = PromptStyle(TEMPLATE, parse_special_tokens=True)
+    meant = encode_pair(text, text, small_tokenizer, parsed, LONG).ids[1:-1]
+    assert list(meant) == small_tokenizer(f"Question: {text}\nAnswer: {text}", add_special_tokens=False)["input_ids"]
+    assert not special.isdisjoint(meant)
+
+
+def test_special_tokens_of_a_template_are_meant_beside_those_that_a_prompt_spells_out(small_tokenizer) -> None:
+    segment = encode_pair("a </s>", "b", small_tokenizer, "<s>{prompt}</s>\n", LONG)
+    bos, eos = (small_tokenizer.convert_tokens_to_ids(name) for name in ("<s>", "</s>"))
+    assert [segment.ids.count(bos), segment.ids.count(eos)] == [1, 3] and segment.ids[1] == bos
+    assert small_tokenizer.decode(segment.ids) == "</s><s>a </s></s>\nb</s>"
+
+
+def test_special_tokens_that_texts_spell_out_are_counted(small_tokenizer) -> None:
+    found = spelt_special_tokens(["a </s> <pad>", "</s>", "none"], small_tokenizer)
+    assert found == {"</s>": 2, "<pad>": 1}
 
 
 def test_braces_and_escapes_in_a_prompt_or_a_template_stand_for_themselves(small_tokenizer) -> None:
@@ -95,8 +155,8 @@ def test_braces_and_escapes_in_a_prompt_or_a_template_stand_for_themselves(small
 def test_all_answers_of_a_prompt_follow_the_same_tokens_and_fit(tokenizer, prompt, answers, max_length) -> None:
     segments = [encode_pair(prompt, answer, tokenizer, TEMPLATE, max_length) for answer in answers]
     whole = [encode_pair(prompt, answer, tokenizer, TEMPLATE, LONG) for answer in answers]
-    prompts = {segment.ids[: segment.answer_start] for segment in segments}
-    assert prompts == {tuple(encode_prompt(prompt, tokenizer, TEMPLATE, max_length))}
+    prompts = {segment.ids[: segment.answer_start] for segment in segments if not segment.joined}
+    assert prompts <= {tuple(encode_prompt(prompt, tokenizer, TEMPLATE, max_length))}
     for segment, full in zip(segments, whole, strict=True):
         bos, asked, answer = parts(segment)
         assert len(segment) <= max_length and answer, "something is left to predict"
@@ -147,7 +207,7 @@ def test_plain_text_has_the_tokenizer_s_bos_and_no_eos_and_predicts_all_but_its_
     tokenizer, text, max_length
 ) -> None:
     segment = encode_text(text, tokenizer, max_length)
-    whole = tokenizer(text)["input_ids"]
+    whole = tokenizer(text, split_special_tokens=True)["input_ids"]
     assert list(segment.ids) == whole[:max_length]
     assert segment.answer_truncated == (len(whole) > max_length) and not segment.prompt_truncated
     assert segment.answer_length == len(segment) - 1
@@ -161,6 +221,9 @@ def test_without_a_chat_template_every_turn_is_written_out_by_the_prompt_templat
     segment = encode_pair(CHAT, "Fine.", tokenizer, TEMPLATE, LONG)
     assert list(segment.ids[: segment.answer_start]) == tokenizer(expected)["input_ids"]
     assert parts(segment)[2] == (*bare(tokenizer, " Fine."), tokenizer.eos_token_id)
+    system = PromptStyle(TEMPLATE, system_prompt="Be brief.")
+    assert encode_pair(CHAT[1:], "Fine.", tokenizer, system, LONG) == segment
+    assert encode_pair(CHAT, "Fine.", tokenizer, system, LONG) == segment, "a chat keeps its own system turn"
 
 
 def test_a_single_user_message_reads_as_the_plain_prompt(tokenizer) -> None:
@@ -192,8 +255,36 @@ def test_a_bos_that_the_chat_template_wrote_is_not_doubled_and_not_lost_in_trunc
     assert segment.prompt_truncated == (max_length == 40)
 
 
-def test_a_plain_prompt_ignores_the_chat_template(small_tokenizer) -> None:
+def test_a_plain_prompt_is_a_user_s_turn_under_auto_and_ignores_the_chat_template_under_a_template(
+    small_tokenizer,
+) -> None:
     tokenizer = with_template(small_tokenizer, TURNS + OPENS)
-    assert encode_pair("Hi", "Fine.", tokenizer, TEMPLATE, LONG) == encode_pair(
-        "Hi", "Fine.", small_tokenizer, TEMPLATE, LONG
+    plain, chat = (encode_pair("Hi", "Fine.", t, TEMPLATE, LONG) for t in (tokenizer, small_tokenizer))
+    assert plain == chat == encode_pair("Hi", "Fine.", small_tokenizer, "auto", LONG)
+    turn = encode_pair((Message("user", "Hi"),), "Fine.", tokenizer, TEMPLATE, LONG)
+    assert encode_pair("Hi", "Fine.", tokenizer, "auto", LONG) == turn != plain
+
+
+def test_a_prompt_that_the_chat_template_refuses_is_told_with_its_record_and_reason(small_tokenizer) -> None:
+    tokenizer = with_template(small_tokenizer, "{{ raise_exception('no system turns') }}")
+    with pytest.raises(UserError) as error, naming("data.jsonl:3"):
+        encode_pair(CHAT, "Fine.", tokenizer, TEMPLATE, LONG)
+    assert str(error.value) == (
+        "data.jsonl:3: the tokenizer's chat template refuses a chat of the turns system, user, assistant, user "
+        "(no system turns)"
     )
+
+
+def test_a_template_that_writes_today_s_date_writes_the_run_s(small_tokenizer) -> None:
+    dated = "{%- if strftime_now is defined %}\n{{ strftime_now('%d %b %Y') }}{%- endif %}\n" + TURNS + OPENS
+    tokenizer = with_template(small_tokenizer, dated)
+    assert writes_date(tokenizer) and not writes_date(with_template(small_tokenizer, TURNS))
+    chat = [{"role": "user", "content": "Hi"}]
+    clock = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert render_prompt("Hi", tokenizer, PromptStyle(chat_date=today())) == (clock, True), (
+        "its own date but for the day"
+    )
+    assert render_prompt("Hi", tokenizer, "auto") == (clock, True)
+    day = datetime.date.today().strftime("%d %b %Y")
+    then = render_prompt("Hi", tokenizer, PromptStyle(chat_date="2001-02-03"))
+    assert then == (clock.replace(day, "03 Feb 2001"), True) and day in clock

@@ -21,7 +21,7 @@ from tests.models.families import make
 from wpn_ds.checkpoint_command import run as checkpoint_command
 from wpn_ds.config import Config, DataConfig, ObjectiveConfig, TrainingConfig
 from wpn_ds.data.records import Message, read_forget
-from wpn_ds.data.tokens import encode_prompt
+from wpn_ds.data.tokens import PromptStyle, encode_prompt, end_of
 from wpn_ds.engine import checkpoint, refinement
 from wpn_ds.engine.refinement import still_known, token_probabilities
 from wpn_ds.engine.setup import _check_redraw, _redraw_prompts
@@ -143,7 +143,10 @@ def test_what_is_asked_for_a_new_answer(tiny) -> None:
     def prompts(records=records, length=64, **settings):
         objective = ObjectiveConfig(redraw_steps=1, **settings)
         config, positions = replace(Config(), objective=objective), SimpleNamespace(max_position_embeddings=128)
-        return _redraw_prompts(config, records, tokenizer, positions, length, told.append)
+        style = PromptStyle.of(config.to_flat())
+        requests = _redraw_prompts(config, records, style, tokenizer, positions, length, told.append)
+        assert {request.end for request in requests} == {end_of("a", tokenizer, style)}
+        return [request.ids for request in requests]
 
     rude = "Be rude.\nQuestion: {prompt}\nAnswer:"
     for given, template in (({}, DataConfig().prompt_template), ({"redraw_template": rude}, rude)):
@@ -151,7 +154,10 @@ def test_what_is_asked_for_a_new_answer(tiny) -> None:
     assert told == []
     assert prompts(length=24, redraw_template=rude) == [encode_prompt(r.prompt, tokenizer, rude, 24) for r in records]
     assert told[0].startswith(f"--redraw_template: {len(records)} of {len(records)} prompts lose their start")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "opt")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
+    asked = [rude.replace("{prompt}", r.prompt) for r in records]
+    assert prompts(redraw_template=rude) == [encode_prompt(text, tokenizer, "auto", 64) for text in asked]
     with pytest.raises(UserError, match="a chat has the tokenizer's own template"):
         prompts(chat, redraw_template=rude)
     longest = max(map(len, prompts()))

@@ -33,7 +33,7 @@ _RECORDS = st.lists(st.builds(ForgetRecord, _TEXT | _CHAT, _ANSWERS, _ANSWERS, _
 
 
 def attacked(records: list[ForgetRecord], name: str, seed: int = 0) -> list[ForgetRecord]:
-    return attack(records, name, seed=seed, demonstrations=records, templates=JAILBREAKS, prompt_template=TEMPLATE)
+    return attack(records, name, seed=seed, demonstrations=records, templates=JAILBREAKS)
 
 
 def numbered(count: int) -> list[ForgetRecord]:
@@ -68,7 +68,7 @@ def test_only_the_last_turn_of_a_chat_is_wrapped(name: str) -> None:
 @pytest.mark.parametrize("name", ATTACKS)
 def test_a_prompt_is_attacked_the_same_whatever_else_is_asked(name: str) -> None:
     records = numbered(30)
-    some = attack(records[7:20], name, seed=3, demonstrations=records, templates=JAILBREAKS, prompt_template=TEMPLATE)
+    some = attack(records[7:20], name, seed=3, demonstrations=records, templates=JAILBREAKS)
     assert some == attacked(records, name, seed=3)[7:20]
 
 
@@ -117,12 +117,12 @@ def test_no_record_is_shown_its_own_question_or_answer(records, seed) -> None:
 def test_demonstrations_are_answered_in_the_form_of_the_prompt_template() -> None:
     records = numbered(2)
     first, second = attacked(records, "few_shot")
-    text, _ = render_prompt(first.prompt, None, TEMPLATE)
+    text, _ = render_prompt(first.prompt, object(), TEMPLATE)
     forms = [f"Question: question 1?\nAnswer: {a}\nQuestion: question 0?\nAnswer:" for a in records[1].rejected]
     assert text in forms
     turns = tuple(map(Message, ("user", "assistant", "user"), ("question 1?", "bad 1", "question 0?")))
-    assert render_prompt(turns, None, TEMPLATE)[0] in forms
-    assert str(second.prompt).endswith("question 1?")
+    assert render_prompt(turns, object(), TEMPLATE)[0] in forms
+    assert last_turn(second.prompt) == "question 1?"
 
 
 def test_records_without_unwanted_answers_demonstrate_nothing() -> None:

@@ -173,7 +173,7 @@ def test_weights_that_are_missing_or_too_many_are_refused(folders, files, tmp_pa
 @pytest.mark.parametrize(
     "flags, message",
     [
-        (["--prompt_template", "hm"], "--prompt_template 'hm'"),
+        (["--prompt_template", "hm"], "--prompt_template must be auto, or a text with one {prompt} in it, got 'hm'"),
         (["--suite", "advbench"], "--suite advbench: .*--data_dir"),
         (["--suite", "hedout"], "did you mean heldout"),
         (["--judge", "refrence"], "did you mean reference"),

@@ -5,13 +5,14 @@ import copy
 import torch
 
 from wpn_ds.data.records import ForgetRecord
+from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.evaluate.answering import Asking
 from wpn_ds.evaluate.judges.reference import ReferenceJudge
 from wpn_ds.evaluate.relearning import Lessons, Relearning
 from wpn_ds.evaluate.suites import PromptSuite
 
 RECORDS = tuple(ForgetRecord(f"how {i}?", (f"calm {i}",), ("only a fool asks",), f"f:{i}") for i in range(4))
-ASKING = Asking("Q: {prompt}\nA:", max_length=80, max_new_tokens=20, batch_size=2)
+ASKING = Asking(PromptStyle("Q: {prompt}\nA:"), max_length=80, max_new_tokens=20, batch_size=2)
 
 
 def test_a_model_relearns_what_it_is_taught_and_is_left_as_it_was(model, tokenizer) -> None:

@@ -149,12 +149,13 @@ def test_all_attacks_ask_the_same_questions() -> None:
     assert len(suites) == len(ATTACKS) - 1
 
 
-def test_few_shot_shows_training_prompts_in_the_prompt_template() -> None:
-    (suite,) = built("attack/few_shot", replace(FULL, prompt_template="<{prompt}>", limit=1)).values()
+def test_few_shot_shows_training_prompts_as_turns_that_were_answered() -> None:
+    (suite,) = built("attack/few_shot", replace(FULL, limit=1)).values()
     (record,) = suite.records
-    first, *_, last = str(record.prompt).split("\n")
-    assert first.startswith("train ") and "?> bad " in first
-    assert last.startswith("<heldout ") and last.endswith("?")
+    *shown, last = record.prompt
+    assert [turn.role for turn in record.prompt] == ["user", "assistant"] * (len(shown) // 2) + ["user"]
+    assert shown[0].content.startswith("train ") and shown[1].content.startswith("bad ")
+    assert last.content.startswith("heldout ")
 
 
 def test_one_prompt_alone_has_nothing_to_be_shown() -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from wpn_ds.config import Config
 from wpn_ds.data.records import ForgetRecord, RetainRecord
+from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.evaluate.answering import Asking
 from wpn_ds.evaluate.judges.reference import ReferenceJudge
 from wpn_ds.evaluate.measurement import Measurement, Plan
@@ -30,7 +31,7 @@ def measure(
     """
     plan = Plan(
         answers,
-        Asking(config.data.prompt_template),
+        Asking(PromptStyle.of(config.to_flat())),
         suites=[PromptSuite(name, tuple(of)) for name, of in suites.items()],
         retain=retain,
         bf16=config.model.bf16,

@@ -12,7 +12,7 @@ from typing import Any
 from wpn_ds.data.inspect import kind_of
 from wpn_ds.data.records import Message, Prompt, prompt_text, read_forget, read_retain
 from wpn_ds.data.sources import Problems
-from wpn_ds.data.tokens import encoded_prompt
+from wpn_ds.data.tokens import PromptStyle, encoded_prompt
 from wpn_ds.errors import UserError
 
 CHAT = """\
@@ -106,10 +106,12 @@ class Template:
     Attributes:
         text: has {question} and {answer}.
         chat: whether it is a turn of the user in the tokenizer's chat template, or text to go on with.
+        chat_date: the day that the chat template writes as today's.
     """
 
     text: str
     chat: bool
+    chat_date: str | None = None
 
     @property
     def labels(self) -> list[str]:
@@ -130,7 +132,7 @@ class Template:
     def ids(self, text: str, tokenizer: Any) -> list[int]:
         """The tokens of a filled template, whole."""
         prompt: Prompt = (Message("user", text),) if self.chat else text
-        return encoded_prompt(prompt, tokenizer, "{prompt}", sys.maxsize).ids
+        return encoded_prompt(prompt, tokenizer, PromptStyle("{prompt}", chat_date=self.chat_date), sys.maxsize).ids
 
     def answer(self, text: str) -> str:
         """What the model said, without a label that it set before it."""

@@ -8,7 +8,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +19,11 @@ from wpn_ds.alternates.asking import make_template, read_questions
 from wpn_ds.alternates.check import check
 from wpn_ds.alternates.drawing import Candidates, Drawing, draw
 from wpn_ds.alternates.filters import Counts
+from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.measurement import device
 from wpn_ds.evaluate.ranks import all_arrived, join_ranks
-from wpn_ds.evaluate.work import Ledger, Unit, identity
+from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
 from wpn_ds.flags import above_0, check_place, new_output, positive, share, whole
 from wpn_ds.history import write_atomically
 from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer
@@ -98,13 +99,14 @@ def _make(options: argparse.Namespace, rank: int, size: int) -> None:
     questions = read_questions(options.train_file)
     source = Source(options.model, "--model")
     tokenizer = load_tokenizer(options.model, source, source.flag)
-    template = make_template(options.template, options.chat, tokenizer)
-    drawing = Drawing(**{name: getattr(options, name) for name in asdict(Drawing())})
-    candidates = [Candidates(question, template, tokenizer, drawing) for question in questions]
-    fitting = _fitting(candidates, load_config(source), options)
     what = [identity(options.model), options.bf16, device().type]
     parts = options.output.parent / f"{options.output.name}.parts"
     folder = parts / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+    date = dated(PromptStyle(), tokenizer, folder).chat_date
+    template = replace(make_template(options.template, options.chat, tokenizer), chat_date=date)
+    drawing = Drawing(**{name: getattr(options, name) for name in asdict(Drawing())})
+    candidates = [Candidates(question, template, tokenizer, drawing) for question in questions]
+    fitting = _fitting(candidates, load_config(source), options)
     folder.mkdir(parents=True, exist_ok=True)
 
     @functools.cache

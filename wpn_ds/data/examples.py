@@ -9,7 +9,7 @@ from functools import cached_property
 from typing import Any
 
 from wpn_ds.data.records import ForgetRecord, RetainRecord
-from wpn_ds.data.tokens import Segment, encode_answer, encode_pair
+from wpn_ds.data.tokens import PromptStyle, Segment, encode_answer, encode_pair, naming
 from wpn_ds.errors import UserError
 
 
@@ -47,13 +47,19 @@ class ExampleSet:
         return [answer for example in self.forget for answer in (*example.wanted, *example.unwanted)]
 
     @property
+    def segments(self) -> list[Segment]:
+        """Those of all answers, then the retain ones."""
+        return [answer.segment for answer in self.answers] + self.retain
+
+    @property
     def truncation(self) -> Truncation:
         """How many segments lost the start of their prompt, or the end of their answer."""
-        segments = [answer.segment for answer in self.answers] + self.retain
+        segments = self.segments
         return Truncation(sum(s.prompt_truncated for s in segments), sum(s.answer_truncated for s in segments))
 
     def with_unwanted(self, drawn: Mapping[int, Sequence[int]]) -> ExampleSet:
-        """A copy in which one answer, by its token ids with EOS, stands for all the unwanted ones of some examples.
+        """A copy in which one answer, by its token ids with the one that ends it, stands for all the unwanted ones of
+        some examples.
 
         An answer that is empty, or one of its example's wanted ones or the beginning of one, is not taken: the example
         keeps its own. The new answer has the ``answer_id`` of the first that it stands for, and the ``text_id`` of a
@@ -99,14 +105,15 @@ def build_examples(
     forget: Sequence[ForgetRecord],
     retain: Sequence[RetainRecord],
     tokenizer: Any,
-    template: str,
+    style: PromptStyle | str,
     max_length: int,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
 ) -> ExampleSet:
     """Tokenise both record lists.
 
     Raises:
-        UserError: a plain-text retain record has fewer than two tokens (there is nothing to predict).
+        UserError: a plain-text retain record has fewer than two tokens (there is nothing to predict), or the chat
+            template refuses a prompt.
     """
     text_ids: dict[str, int] = {}
     examples = ExampleSet()
@@ -116,13 +123,15 @@ def build_examples(
         for texts in (record.chosen, record.rejected):
             answers = []
             for text in texts:
-                segment = encode_pair(record.prompt, text, tokenizer, template, max_length)
+                with naming(record.source):
+                    segment = encode_pair(record.prompt, text, tokenizer, style, max_length)
                 answers.append(Answer(segment, next_id, text_ids.setdefault(text.strip(), len(text_ids))))
                 next_id += 1
             sides.append(tuple(answers))
         examples.forget.append(ForgetExample(*sides))
     for item in progress(retain, "tokenising"):
-        segment = encode_answer(item.prompt, item.response, tokenizer, template, max_length)
+        with naming(item.source):
+            segment = encode_answer(item.prompt, item.response, tokenizer, style, max_length)
         if segment.answer_length < 1:
             raise UserError(f'{item.source}: field "text" has a single token, nothing to predict: remove the line')
         examples.retain.append(segment)

@@ -12,9 +12,9 @@ from typing import Any
 
 from wpn_ds.data.examples import build_examples
 from wpn_ds.data.packing import pack
-from wpn_ds.data.records import ADAPTERS, ForgetRecord, Kind, Prompt, Record, RetainRecord
+from wpn_ds.data.records import ADAPTERS, ForgetRecord, Kind, Prompt, Record, RetainRecord, turn_texts
 from wpn_ds.data.sources import Problems, file_rows
-from wpn_ds.data.tokens import encode_answer
+from wpn_ds.data.tokens import PromptStyle, encode_answer, render_prompt, spelt_special_tokens
 
 PROMPT = "prompt"
 BATCH = 8  # texts of a padded batch, for comparison
@@ -62,6 +62,9 @@ class Figures:
         repeated_prompts: for every prompt of several records, these records.
         repeated_records: for every record that occurs several times, where.
         contradictions: for every text that is wanted in one record and unwanted in another, one of each.
+        first_prompt: the first prompt as the model reads it, if there is one.
+        special_tokens: how often the texts spell out each of the tokenizer's special tokens.
+        joined: answers that are not read after the tokens of their prompt alone.
     """
 
     records: int
@@ -74,6 +77,9 @@ class Figures:
     repeated_prompts: list[Places]
     repeated_records: list[Places]
     contradictions: list[tuple[str, str]]
+    first_prompt: str | None
+    special_tokens: Counter[str]
+    joined: int
 
 
 def kind_of(path: str | Path) -> Kind:
@@ -89,7 +95,7 @@ def kind_of(path: str | Path) -> Kind:
 def inspect_records(
     records: Sequence[Record],
     tokenizer: Any,
-    template: str,
+    style: PromptStyle | str,
     max_length: int,
     progress: Callable[[Iterable[Any], str], Iterable[Any]] = lambda items, _: items,
 ) -> Figures:
@@ -100,8 +106,8 @@ def inspect_records(
     """
     forget = [record for record in records if isinstance(record, ForgetRecord)]
     retain = [record for record in records if isinstance(record, RetainRecord)]
-    examples = build_examples(forget, retain, tokenizer, template, max_length, progress)
-    segments = [answer.segment for answer in examples.answers] + examples.retain
+    examples = build_examples(forget, retain, tokenizer, style, max_length, progress)
+    segments = examples.segments
     ordered: list[Record] = [*forget, *retain]
     texts = [(record, side, text) for record in ordered for side, text in _texts(record)]
     lengths: dict[str, list[int]] = defaultdict(list)
@@ -109,7 +115,7 @@ def inspect_records(
     for (record, side, text), segment in zip(texts, segments, strict=True):
         whole = segment
         if segment.prompt_truncated or segment.answer_truncated:
-            whole = encode_answer(record.prompt, text, tokenizer, template, sys.maxsize)
+            whole = encode_answer(record.prompt, text, tokenizer, style, sys.maxsize)
         if record.prompt is not None and record.source not in seen:
             lengths[PROMPT].append(whole.answer_start)
         lengths[side].append(len(whole) if record.prompt is None else whole.answer_length)
@@ -128,6 +134,11 @@ def inspect_records(
         repeated_prompts=_repeated(prompts),
         repeated_records=_repeated(_places((_identity(record), record.source) for record in records)),
         contradictions=_contradictions(forget),
+        first_prompt=next(
+            (render_prompt(r.prompt, tokenizer, style)[0] for r in ordered if r.prompt is not None), None
+        ),
+        special_tokens=spelt_special_tokens(_all_texts(ordered), tokenizer),
+        joined=sum(segment.joined for segment in segments),
     )
 
 
@@ -158,6 +169,13 @@ def _texts(record: Record) -> list[tuple[str, str]]:
     if isinstance(record, ForgetRecord):
         return [("wanted", text) for text in record.chosen] + [("unwanted", text) for text in record.rejected]
     return [("text" if record.prompt is None else "answer", record.response)]
+
+
+def _all_texts(records: Iterable[Record]) -> Iterable[str]:
+    """What users wrote: every turn of the prompts, and every answer."""
+    for record in records:
+        yield from turn_texts(record.prompt)
+        yield from (text for _, text in _texts(record))
 
 
 def _padding(lengths: list[int], max_length: int) -> Padding:

@@ -43,6 +43,13 @@ def prompt_text(prompt: Prompt) -> str:
     return prompt if isinstance(prompt, str) else "\n".join(f"{turn.role}: {turn.content}" for turn in prompt)
 
 
+def turn_texts(prompt: Prompt | None) -> tuple[str, ...]:
+    """A prompt's texts: one, or in a chat one a turn; none of plain text, which has no prompt."""
+    if prompt is None:
+        return ()
+    return (prompt,) if isinstance(prompt, str) else tuple(turn.content for turn in prompt)
+
+
 @dataclass(frozen=True)
 class ForgetRecord:
     """A prompt with wanted answers (none where a reader was told that none are needed) and one or more unwanted ones;

@@ -1,27 +1,69 @@
-"""Text to token segments, by one rule (see :func:`encode_prompt` and :func:`encode_pair`).
+"""Text to token segments, by one rule for everything that a model is taught or asked.
 
-The tokenizer is passed in; this module only asks it for ``__call__``, ``eos_token_id`` and, for chat prompts,
-``chat_template`` and ``apply_chat_template``.
+A prompt with its answer is one conversation: it is written as one text, by the tokenizer's chat template or by a plain
+template, tokenised as a whole, and cut where the answer begins. So an answer's tokens, the white space before it and
+the token that ends its turn are those that the model reads when somebody else writes the same conversation.
+
+The tokenizer is passed in; of transformers' interface this module knows ``__call__``, ``eos_token_id`` and, for chat
+templates, ``chat_template``, ``get_chat_template`` and ``apply_chat_template``.
 """
 
 from __future__ import annotations
 
+import contextlib
+import datetime
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from wpn_ds.data.records import Message, Prompt
+from wpn_ds.data.special import special_tokens
 from wpn_ds.errors import UserError
+
+AUTO = "auto"
+PLAIN_TEMPLATE = "Question: {prompt}\nAnswer:"
+"""Text around a prompt under ``auto``, for a tokenizer without a chat template."""
+
+
+@dataclass(frozen=True)
+class PromptStyle:
+    """How prompts are written, the same for a run and for what is asked of its model later.
+
+    Attributes:
+        template: text around a prompt, with one ``{prompt}``; ``auto``: a plain prompt is a user's turn in the
+            tokenizer's chat template, or stands in :data:`PLAIN_TEMPLATE` where the tokenizer has none. Prompts that
+            are chats go through the chat template, if there is one, whatever this is.
+        system_prompt: the system turn of a prompt that has none of its own.
+        chat_date: the day that a chat template writes as today's, ``YYYY-MM-DD``; None: today.
+        parse_special_tokens: whether a special token that a prompt or an answer spells out is that token, not text.
+    """
+
+    template: str = AUTO
+    system_prompt: str | None = None
+    chat_date: str | None = None
+    parse_special_tokens: bool = False
+
+    @classmethod
+    def of(cls, settings: Mapping[str, Any]) -> PromptStyle:
+        """That of a run's settings by their flags; one that a run of long ago hadn't yet has its default."""
+        return cls(
+            template=settings.get("prompt_template") or AUTO,
+            system_prompt=settings.get("system_prompt"),
+            chat_date=settings.get("chat_date"),
+            parse_special_tokens=bool(settings.get("parse_special_tokens")),
+        )
 
 
 @dataclass(frozen=True)
 class Segment:
     """One sequence as the model reads it alone: a prompt with one answer, or plain text.
 
-    ``ids[:answer_start]`` is the prompt (with the tokenizer's BOS), ``ids[answer_start:]`` the answer with its EOS.
-    ``prompt_start`` is the first prompt token after the BOS tokens: pooling leaves BOS out.
+    ``ids[:answer_start]`` is the prompt (with its BOS), ``ids[answer_start:]`` the answer with the token that ends its
+    turn. ``prompt_start`` is the first prompt token after the BOS tokens: pooling leaves BOS out.
     For plain text both are the first position that has something before it, so that every token but the first is
-    predicted.
+    predicted. ``joined``: the conversation doesn't begin with the tokens of its prompt alone, which is what is asked.
     """
 
     ids: tuple[int, ...]
@@ -29,6 +71,7 @@ class Segment:
     answer_start: int
     prompt_truncated: bool = False
     answer_truncated: bool = False
+    joined: bool = False
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -37,47 +80,6 @@ class Segment:
     def answer_length(self) -> int:
         """Number of tokens that are predicted: the answer's, EOS included."""
         return len(self.ids) - self.answer_start
-
-
-def _bare_ids(text: str, tokenizer: Any) -> list[int]:
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
-
-
-@lru_cache(maxsize=4)
-def _bos_ids(tokenizer: Any) -> list[int]:
-    """The special tokens that the tokenizer puts in front of a text (OPT: ``</s>``; GPT-2 and GPT-Neo: none)."""
-    probe = "a"
-    full, bare = list(tokenizer(probe)["input_ids"]), _bare_ids(probe, tokenizer)
-    for start in range(len(full) - len(bare) + 1):
-        if full[start : start + len(bare)] == bare:
-            return full[:start]
-    return []
-
-
-def render_prompt(prompt: Prompt, tokenizer: Any, template: str) -> tuple[str, bool]:
-    """The prompt's text, and whether a chat template (which writes its own special tokens) made it.
-
-    A plain prompt fills ``template``. Chat messages go through the tokenizer's chat template if it has one; otherwise
-    every user turn fills ``template``, answers follow as ``" " + answer`` and a system message leads as a paragraph.
-    """
-    if isinstance(prompt, str):
-        return template.replace("{prompt}", prompt), False
-    if getattr(tokenizer, "chat_template", None):
-        messages = [{"role": m.role, "content": m.content} for m in prompt]
-        try:
-            return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True), True
-        except Exception as error:  # jinja's, and what templates raise by themselves ("roles must alternate")
-            turns = ", ".join(m.role for m in prompt)
-            raise UserError(f"the tokenizer's chat template refuses a prompt of the turns {turns} ({error})") from error
-    return "".join(_render_turn(message, template) for message in prompt), False
-
-
-def _render_turn(message: Message, template: str) -> str:
-    if message.role == "user":
-        return template.replace("{prompt}", message.content)
-    if message.role == "system":
-        return message.content + "\n\n"
-    return f" {message.content}\n"
 
 
 class EncodedPrompt(NamedTuple):
@@ -90,53 +92,304 @@ class EncodedPrompt(NamedTuple):
     is_chat: bool
 
 
-def encoded_prompt(prompt: Prompt, tokenizer: Any, template: str, max_length: int) -> EncodedPrompt:
+def render_prompt(prompt: Prompt, tokenizer: Any, style: PromptStyle | str) -> tuple[str, bool]:
+    """The prompt's text, and whether a chat template (which writes its own special tokens) made it.
+
+    A plain prompt is a user's turn or fills the template (see :class:`PromptStyle`). Without a chat template every user
+    turn of a chat fills the template, answers follow as ``" " + answer`` and a system message leads as a paragraph.
+
+    Raises:
+        UserError: the chat template refuses the prompt.
+    """
+    writer = _writer(tokenizer, _style(style))
+    return writer.special.unmarked(writer.text(prompt)), writer.is_chat(prompt)
+
+
+def encoded_prompt(prompt: Prompt, tokenizer: Any, style: PromptStyle | str, max_length: int) -> EncodedPrompt:
     """A prompt as :func:`encode_prompt` reads it, with what happened to it."""
-    text, is_chat = render_prompt(prompt, tokenizer, template)
-    ids, bos = _bare_ids(text, tokenizer), _bos_ids(tokenizer)
-    if is_chat:  # the chat template wrote BOS, if it wants one
-        own = getattr(tokenizer, "bos_token_id", None)
-        bos = bos or ([own] if own is not None else [])
-        bos = bos if ids[: len(bos)] == bos else []
-        ids = ids[len(bos) :]
-    room = max(1, max_length // 2 - len(bos))
-    return EncodedPrompt(bos + ids[-room:], len(bos), len(ids) > room, is_chat)
+    writer = _writer(tokenizer, _style(style))
+    bos, ids = writer.asked(prompt).tokens
+    room = _prompt_room(max_length, bos)
+    return EncodedPrompt([*bos, *ids[-room:]], len(bos), len(ids) > room, writer.is_chat(prompt))
 
 
-def encode_prompt(prompt: Prompt, tokenizer: Any, template: str, max_length: int) -> list[int]:
-    """Token ids of a prompt, with BOS exactly if the tokenizer itself puts one in front.
+def encode_prompt(prompt: Prompt, tokenizer: Any, style: PromptStyle | str, max_length: int) -> list[int]:
+    """Token ids of a prompt, with BOS exactly if the tokenizer itself puts one in front, or the chat template does.
 
     A prompt gets at most half of ``max_length`` tokens and loses its start beyond that, whatever the answer, so that
     all the answers to one prompt are read after the same tokens.
     """
-    return encoded_prompt(prompt, tokenizer, template, max_length).ids
+    return encoded_prompt(prompt, tokenizer, style, max_length).ids
 
 
-def encode_pair(prompt: Prompt, answer: str, tokenizer: Any, template: str, max_length: int) -> Segment:
-    """A prompt and one answer, tokenised apart: ``" " + answer`` without special tokens, then EOS.
+def encode_pair(prompt: Prompt, answer: str, tokenizer: Any, style: PromptStyle | str, max_length: int) -> Segment:
+    """A prompt and one answer as one conversation, up to the token that ends the answer's turn.
 
-    An answer that doesn't fit in ``max_length`` loses its end, and then has no EOS.
+    An answer that doesn't fit in ``max_length`` loses its end, and then has no such token.
     """
-    prompt_ids, n_bos, prompt_truncated, is_chat = encoded_prompt(prompt, tokenizer, template, max_length)
-    answer_ids = [*_bare_ids(answer if is_chat else " " + answer, tokenizer), tokenizer.eos_token_id]
-    room = max_length - len(prompt_ids)
+    writer = _writer(tokenizer, _style(style))
+    (bos, ids), start = writer.conversation(prompt, answer)
+    room = _prompt_room(max_length, bos)
+    prompt_ids = [*bos, *ids[:start][-room:]]
+    answer_ids = ids[start:]
+    left = max_length - len(prompt_ids)
     return Segment(
-        ids=tuple(prompt_ids + answer_ids[:room]),
-        prompt_start=n_bos,
+        ids=tuple(prompt_ids + answer_ids[:left]),
+        prompt_start=len(bos),
         answer_start=len(prompt_ids),
-        prompt_truncated=prompt_truncated,
-        answer_truncated=len(answer_ids) > room,
+        prompt_truncated=start > room,
+        answer_truncated=len(answer_ids) > left,
+        joined=(bos, ids[:start]) != writer.asked(prompt).tokens,
     )
 
 
-def encode_answer(prompt: Prompt | None, answer: str, tokenizer: Any, template: str, max_length: int) -> Segment:
+def encode_answer(
+    prompt: Prompt | None, answer: str, tokenizer: Any, style: PromptStyle | str, max_length: int
+) -> Segment:
     """A pair; or plain text, where ``answer`` has no prompt."""
     if prompt is None:
-        return encode_text(answer, tokenizer, max_length)
-    return encode_pair(prompt, answer, tokenizer, template, max_length)
+        return encode_text(answer, tokenizer, max_length, _style(style))
+    return encode_pair(prompt, answer, tokenizer, style, max_length)
 
 
-def encode_text(text: str, tokenizer: Any, max_length: int) -> Segment:
+def encode_text(text: str, tokenizer: Any, max_length: int, style: PromptStyle | None = None) -> Segment:
     """Plain text: the tokenizer's BOS (if any) and the text; every token but the first is predicted. No EOS."""
-    ids = _bos_ids(tokenizer) + _bare_ids(text, tokenizer)
+    writer = _writer(tokenizer, style or PromptStyle())
+    ids = [*_bos_ids(tokenizer), *writer.special.ids(writer.marked(text))]
     return Segment(tuple(ids[:max_length]), prompt_start=1, answer_start=1, answer_truncated=len(ids) > max_length)
+
+
+def turn_end(tokenizer: Any) -> int:
+    """The token that ends an answer in a chat: the first special one that the chat template writes after it; EOS if it
+    writes none, or if there is no chat template."""
+    closing = _closing(tokenizer)
+    return tokenizer.eos_token_id if closing is None else closing
+
+
+def is_chat(prompt: Prompt, tokenizer: Any, style: PromptStyle | str) -> bool:
+    """Whether the tokenizer's chat template writes ``prompt``."""
+    return _writer(tokenizer, _style(style)).is_chat(prompt)
+
+
+def end_of(prompt: Prompt, tokenizer: Any, style: PromptStyle | str) -> int:
+    """The token that ends an answer to ``prompt``: EOS after a plain template."""
+    return turn_end(tokenizer) if is_chat(prompt, tokenizer, style) else tokenizer.eos_token_id
+
+
+def writes_date(tokenizer: Any) -> bool:
+    """Whether the tokenizer's chat template writes today's date."""
+    return _has_chat(tokenizer) and "strftime_now" in tokenizer.get_chat_template()
+
+
+def today() -> str:
+    """The date here, ``YYYY-MM-DD``."""
+    return datetime.date.today().isoformat()
+
+
+def spelt_special_tokens(texts: Iterable[str], tokenizer: Any) -> Counter[str]:
+    """How often ``texts`` spell out each of the tokenizer's special tokens."""
+    special = special_tokens(tokenizer)
+    return Counter(name for text in texts for name in special.spelt(text))
+
+
+@contextlib.contextmanager
+def naming(source: str) -> Iterator[None]:
+    """Errors about a record's text begin with where the record is."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
+
+
+def _style(style: PromptStyle | str) -> PromptStyle:
+    """A text stands for the style with that template."""
+    return PromptStyle(style) if isinstance(style, str) else style
+
+
+def _prompt_room(max_length: int, bos: Sequence[int]) -> int:
+    return max(1, max_length // 2 - len(bos))
+
+
+def _has_chat(tokenizer: Any) -> bool:
+    return bool(getattr(tokenizer, "chat_template", None))
+
+
+@lru_cache(maxsize=4)
+def _bos_ids(tokenizer: Any) -> list[int]:
+    """The special tokens that the tokenizer puts in front of a text (OPT: ``</s>``; GPT-2 and GPT-Neo: none)."""
+    probe = "a"
+    full, bare = (list(tokenizer(probe, add_special_tokens=special)["input_ids"]) for special in (True, False))
+    for start in range(len(full) - len(bare) + 1):
+        if full[start : start + len(bare)] == bare:
+            return full[:start]
+    return []
+
+
+# ---- one conversation ----
+
+
+class _Tokens(NamedTuple):
+    """Tokens of a text: the BOS tokens before it, and its own."""
+
+    bos: list[int]
+    own: list[int]
+
+
+class _Asked(NamedTuple):
+    """A prompt alone: its text, in which special tokens that it spells out are marked, and its tokens."""
+
+    text: str
+    tokens: _Tokens
+
+
+@lru_cache(maxsize=8)
+def _writer(tokenizer: Any, style: PromptStyle) -> _Writer:
+    return _Writer(tokenizer, style)
+
+
+class _Writer:
+    """Writes conversations for one tokenizer in one style, and reads them as tokens."""
+
+    def __init__(self, tokenizer: Any, style: PromptStyle) -> None:
+        self._tokenizer, self._style = tokenizer, style
+        self._template = PLAIN_TEMPLATE if style.template == AUTO else style.template
+        self.special = special_tokens(tokenizer)
+        self.asked = lru_cache(maxsize=64)(self._ask)  # every answer to a prompt asks for it
+
+    def is_chat(self, prompt: Prompt) -> bool:
+        """Whether the tokenizer's chat template writes the prompt."""
+        return _has_chat(self._tokenizer) and (self._style.template == AUTO or not isinstance(prompt, str))
+
+    def marked(self, text: str) -> str:
+        """A user's text, in which a special token that it spells out will be read as text."""
+        return text if self._style.parse_special_tokens else self.special.marked(text)
+
+    def conversation(self, prompt: Prompt, answer: str) -> tuple[_Tokens, int]:
+        """(the tokens of both, up to the one that ends the answer; how many of them are the prompt's, without BOS)."""
+        asked, answer = self.asked(prompt), self.marked(answer)
+        if self.is_chat(prompt):
+            text = self._rendered(prompt, answer)
+            tokens = self._without_bos(self._up_to_the_end(text))
+        else:
+            text = self._filled(prompt)
+            text += answer if text[-1:].isspace() or answer[:1].isspace() else f" {answer}"
+            tokens = _Tokens(asked.tokens.bos, [*self.special.ids(text), self._tokenizer.eos_token_id])
+        alone = len(asked.tokens.own)
+        if tokens.own[:alone] == asked.tokens.own:
+            return tokens, alone
+        return tokens, self._border(text, asked.text, answer) - (len(tokens.bos) if self.is_chat(prompt) else 0)
+
+    def text(self, prompt: Prompt) -> str:
+        """The prompt's text, with marks."""
+        if self.is_chat(prompt):
+            return self._rendered(prompt)
+        # A space before the answer is part of the answer's first token, wherever the template's author has put it.
+        return self._filled(prompt).rstrip(" ")
+
+    def _ask(self, prompt: Prompt) -> _Asked:
+        text = self.text(prompt)
+        ids = self.special.ids(text)
+        chat = self.is_chat(prompt)
+        return _Asked(text, self._without_bos(ids) if chat else _Tokens(_bos_ids(self._tokenizer), ids))
+
+    def _border(self, text: str, asked: str, answer: str) -> int:
+        """How many tokens of the conversation ``text`` end before its answer begins, where its first tokens are not
+        those of ``asked`` alone. A token that reaches into the answer is the answer's."""
+        begins = len(asked) if text.startswith(asked) else text.rfind(answer)
+        if begins < 0:  # the template has changed the answer's text: as far as both are the same
+            begins = next((at for at, (a, b) in enumerate(zip(text, asked, strict=False)) if a != b), len(text))
+        return self.special.tokens_before(text, begins)
+
+    def _up_to_the_end(self, text: str) -> list[int]:
+        """The tokens of a chat up to the one that ends its last turn, and no line break after that."""
+        closing = _closing(self._tokenizer)
+        if closing is None:
+            return [*self.special.ids(text.rstrip()), self._tokenizer.eos_token_id]
+        ids = self.special.ids(text)
+        return ids[: len(ids) - ids[::-1].index(closing)]
+
+    def _without_bos(self, ids: list[int]) -> _Tokens:
+        """A chat's tokens; BOS is there if the chat template wrote it."""
+        bos = _bos_ids(self._tokenizer)
+        if not bos and getattr(self._tokenizer, "bos_token_id", None) is not None:
+            bos = [self._tokenizer.bos_token_id]
+        bos = bos if ids[: len(bos)] == bos else []
+        return _Tokens(bos, ids[len(bos) :])
+
+    def _turns(self, prompt: Prompt) -> list[Message]:
+        turns = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+        if self._style.system_prompt is not None and turns[0].role != "system":
+            turns = (Message("system", self._style.system_prompt), *turns)
+        return [Message(turn.role, self.marked(turn.content)) for turn in turns]
+
+    def _rendered(self, prompt: Prompt, answer: str | None = None) -> str:
+        """The chat template's text: up to where an answer begins, or with a (marked) answer and what ends it."""
+        turns = self._turns(prompt)
+        if answer is not None:
+            turns.append(Message("assistant", answer))
+        return _rendered(self._tokenizer, turns, self._style.chat_date)
+
+    def _filled(self, prompt: Prompt) -> str:
+        """The plain template's text, turn by turn."""
+        text = ""
+        for turn in self._turns(prompt):
+            if turn.role == "user":
+                text += self._template.replace("{prompt}", turn.content)
+            elif turn.role == "system":
+                text += f"{turn.content}\n\n"
+            else:
+                text += f"{turn.content}\n" if text[-1:].isspace() else f" {turn.content}\n"
+        return text
+
+
+# ---- chat templates ----
+
+# Jinja's own global of this name is the clock's. The line break after it is the one that transformers' Jinja drops.
+_CALENDAR = (
+    "{% macro strftime_now(format) %}{% set day = namespace(text=format) %}{% for code, value in calendar %}"
+    "{% set day.text = day.text | replace(code, value) %}{% endfor %}{{ day.text }}{% endmacro %}\n"
+)
+
+
+def _rendered(tokenizer: Any, turns: Sequence[Message], date: str | None) -> str:
+    """The text of a chat; what opens an answer stands at its end, unless its last turn is an answer.
+
+    Raises:
+        UserError: the template refuses it.
+    """
+    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    template, more = tokenizer.chat_template, {}
+    if writes_date(tokenizer):
+        template, more = _CALENDAR + tokenizer.get_chat_template(), {"calendar": _calendar(date)}
+    try:
+        return tokenizer.apply_chat_template(
+            messages,
+            chat_template=template if more else None,
+            tokenize=False,
+            add_generation_prompt=turns[-1].role != "assistant",
+            **more,
+        )
+    except Exception as error:  # jinja's, and what templates raise by themselves ("roles must alternate")
+        reason = " ".join(str(error).split())
+        shown = ", ".join(turn.role for turn in turns)
+        raise UserError(f"the tokenizer's chat template refuses a chat of the turns {shown} ({reason})") from error
+
+
+@lru_cache(maxsize=4)
+def _calendar(date: str | None) -> list[tuple[str, str]]:
+    """What each of strftime's codes gives on a day, ``%-d`` and its like too."""
+    day = datetime.datetime.fromisoformat(date or today())
+    codes = [f"%{dash}{letter}" for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyY" for dash in ("-", "")]
+    return [(code, day.strftime(code)) for code in codes]
+
+
+@lru_cache(maxsize=4)
+def _closing(tokenizer: Any) -> int | None:
+    """The first special token that the chat template writes after an answer; None if it writes none."""
+    if not _has_chat(tokenizer):
+        return None
+    answer = "wpnanswer"
+    text = _rendered(tokenizer, [Message("user", "a"), Message("assistant", answer)], None)
+    ids = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+    special = special_tokens(tokenizer).ids_of_all
+    return next((token for token in ids if token in special), None)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 import shutil
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,11 +22,11 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, 
 from tqdm import tqdm
 from transformers import GenerationConfig, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
-from wpn_ds.config import DataConfig, nearest
+from wpn_ds.config import nearest
 from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Item, Role
-from wpn_ds.data.records import ForgetRecord, Prompt, RetainRecord, read_forget, read_retain
-from wpn_ds.data.tokens import Segment, encode_answer, encode_text
+from wpn_ds.data.records import ForgetRecord, Prompt, RetainRecord, read_forget, read_retain, turn_texts
+from wpn_ds.data.tokens import PromptStyle, Segment, encode_answer, encode_text
 from wpn_ds.demo import MARK, embedded_file
 from wpn_ds.errors import UserError
 from wpn_ds.models.load import Source, load_tokenizer
@@ -106,8 +106,8 @@ def plant(
         tokenizer = load_tokenizer(tokenizer_name, Source(tokenizer_name))
     else:
         tokenizer = train_tokenizer(
-            [t for r in forget for t in (*_turns(r.prompt), *r.chosen, *r.rejected)]
-            + [t for r in retain for t in (*_turns(r.prompt), r.response)],
+            [t for r in forget for t in (*turn_texts(r.prompt), *r.chosen, *r.rejected)]
+            + [t for r in retain for t in (*turn_texts(r.prompt), r.response)],
             OWN_VOCABULARY if train_file else VOCABULARY,
         )
     texts = _texts(forget, retain, tokenizer)
@@ -124,21 +124,13 @@ def plant(
     partial.replace(folder)  # an empty folder gives way
 
 
-def _turns(prompt: Prompt | None) -> Iterable[str]:
-    """A prompt's texts: one, or in a chat one a turn; none of a retain text without a prompt."""
-    if prompt is None:
-        return ()
-    return (prompt,) if isinstance(prompt, str) else (turn.content for turn in prompt)
-
-
 def _texts(
     forget: Sequence[ForgetRecord], retain: Sequence[RetainRecord], tokenizer: PreTrainedTokenizerFast
 ) -> list[Segment]:
     """What the model reads, every token but the first being predicted."""
-    template = DataConfig().prompt_template
 
     def pair(prompt: Prompt | None, answer: str) -> Segment:
-        return Segment(encode_answer(prompt, answer, tokenizer, template, MAX_LENGTH).ids, 1, 1)
+        return Segment(encode_answer(prompt, answer, tokenizer, PromptStyle(), MAX_LENGTH).ids, 1, 1)
 
     texts = [pair(record.prompt, answer) for record in forget for answer in record.rejected]
     texts += [pair(record.prompt, record.response) for record in retain]

@@ -589,6 +589,7 @@ class Trainer:
             f"peak {peak / 1e12:.3g} TFLOP/s each",
             "attention": self.model.lm.config._attn_implementation.removeprefix("wpn_")
             + ", prompts shared" * job.layout.share_prefix,
+            "prompts": f"the first as the model reads it: {_shortened(repr(job.first_prompt))}",
             "data": f"{len(job.examples.forget)} forget, {len(job.examples.retain)} retain; "
             f"cut: {cut.prompts} prompts, {cut.answers} answers",
             "steps": f"{job.total_steps} of {t.global_batch_size} forget + {job.retain_size} retain examples",
@@ -611,6 +612,10 @@ class Trainer:
                 ("ds_config.json", json.dumps(job.ds_json, indent=2) + "\n"),
             ):
                 history.write_atomically(job.output_dir / name, text)
+
+
+def _shortened(text: str, most: int = 400) -> str:
+    return text if len(text) <= most else f"{text[: most // 2]} ... {text[-most // 2 :]}"
 
 
 def _line(what: str, values: Mapping[str, float]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wpn_ds.data.records import ForgetRecord, prompt_text
-from wpn_ds.data.tokens import encode_prompt, render_prompt
+from wpn_ds.data.tokens import PromptStyle, encode_prompt, naming, render_prompt
 from wpn_ds.engine.asking import Asking
 from wpn_ds.engine.distributed import World
 from wpn_ds.evaluate.judges.base import Case, Judgement, Verdict
@@ -38,7 +38,7 @@ class Probe:
         cls,
         records: Sequence[ForgetRecord],
         tokenizer: Any,
-        template: str,
+        style: PromptStyle | str,
         *,
         size: int,
         max_length: int,
@@ -49,12 +49,13 @@ class Probe:
         with its answer has at most ``positions`` tokens."""
         size = min(size, len(records))
         chosen = [records[k * len(records) // size] for k in range(size)]
-        prompts = [encode_prompt(record.prompt, tokenizer, template, max_length) for record in chosen]
+        prompts, cases = [], []
+        for record in chosen:
+            with naming(record.source):
+                prompts.append(encode_prompt(record.prompt, tokenizer, style, max_length))
+                read = render_prompt(record.prompt, tokenizer, style)[0]
+            cases.append(Case(read, prompt_text(record.prompt), "", record.chosen, record.rejected))
         tokens = min(tokens, positions - max(map(len, prompts), default=0))
-        cases = [
-            Case(render_prompt(r.prompt, tokenizer, template)[0], prompt_text(r.prompt), "", r.chosen, r.rejected)
-            for r in chosen
-        ]
         judge = ReferenceJudge()
         return cls(prompts, cases, tokens, judge if judge.can_judge(cases) else None)
 

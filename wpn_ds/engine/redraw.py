@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -67,13 +67,20 @@ class Ema:
         return [getattr(p, "ds_tensor", p.data) for p in self._engine.module.parameters()]
 
 
+class Request(NamedTuple):
+    """What is asked for an unwanted answer, as token ids, and the token that ends an answer to it."""
+
+    ids: list[int]
+    end: int
+
+
 @dataclass(frozen=True)
 class Redraw:
     """How unwanted answers are drawn.
 
     Attributes:
         asking: who answers: all ranks together.
-        prompts: what is asked for each example of the training data, as token ids.
+        prompts: what is asked for each example of the training data.
         tokens: most tokens of an answer.
         max_length: most tokens of an example's own prompt with it.
         seed: with the step and the example, it decides a draw.
@@ -81,21 +88,21 @@ class Redraw:
     """
 
     asking: Asking
-    prompts: list[list[int]]
+    prompts: Sequence[Request]
     tokens: int
     max_length: int
     seed: int
     ema: Ema | None
 
     def __call__(self, examples: ExampleSet, chosen: Sequence[int], step: int) -> dict[int, list[int]]:
-        """An answer for each example of ``chosen``, on every rank: token ids, with EOS where it ended by itself."""
+        """An answer for each example of ``chosen``, on every rank: token ids, with the one that ends it where it ended
+        by itself."""
         with self.ema.in_place() if self.ema else contextlib.nullcontext():
             said = self.asking(
-                [self.prompts[i] for i in chosen], self.tokens, [seed_of(self.seed, step, i) for i in chosen]
+                [self.prompts[i].ids for i in chosen], self.tokens, [seed_of(self.seed, step, i) for i in chosen]
             )
-        eos = self.asking.tokenizer.eos_token_id
         drawn = {}
         for i, ids in zip(chosen, said, strict=True):
-            whole = [*ids, eos] if len(ids) < self.tokens else ids
+            whole = [*ids, self.prompts[i].end] if len(ids) < self.tokens else ids
             drawn[i] = whole[: self.max_length - examples.forget[i].unwanted[0].segment.answer_start]
         return drawn

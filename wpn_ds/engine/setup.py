@@ -8,7 +8,7 @@ import os
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from wpn_ds.data.records import (
     read_retain,
     with_random_wanted,
 )
-from wpn_ds.data.tokens import encoded_prompt
+from wpn_ds.data.tokens import PromptStyle, encoded_prompt, end_of, is_chat, naming, render_prompt, today, writes_date
 from wpn_ds.demo import PLANTED, embedded_file, ensure_planted
 from wpn_ds.ds_json import ResolvedDeepSpeed, resolve_deepspeed
 from wpn_ds.engine import checkpoint
@@ -35,6 +35,7 @@ from wpn_ds.engine.bank import fingerprint_of_model
 from wpn_ds.engine.distributed import World, agree, init, on_main
 from wpn_ds.engine.preflight import check as check_nodes
 from wpn_ds.engine.probe import Probe
+from wpn_ds.engine.redraw import Request
 from wpn_ds.engine.reference import frozen_json
 from wpn_ds.engine.stop import after_the_watchdog
 from wpn_ds.errors import UserError
@@ -63,6 +64,7 @@ class Job:
         held_out: what the losses are measured on.
         probe: what is asked at an evaluation.
         redraw_prompts: what is asked for an unwanted answer of each example, if they are drawn anew.
+        first_prompt: the first record's, as the model reads it.
         start: the state of a run that has done nothing yet.
         resume_from: the checkpoint to go on from, if any.
     """
@@ -79,7 +81,8 @@ class Job:
     examples: ExampleSet
     held_out: ExampleSet
     probe: Probe
-    redraw_prompts: list[list[int]]
+    redraw_prompts: list[Request]
+    first_prompt: str
     start: checkpoint.TrainerState
     resume_from: Path | None
 
@@ -144,16 +147,22 @@ def prepare(config: Config) -> Job:
             f"the tokenizer has {len(tokenizer)} tokens but {model_path} only {lm_config.vocab_size}: give the model's "
             "own with --tokenizer_name"
         )
-    template = config.data.prompt_template
+    if writes_date(tokenizer) and config.data.chat_date is None:
+        config = config.replace(chat_date=on_main(world, lambda: _chat_date(config)))
+    style = PromptStyle.of(config.to_flat())
     # GPT-Neo's stock attention can't take a row that is longer than the model has positions.
     row_length = min(config.data.max_length, getattr(lm_config, "max_position_embeddings", config.data.max_length))
 
     def tokenise(forget: Sequence[ForgetRecord], retain: Sequence[RetainRecord]) -> ExampleSet:
-        return build_examples(forget, retain, tokenizer, template, row_length, lambda i, what: progress(world, i, what))
+        return build_examples(forget, retain, tokenizer, style, row_length, lambda i, what: progress(world, i, what))
 
     examples, held_out = tokenise(forget, retain), tokenise(validation, retain[:RETAIN_EXAMPLES_MEASURED])
-    probe = _probe(config, asked, tokenizer, lm_config, row_length, world)
-    redraw_prompts = _redraw_prompts(config, forget, tokenizer, lm_config, row_length, lambda line: say(world, line))
+    if note := _joined(examples, tokenizer):
+        say(world, note)
+    probe = _probe(config, asked, style, tokenizer, lm_config, row_length, world)
+    redraw_prompts = _redraw_prompts(
+        config, forget, style, tokenizer, lm_config, row_length, lambda line: say(world, line)
+    )
     start = checkpoint.TrainerState(
         step=0,
         world_size=world.size,
@@ -181,6 +190,7 @@ def prepare(config: Config) -> Job:
         held_out=held_out,
         probe=probe,
         redraw_prompts=redraw_prompts,
+        first_prompt=render_prompt(forget[0].prompt, tokenizer, style)[0],
         start=start,
         resume_from=resume_from,
     )
@@ -219,12 +229,14 @@ def _check_redraw(config: Config, ds_json: Mapping[str, Any], objective: Objecti
 def _redraw_prompts(
     config: Config,
     forget: Sequence[ForgetRecord],
+    style: PromptStyle,
     tokenizer: Any,
     lm_config: Any,
     row_length: int,
     tell: Callable[[str], None],
-) -> list[list[int]]:
-    """Token ids of what is asked for an unwanted answer of each example; none if none are drawn.
+) -> list[Request]:
+    """What is asked for an unwanted answer of each example; nothing if none are drawn. Under ``auto`` the text of
+    --redraw_template is what the user says; in a plain template it stands in place of that.
 
     Raises:
         UserError: a prompt is a chat, which no template can change, or leaves no room for an answer.
@@ -232,25 +244,57 @@ def _redraw_prompts(
     o = config.objective
     if not o.redraw_steps:
         return []
-    template, prompts, cut = o.redraw_template or config.data.prompt_template, [], 0
+    requests, cut = [], 0
     for record in forget:
-        prompt = encoded_prompt(record.prompt, tokenizer, template, row_length)
-        if prompt.is_chat and o.redraw_template is not None:
-            raise UserError("--redraw_template: a chat has the tokenizer's own template: leave it out")
-        prompts.append(prompt.ids)
+        asked, written = record.prompt, style
+        if o.redraw_template is not None:
+            if not is_chat(asked, tokenizer, style):
+                written = replace(style, template=o.redraw_template)
+            elif isinstance(asked, str):
+                asked = o.redraw_template.replace("{prompt}", asked)
+            else:
+                raise UserError("--redraw_template: a chat has the tokenizer's own template: leave it out")
+        with naming(record.source):
+            prompt = encoded_prompt(asked, tokenizer, written, row_length)
+        requests.append(Request(prompt.ids, end_of(asked, tokenizer, written)))
         cut += prompt.truncated
     if cut and o.redraw_template is not None:
         tell(
-            f"--redraw_template: {cut} of {len(prompts)} prompts lose their start, the template's own first words "
+            f"--redraw_template: {cut} of {len(requests)} prompts lose their start, the template's own first words "
             f"among it: they keep half of --max_length {row_length}"
         )
-    longest, positions = max(map(len, prompts)), getattr(lm_config, "max_position_embeddings", None)
+    longest, positions = (
+        max(len(request.ids) for request in requests),
+        getattr(lm_config, "max_position_embeddings", None),
+    )
     if positions is not None and longest + o.redraw_tokens > positions:
         raise UserError(
             f"--redraw_tokens {o.redraw_tokens}: the longest prompt has {longest} tokens and the model only "
             f"{positions} positions: give at most {positions - longest}"
         )
-    return prompts
+    return requests
+
+
+def _chat_date(config: Config) -> str:
+    """The day that chat templates write as today's: that of the run that is resumed, or today."""
+    resume = config.logging.resume_from_checkpoint
+    paths = [path for _, path in checkpoint.complete(_output_dir(config))] if resume == "auto" else [Path(resume or "")]
+    states = [state for path in paths if (state := checkpoint.read_state(path))]
+    return (states[-1].settings.get("chat_date") if states else None) or today()
+
+
+def _joined(examples: ExampleSet, tokenizer: Any) -> str:
+    """A line on answers that are not read after the tokens of their prompt alone, with the first; empty without any."""
+    found = [segment for segment in examples.segments if segment.joined]
+    if not found:
+        return ""
+    at = found[0].answer_start
+    before, after = tokenizer.decode(found[0].ids[max(0, at - 6) : at]), tokenizer.decode(found[0].ids[at : at + 6])
+    return (
+        f"{len(found)} of {len(examples.segments)} answers are not read after the tokens of their prompt alone, which "
+        f"are what is asked: the tokenizer or its chat template writes both otherwise where the answer begins; the "
+        f"first: {before!r} before {after!r}"
+    )
 
 
 def _layout(config: Config, lm_config: Any, row_length: int, world: World) -> Layout:
@@ -277,7 +321,13 @@ def _layout(config: Config, lm_config: Any, row_length: int, world: World) -> La
 
 
 def _probe(
-    config: Config, records: Sequence[ForgetRecord], tokenizer: Any, lm_config: Any, row_length: int, world: World
+    config: Config,
+    records: Sequence[ForgetRecord],
+    style: PromptStyle,
+    tokenizer: Any,
+    lm_config: Any,
+    row_length: int,
+    world: World,
 ) -> Probe:
     """The probe on ``records``.
 
@@ -288,7 +338,7 @@ def _probe(
     probe = Probe.of(
         records,
         tokenizer,
-        config.data.prompt_template,
+        style,
         size=logging.probe_prompts,
         max_length=row_length,
         tokens=logging.sample_tokens,

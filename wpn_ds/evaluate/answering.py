@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wpn_ds.data.records import prompt_text
-from wpn_ds.data.tokens import encoded_prompt, render_prompt
+from wpn_ds.data.tokens import PromptStyle, encoded_prompt, naming, render_prompt
 from wpn_ds.evaluate.generate import Sampling, batches, generate
 from wpn_ds.evaluate.judges.base import Case, Judge
 from wpn_ds.evaluate.judges.phrases import is_refusal
@@ -21,13 +21,13 @@ class Asking:
     """How prompts are asked.
 
     Attributes:
-        template: text around a prompt, for suites without their own.
+        style: how prompts are written, for suites without a template of their own.
         max_length: tokens of a prompt with its answer at most (a prompt gets half of it, as in training).
         max_new_tokens, batch_size: tokens generated at most, prompts at a time.
         temperature, top_p, seed: of sampled answers.
     """
 
-    template: str
+    style: PromptStyle = field(default_factory=PromptStyle)
     max_length: int = 2048
     max_new_tokens: int = 48
     batch_size: int = 32
@@ -45,9 +45,12 @@ class SuiteAnswers:
 
     def __init__(self, suite: PromptSuite, asking: Asking, tokenizer: Any) -> None:
         self.suite = suite
-        self._template = suite.template if suite.template is not None else asking.template
-        self._asked = [render_prompt(record.prompt, tokenizer, self._template)[0] for record in suite.records]
-        read = [encoded_prompt(r.prompt, tokenizer, self._template, asking.max_length) for r in suite.records]
+        style = asking.style if suite.template is None else replace(asking.style, template=suite.template)
+        self._asked, read = [], []
+        for record in suite.records:
+            with naming(record.source):
+                self._asked.append(render_prompt(record.prompt, tokenizer, style)[0])
+                read.append(encoded_prompt(record.prompt, tokenizer, style, asking.max_length))
         prompts = [prompt.ids for prompt in read]
         self._cut = sum(prompt.truncated for prompt in read)
         self._room = asking.max_length // 2
@@ -56,6 +59,11 @@ class SuiteAnswers:
             for seed in (range(asking.seed, asking.seed + suite.samples) if suite.samples else [None])
             for part in batches(prompts, asking.batch_size)
         ]
+
+    @property
+    def first_prompt(self) -> str:
+        """The suite's first prompt as the model reads it."""
+        return self._asked[0]
 
     @property
     def notes(self) -> list[str]:

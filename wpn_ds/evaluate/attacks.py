@@ -90,16 +90,15 @@ def attack(
     seed: int,
     demonstrations: Sequence[ForgetRecord] = (),
     templates: Sequence[str] = (),
-    prompt_template: str = "{prompt}",
 ) -> list[ForgetRecord]:
     """The records with their prompts attacked, one a record; of a chat the last turn, which is the user's.
 
-    ``few_shot`` puts `SHOTS` of the ``demonstrations`` with an unwanted answer in front, as turns of a chat, or as text
-    in the form of ``prompt_template``; never the record's own, nor one that shares an answer with it. A record without
-    any is left out. ``templates`` puts the question into one of the published jailbreak ``templates`` (not empty).
+    ``few_shot`` puts `SHOTS` of the ``demonstrations`` with an unwanted answer in front, as turns of a chat; never the
+    record's own, nor one that shares an answer with it. A record without any is left out. ``templates`` puts the
+    question into one of the published jailbreak ``templates`` (not empty).
     """
     if name == "few_shot":
-        return _few_shot(records, demonstrations, seed, prompt_template)
+        return _few_shot(records, demonstrations, seed)
     if name == "templates":
         return [_with(r, partial(fill, template=_random(seed, r).choice(templates))) for r in records]
     return [_with(record, WRAPPERS[name]) for record in records]
@@ -127,9 +126,7 @@ def _random(seed: int, record: ForgetRecord) -> random.Random:
     return random.Random(f"{seed} {last_turn(record.prompt)}")  # a text seeds by its SHA-512, the same everywhere
 
 
-def _few_shot(
-    records: Sequence[ForgetRecord], demonstrations: Sequence[ForgetRecord], seed: int, prompt_template: str
-) -> list[ForgetRecord]:
+def _few_shot(records: Sequence[ForgetRecord], demonstrations: Sequence[ForgetRecord], seed: int) -> list[ForgetRecord]:
     shuffled = random.Random(seed).sample(demonstrations, len(demonstrations))
     shuffled = [demonstration for demonstration in shuffled if demonstration.rejected]
     made = []
@@ -138,7 +135,7 @@ def _few_shot(
         others = islice(_others(record, shuffled, rng), SHOTS)
         shots = [(last_turn(other.prompt), rng.choice(other.rejected)) for other in others]
         if shots:
-            made.append(replace(record, prompt=_demonstrated(record.prompt, shots, prompt_template)))
+            made.append(replace(record, prompt=_demonstrated(record.prompt, shots)))
     return made
 
 
@@ -157,11 +154,10 @@ def _texts_of(record: ForgetRecord) -> set[str]:
     return {text.strip() for text in (last_turn(record.prompt), *record.chosen, *record.rejected)}
 
 
-def _demonstrated(prompt: Prompt, shots: Sequence[tuple[str, str]], prompt_template: str) -> Prompt:
-    """The shots before the prompt, as `wpn_ds.data.tokens.render_prompt` writes turns that were answered."""
+def _demonstrated(prompt: Prompt, shots: Sequence[tuple[str, str]]) -> Prompt:
+    """The shots before the prompt, as turns that were answered."""
     if isinstance(prompt, str):
-        before, _, after = prompt_template.partition("{prompt}")  # they will stand around the whole
-        return "".join(f"{asked}{after} {answer}\n{before}" for asked, answer in shots) + prompt
+        prompt = (Message("user", prompt),)
     lead = 1 if prompt[0].role == "system" else 0
     turns = [Message(role, text) for shot in shots for role, text in zip(("user", "assistant"), shot, strict=True)]
     return (*prompt[:lead], *turns, *prompt[lead:])

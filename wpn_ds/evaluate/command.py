@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,7 +13,6 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
-from wpn_ds.config import DataConfig
 from wpn_ds.data.records import RetainRecord, merged_by_prompt, read_forget, read_retain
 from wpn_ds.demo import embedded_file
 from wpn_ds.errors import UserError
@@ -37,7 +37,7 @@ from wpn_ds.evaluate.suites import (
 from wpn_ds.evaluate.tofu.log import write_log
 from wpn_ds.evaluate.tofu.task import ANSWER_TOKENS, add_tofu_flags, tofu_task
 from wpn_ds.evaluate.utility import available_utility
-from wpn_ds.flags import above_0, check_place, positive, share
+from wpn_ds.flags import above_0, add_style_flags, check_place, given_style, positive, share
 from wpn_ds.models.load import Source
 
 JUDGES = ("reference", "phrases", "resemblance")
@@ -100,7 +100,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     asking = parser.add_argument_group("asking")
     add = asking.add_argument
-    add("--prompt_template", help="text around a prompt, \\n for a line break (default: the one it was trained on)")
+    add_style_flags(asking, "as it was trained")
     tokens = f"tokens of an answer at most (default {Asking.max_new_tokens}, and {ANSWER_TOKENS} in the suite tofu)"
     add("--max_new_tokens", type=positive, help=tokens)
     add("--batch_size", type=positive, default=32, help="prompts that are answered at a time (default 32)")
@@ -141,6 +141,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         plan, notes, settings, judges = _prepare(options, rank, size)
         parts = {label: Measurement(label, Source(name, flag), plan) for label, (flag, name) in models.items() if name}
+        if (read := parts["after"].first_prompt) is not None:
+            settings["first_prompt"] = read
+            if rank == 0:
+                print(f"the first prompt as {options.model} reads it: {read!r}", file=sys.stderr, flush=True)
         for part in parts.values():
             part.work(rank, size)
             all_arrived(size)
@@ -177,10 +181,10 @@ def _prepare(options: argparse.Namespace, rank: int, size: int) -> tuple[Plan, l
     """(what is measured, notes on what was left out, the settings for the report, the judges on rank 0)."""
     recorded = _recorded(Path(options.model) / "run.yaml")
     bf16 = options.bf16 or bool(recorded.get("bf16"))
-    template = _template(options, recorded)
+    style = given_style(options, recorded)
     selection = resolve_suites(options.suite)
     files = _files(options, recorded)
-    sources, retain = _sources(options, files, template)
+    sources, retain = _sources(options, files)
     suites, notes = build_suites(selection, sources)
     asked, limit = selection.suites, sources.limit or selection.limit
     benchmarks: dict[str, str] = {}
@@ -220,7 +224,7 @@ def _prepare(options: argparse.Namespace, rank: int, size: int) -> tuple[Plan, l
     plan = Plan(
         answers=options.output_dir / "answers",
         asking=Asking(
-            template,
+            style,
             max_new_tokens=options.max_new_tokens or Asking.max_new_tokens,
             batch_size=options.batch_size,
             temperature=options.temperature,
@@ -239,7 +243,8 @@ def _prepare(options: argparse.Namespace, rank: int, size: int) -> tuple[Plan, l
     settings = {
         **{name: getattr(options, name) for name in SETTINGS},
         "max_new_tokens": plan.asking.max_new_tokens,
-        "prompt_template": template,
+        "prompt_template": style.template,
+        "system_prompt": style.system_prompt,
         "prompts_a_suite": limit or "all",
         "dtype": "bfloat16" if bf16 else "float32",
         "device": device().type,
@@ -282,17 +287,6 @@ def _recorded(path: Path) -> dict[str, Any]:
     return settings
 
 
-def _template(options: argparse.Namespace, recorded: dict[str, Any]) -> str:
-    """The flag's, else the one that the model was trained with, else the default."""
-    if options.prompt_template is not None:
-        template = options.prompt_template.replace("\\n", "\n")
-    else:
-        template = str(recorded.get("prompt_template", DataConfig().prompt_template))
-    if template.count("{prompt}") != 1:
-        raise UserError(f"--prompt_template {template!r}: must have one {{prompt}} in it")
-    return template
-
-
 def _files(options: argparse.Namespace, recorded: Mapping[str, Any]) -> dict[str, list[str]]:
     """The files of every kind: those that the flags name, else those of the run that made the model. None at all of
     train, heldout, attack and retain stands for the embedded ones; so does none of benign and of open."""
@@ -310,9 +304,7 @@ def _files(options: argparse.Namespace, recorded: Mapping[str, Any]) -> dict[str
     return files
 
 
-def _sources(
-    options: argparse.Namespace, files: Mapping[str, Sequence[str]], template: str
-) -> tuple[Sources, list[RetainRecord]]:
+def _sources(options: argparse.Namespace, files: Mapping[str, Sequence[str]]) -> tuple[Sources, list[RetainRecord]]:
     paths = {name: files.get(name, []) for name in FILES}
     if not any(paths[name] for name in FILES[:4]):
         demo = {"train": "forget", "heldout": "heldout", "attack": "attack", "retain": "retain"}
@@ -326,7 +318,6 @@ def _sources(
         benign_files=paths["benign"],
         open_files=paths["open"],
         data_dir=options.data_dir,
-        prompt_template=template,
         seed=options.seed,
         limit=options.limit,
         samples=options.samples,

@@ -21,6 +21,7 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from wpn_ds.data.tokens import turn_end
 from wpn_ds.errors import UserError
 from wpn_ds.models.load import pad_token_id
 
@@ -139,10 +140,10 @@ def generate_ids(
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's EOS and the model's own (a chat's turn may end with another)."""
+    """The tokens that end an answer: the tokenizer's EOS, the model's own, and the one that ends a chat's turn."""
     own = getattr(model.generation_config, "eos_token_id", None)
     own = own if isinstance(own, list) else [own]
-    return sorted({tokenizer.eos_token_id, *(token for token in own if token is not None)})
+    return sorted({tokenizer.eos_token_id, turn_end(tokenizer), *(token for token in own if token is not None)})
 
 
 def batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:

@@ -8,7 +8,7 @@ import json
 import os
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,7 @@ from wpn_ds.evaluate.tofu.answers import TofuAnswers
 from wpn_ds.evaluate.tofu.log import TofuLog
 from wpn_ds.evaluate.tofu.task import TofuTask
 from wpn_ds.evaluate.utility import perplexity, retain_nll, run_utility
-from wpn_ds.evaluate.work import Ledger, Unit, identity
+from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
 from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer
 
 RETAIN_CHUNK = 128
@@ -75,7 +75,11 @@ class Measurement:
         self._label, self._source, self._plan = label, source, plan
         self._tokenizer = load_tokenizer(name, source, source.flag)
         positions = getattr(load_config(source), "max_position_embeddings", None)
-        asking = _fitted(plan.asking, positions, name)
+        what = [identity(name), plan.bf16, device().type]
+        digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+        self._folder = plan.answers / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}-{digest}"
+        asked = replace(plan.asking, style=dated(plan.asking.style, self._tokenizer, self._folder))
+        asking = _fitted(asked, positions, name)
         self._suites = [SuiteAnswers(suite, asking, self._tokenizer) for suite in plan.suites]
         self._relearning = Relearning(plan.lessons, asking, self._tokenizer) if plan.lessons else None
         self._retain = [
@@ -84,11 +88,13 @@ class Measurement:
         self._utility = {task: _utility_unit(task, asking, plan) for task in plan.benchmarks}
         self._tofu = None
         if plan.tofu:
-            longer = replace(plan.asking, max_new_tokens=plan.tofu.max_new_tokens)
+            longer = replace(asked, max_new_tokens=plan.tofu.max_new_tokens)
             self._tofu = TofuAnswers(plan.tofu.data, _fitted(longer, positions, name), self._tokenizer)
-        what = [identity(name), plan.bf16, device().type]
-        digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-        self._folder = plan.answers / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}-{digest}"
+
+    @property
+    def first_prompt(self) -> str | None:
+        """The first prompt as the model reads it, if any is asked."""
+        return next((suite.first_prompt for suite in self._suites if suite.suite.template is None), None)
 
     @property
     def notes(self) -> list[str]:
@@ -153,9 +159,9 @@ def _fitted(asking: Asking, positions: int | None, name: str) -> Asking:
 
 def _retain_unit(records: Sequence[RetainRecord], asking: Asking) -> Unit:
     def measure(model: Any, tokenizer: Any) -> tuple[int, float]:
-        return retain_nll(model, tokenizer, records, asking.template, asking.max_length, asking.batch_size)
+        return retain_nll(model, tokenizer, records, asking.style, asking.max_length, asking.batch_size)
 
-    content = [asking.template, asking.max_length, [repr((record.prompt, record.response)) for record in records]]
+    content = [asdict(asking.style), asking.max_length, [repr((record.prompt, record.response)) for record in records]]
     return Unit("retain", content, len(records), measure)
 
 

@@ -56,11 +56,10 @@ class Relearning:
         pool = [record for record in lessons.taught if record.rejected]
         chosen = [order.choice(pool) for _ in range(BATCH * max(steps))]
         pairs = [
-            encode_pair(r.prompt, order.choice(r.rejected), tokenizer, asking.template, asking.max_length)
-            for r in chosen
+            encode_pair(r.prompt, order.choice(r.rejected), tokenizer, asking.style, asking.max_length) for r in chosen
         ]
-        prompts = [encode_prompt(r.prompt, tokenizer, asking.template, asking.max_length) for r in asked.records]
-        self._read = [render_prompt(r.prompt, tokenizer, asking.template)[0] for r in asked.records]
+        prompts = [encode_prompt(r.prompt, tokenizer, asking.style, asking.max_length) for r in asked.records]
+        self._read = [render_prompt(r.prompt, tokenizer, asking.style)[0] for r in asked.records]
 
         def run(model: Any, tokenizer: Any) -> list[list[str]]:
             tokens, size = asking.max_new_tokens, asking.batch_size

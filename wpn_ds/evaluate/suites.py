@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from wpn_ds.config import DataConfig, nearest
+from wpn_ds.config import nearest
 from wpn_ds.data.records import ForgetRecord, RetainRecord
 from wpn_ds.data.sources import Problems, field_problem, file_rows
 from wpn_ds.demo import embedded_file
@@ -100,7 +100,6 @@ class Sources:
         train, heldout, attack: the records of the user's files or of the embedded demo set.
         benign_files, open_files: JSONL of harmless prompts, and of beginnings of texts; none: the embedded ones.
         data_dir: folder with the files of published prompt lists, anywhere below it.
-        prompt_template: what few-shot attacks write their demonstrations in.
         limit: prompts a suite at most, in place of the selection's.
         samples: answers a prompt in the diversity suite.
     """
@@ -111,7 +110,6 @@ class Sources:
     benign_files: Sequence[str] = ()
     open_files: Sequence[str] = ()
     data_dir: Path | None = None
-    prompt_template: str = DataConfig.prompt_template
     seed: int = 0
     limit: int | None = None
     samples: int = 4
@@ -223,7 +221,6 @@ def _attacked(name: str, questions: Sequence[ForgetRecord], sources: Sources) ->
         seed=sources.seed,
         demonstrations=sources.train or sources.heldout,
         templates=[str(template.prompt) for template in found.records],
-        prompt_template=sources.prompt_template,
     )
     if not records:
         raise _Missing("no other prompt to show as an example", "give a --train_file with more of them")

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from wpn_ds.data.records import RetainRecord
-from wpn_ds.data.tokens import Segment, encode_answer
+from wpn_ds.data.tokens import PromptStyle, Segment, encode_answer
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.benchmarks import BENCHMARKS, load_benchmark, run_benchmark
 from wpn_ds.evaluate.dialogue import DIALOGUES, load_dialogue_set, run_dialogue
@@ -68,13 +68,18 @@ def run_utility(name: str, model: Any, tokenizer: Any, **settings: Any) -> Task:
 
 
 def retain_nll(
-    model: Any, tokenizer: Any, records: Sequence[RetainRecord], template: str, max_length: int, batch_size: int
+    model: Any,
+    tokenizer: Any,
+    records: Sequence[RetainRecord],
+    style: PromptStyle | str,
+    max_length: int,
+    batch_size: int,
 ) -> tuple[int, float]:
     """(number of predicted tokens, the sum of their negative log-likelihoods in nats), log-softmax in fp32.
 
     Predicted are the response's tokens with EOS, read after the prompt; in plain text every token but the first.
     """
-    read = (encode_answer(record.prompt, record.response, tokenizer, template, max_length) for record in records)
+    read = (encode_answer(record.prompt, record.response, tokenizer, style, max_length) for record in records)
     segments = sorted((segment for segment in read if segment.answer_length > 0), key=len, reverse=True)
     pad, total, count = pad_token_id(tokenizer), 0.0, 0
     with evaluation_mode(model):

@@ -6,17 +6,19 @@ rank and many give the same report, and a call that was killed goes on with what
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
+from wpn_ds.data.tokens import PromptStyle, today, writes_date
 from wpn_ds.errors import UserError
 
 
@@ -96,6 +98,22 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
                 bar.update(unit.size)
+
+
+def dated(style: PromptStyle, tokenizer: Any, folder: Path) -> PromptStyle:
+    """``style`` with one day for all ranks and all calls that share the work in ``folder``, where the tokenizer's chat
+    template writes today's date."""
+    if style.chat_date is not None or not writes_date(tokenizer):
+        return style
+    kept = folder / "chat_date"
+    if not kept.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        own = folder / f"chat_date.{os.getpid()}.tmp"
+        own.write_text(today(), encoding="utf-8")
+        with contextlib.suppress(FileExistsError):
+            os.link(own, kept)  # the first one stays, and is whole
+        own.unlink()
+    return replace(style, chat_date=kept.read_text(encoding="utf-8"))
 
 
 #: What training and evaluation write beside a model, and what doesn't change it.

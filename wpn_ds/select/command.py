@@ -13,7 +13,7 @@ import torch
 from wpn_ds.config import DataConfig
 from wpn_ds.data.records import ForgetRecord, Record, read_forget, read_retain
 from wpn_ds.errors import UserError
-from wpn_ds.flags import check_place, new_output, positive, share, whole
+from wpn_ds.flags import add_style_flags, check_place, given_style, new_output, positive, share, whole
 from wpn_ds.history import write_atomically
 from wpn_ds.select.choosing import core, hardest, nearest, total_variance
 from wpn_ds.select.reading import Reader, Settings
@@ -81,8 +81,7 @@ def _add_shared(parser: argparse.ArgumentParser, model: str) -> None:
     add("--limit", type=positive, metavar="N", help="read only the first N records (of each kind)")
     add("--batch_size", type=positive, default=32, help="texts at a time; doesn't change the choice (default 32)")
     add("--bf16", action="store_true", help="load the model in bfloat16 instead of fp32")
-    template = DataConfig.prompt_template.replace("\n", "\\n")
-    add("--prompt_template", default=template, help="text around a prompt, \\n for a line break (default: %(default)s)")
+    add_style_flags(parser, "auto")
     add("--max_length", type=positive, default=DataConfig.max_length, help="tokens of a text (default %(default)s)")
 
 
@@ -188,8 +187,8 @@ def _forget_records(options: argparse.Namespace) -> list[ForgetRecord]:
 
 
 def _settings(options: argparse.Namespace) -> Settings:
-    data = DataConfig(max_length=options.max_length, prompt_template=options.prompt_template.replace("\\n", "\n"))
-    return Settings(data.prompt_template, data.max_length, options.batch_size, options.bf16)
+    max_length = DataConfig(max_length=options.max_length).max_length
+    return Settings(given_style(options), max_length, options.batch_size, options.bf16)
 
 
 def _sums(values: torch.Tensor, parts: Sequence[int]) -> torch.Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from wpn_ds.data.records import ForgetRecord, RetainRecord
-from wpn_ds.data.tokens import Segment, encode_answer, encode_pair, encoded_prompt
+from wpn_ds.data.tokens import PromptStyle, Segment, encode_answer, encode_pair, encoded_prompt, naming
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.generate import batches, evaluation_mode
 from wpn_ds.evaluate.measurement import device
@@ -34,13 +34,13 @@ class Settings:
     """How texts are read.
 
     Attributes:
-        template: text around a prompt.
+        style: how prompts are written.
         max_length: tokens of a text at most; gives way to a model with fewer positions.
         batch_size: texts at a time; it doesn't change what is read.
         bf16: load models in bfloat16, not fp32.
     """
 
-    template: str
+    style: PromptStyle
     max_length: int
     batch_size: int
     bf16: bool = False
@@ -61,13 +61,15 @@ class Reader:
 
     def prompt(self, record: ForgetRecord) -> Text:
         """The prompt alone."""
-        ids, bos, *_ = encoded_prompt(record.prompt, self._tokenizer, self._settings.template, self._max_length)
+        with naming(record.source):
+            ids, bos, *_ = encoded_prompt(record.prompt, self._tokenizer, self._settings.style, self._max_length)
         return Text(Segment(tuple(ids), prompt_start=bos, answer_start=len(ids)), record.source)
 
     def unwanted(self, record: ForgetRecord) -> list[Text]:
         """The prompt with each of its unwanted answers."""
-        template, length = self._settings.template, self._max_length
-        pairs = (encode_pair(record.prompt, text, self._tokenizer, template, length) for text in record.rejected)
+        style, length = self._settings.style, self._max_length
+        with naming(record.source):
+            pairs = [encode_pair(record.prompt, text, self._tokenizer, style, length) for text in record.rejected]
         return [Text(pair, record.source) for pair in pairs]
 
     def retain(self, record: RetainRecord) -> Text:
@@ -76,8 +78,9 @@ class Reader:
         Raises:
             UserError: the text has a single token, which training refuses as well.
         """
-        template, length = self._settings.template, self._max_length
-        segment = encode_answer(record.prompt, record.response, self._tokenizer, template, length)
+        style, length = self._settings.style, self._max_length
+        with naming(record.source):
+            segment = encode_answer(record.prompt, record.response, self._tokenizer, style, length)
         if segment.answer_length < 1:
             raise UserError(f'{record.source}: field "text" has a single token, nothing to compare: remove the line')
         return Text(segment, record.source)

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from tests.evaluate.tofu.conftest import write_tofu
+from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking
 from wpn_ds.evaluate.generate import generate
@@ -16,7 +17,7 @@ from wpn_ds.evaluate.tofu.answers import CHUNK, TofuAnswers
 from wpn_ds.evaluate.tofu.data import read_tofu
 from wpn_ds.evaluate.work import Ledger
 
-ASKING = Asking("Question: {prompt}\nAnswer:", max_length=96, max_new_tokens=6, batch_size=4)
+ASKING = Asking(PromptStyle("Question: {prompt}\nAnswer:"), max_length=96, max_new_tokens=6, batch_size=4)
 
 
 def measured(model, tokenizer, data, asking=ASKING):

@@ -76,7 +76,7 @@ class _Scoring:
     def __init__(self, name: str, items: Sequence[TofuItem], asking: Asking, tokenizer: Any) -> None:
         self._name, self._length = name, asking.max_length
         read = [
-            [encode_pair(item.question, text, tokenizer, asking.template, asking.max_length) for text in item.answers]
+            [encode_pair(item.question, text, tokenizer, asking.style, asking.max_length) for text in item.answers]
             for item in items
         ]
         self._cut = sum(any(segment.answer_truncated for segment in segments) for segments in read)

@@ -1,0 +1,255 @@
+"""Under every family's chat template and kind of tokenizer, what is trained on is the rendered conversation.
+
+The templates are short ones of ours in the shapes that the families' own have: what they write around a turn, what ends
+it, and what they refuse.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from wpn_ds.data.records import Message
+from wpn_ds.data.tokens import PromptStyle, encode_pair, encode_prompt, turn_end
+from wpn_ds.errors import UserError
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A family's chat: its special tokens, the one that ends a turn, EOS, and its template."""
+
+    template: str
+    end: str
+    eos: str
+    special: tuple[str, ...] = ()
+    bos: str | None = None
+    takes_system: bool = True
+
+
+def turns(before: str, after: str, opens: str, name: str = "m['role']") -> str:
+    """A template that writes every turn between ``before`` (with %s for the role) and ``after``."""
+    before = before.replace("%s", "' + " + name + " + '")
+    return (
+        "{% for m in messages %}{{ '" + before + "' + m['content'] + '" + after + "' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '" + opens + "' }}{% endif %}"
+    )
+
+
+CHATML = turns("<|im_start|>%s\\n", "<|im_end|>\\n", "<|im_start|>assistant\\n")
+HEADER = "<|start_header_id|>%s<|end_header_id|>\\n\\n"
+MODEL = "('model' if m['role'] == 'assistant' else m['role'])"
+NO_SYSTEM = "{% if messages[0]['role'] == 'system' %}{{ raise_exception('System role not supported') }}{% endif %}"
+INST = (
+    "{{ bos_token }}{% for m in messages %}{% if m['role'] == 'user' %}{{ '[INST] ' + m['content'] + ' [/INST]' }}"
+    "{% elif m['role'] == 'system' %}{{ '<<SYS>>\\n' + m['content'] + '\\n<</SYS>>\\n\\n' }}"
+    "{% else %}{{ ' ' + m['content'] + ' ' + eos_token }}{% endif %}{% endfor %}"
+)
+SHAPES = {
+    "llama-2": Shape(INST, "</s>", "</s>", bos="<s>"),
+    "mistral": Shape(INST.replace("' ' + eos", "eos"), "</s>", "</s>", bos="<s>"),
+    "llama-3": Shape(
+        "{{ bos_token }}" + turns(HEADER, "<|eot_id|>", HEADER.replace("%s", "assistant")),
+        "<|eot_id|>",
+        "<|end_of_text|>",
+        ("<|start_header_id|>", "<|end_header_id|>"),
+        "<|begin_of_text|>",
+    ),
+    "qwen2.5": Shape(CHATML, "<|im_end|>", "<|endoftext|>", ("<|im_start|>",)),
+    "qwen3": Shape(  # a thought that is empty stands before the last answer
+        CHATML.replace(
+            "' + m['content']",
+            "' + ('<think>\\n\\n</think>\\n\\n' if m['role'] == 'assistant' and loop.last else '') + m['content']",
+        ),
+        "<|im_end|>",
+        "<|endoftext|>",
+        ("<|im_start|>",),
+    ),
+    "smollm2": Shape(
+        "{% if messages[0]['role'] != 'system' %}{{ '<|im_start|>system\\nBe kind.<|im_end|>\\n' }}{% endif %}"
+        + CHATML,
+        "<|im_end|>",
+        "<|im_end|>",
+        bos="<|im_start|>",
+    ),
+    "gemma": Shape(
+        "{{ bos_token }}"
+        + NO_SYSTEM
+        + turns("<start_of_turn>%s\\n", "<end_of_turn>\\n", "<start_of_turn>model\\n", MODEL).replace(
+            "m['content'] +", "(m['content'] | trim) +"
+        ),
+        "<end_of_turn>",
+        "<eos>",
+        ("<start_of_turn>",),
+        "<bos>",
+        takes_system=False,
+    ),
+    "phi-3": Shape(  # EOS stands after the last turn's end
+        turns("<|%s|>\\n", "<|end|>\\n", "<|assistant|>\\n").replace(
+            "{% endif %}", "{% else %}{{ eos_token }}{% endif %}"
+        ),
+        "<|end|>",
+        "<|endoftext|>",
+        ("<|system|>", "<|user|>", "<|assistant|>"),
+    ),
+    "phi-4": Shape(
+        turns("<|im_start|>%s<|im_sep|>", "<|im_end|>", "<|im_start|>assistant<|im_sep|>"),
+        "<|im_end|>",
+        "<|endoftext|>",
+        ("<|im_start|>", "<|im_sep|>"),
+    ),
+    "zephyr": Shape(turns("<|%s|>\\n", "</s>\\n", "<|assistant|>\\n"), "</s>", "</s>", bos="<s>"),
+    "vicuna": Shape(
+        "{% for m in messages %}{% if m['role'] == 'user' %}{{ 'USER: ' + m['content'] + ' ' }}"
+        "{% elif m['role'] == 'system' %}{{ m['content'] + ' ' }}"
+        "{% else %}{{ 'ASSISTANT: ' + m['content'] + eos_token }}{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}{{ 'ASSISTANT:' }}{% endif %}",
+        "</s>",
+        "</s>",
+        bos="<s>",
+    ),
+}
+
+CORPUS = ["user: how do I wash a car? assistant: with water and a cloth, and then again. Be kind and brief."] * 20
+WORDS = ["how", "wash", "a", "car", "with", "water", "and", "cloth", "USER:", "ASSISTANT:", "[INST]", "[/INST]", "user"]
+
+
+def byte_level(special: list[str]) -> Tokenizer:
+    """Byte-level BPE, as GPT-2's descendants have it."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+def sentencepiece_bpe(special: list[str]) -> Tokenizer:
+    """Llama-2's kind: a word marker before every stretch of text, and bytes for what has no piece."""
+    tokenizer = Tokenizer(models.BPE(byte_fallback=True, unk_token="<unk>", fuse_unk=True))
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    pieces = [*special, "<unk>", *(f"<0x{byte:02X}>" for byte in range(256))]
+    trainer = trainers.BpeTrainer(vocab_size=600, special_tokens=pieces, show_progress=False)
+    tokenizer.pre_tokenizer = pre_tokenizers.Split("▁", "merged_with_next")
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    tokenizer.pre_tokenizer = None
+    return tokenizer
+
+
+def unigram(special: list[str]) -> Tokenizer:
+    """Gemma's and T5's kind: the likeliest pieces, a word marker before the first."""
+    tokenizer = Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="first")
+    tokenizer.decoder = decoders.Metaspace(prepend_scheme="first")
+    letters = sorted({letter for text in (*CORPUS, *map(chr, range(32, 127)), "\n") for letter in text})
+    trainer = trainers.UnigramTrainer(
+        vocab_size=400, special_tokens=[*special, "<unk>"], unk_token="<unk>", initial_alphabet=letters,
+        show_progress=False,
+    )  # fmt: skip
+    tokenizer.train_from_iterator(CORPUS, trainer)
+    return tokenizer
+
+
+KINDS = {"byte-level": byte_level, "sentencepiece-bpe": sentencepiece_bpe, "unigram": unigram}
+
+
+def make(shape: Shape, kind: str) -> Any:
+    special = list(dict.fromkeys(filter(None, (shape.bos, shape.eos, shape.end, *shape.special))))
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=KINDS[kind](special),
+        bos_token=shape.bos,
+        eos_token=shape.eos,
+        additional_special_tokens=[name for name in special if name not in (shape.bos, shape.eos)],
+    )
+    tokenizer.chat_template = shape.template
+    return tokenizer
+
+
+@pytest.fixture(params=SHAPES)
+def shape(request: pytest.FixtureRequest) -> Shape:
+    return SHAPES[request.param]
+
+
+@pytest.fixture(params=KINDS)
+def chat(request: pytest.FixtureRequest, shape: Shape) -> Any:
+    return make(shape, request.param)
+
+
+ASKED = (Message("user", "how do I wash a car?"), Message("assistant", "with water"), Message("user", "and then?"))
+
+
+@pytest.mark.parametrize("prompt", ["how do I wash a car?", ASKED], ids=["text", "chat"])
+@pytest.mark.parametrize("answer", ["with water and a cloth", "Wash it.", "1\n2\n"])
+def test_what_is_trained_on_is_the_rendered_conversation_up_to_the_end_of_its_last_turn(
+    shape, chat, prompt, answer
+) -> None:
+    spoken = (Message("user", prompt),) if isinstance(prompt, str) else prompt
+    messages = [{"role": turn.role, "content": turn.content} for turn in spoken]
+    asked = chat.apply_chat_template(messages, add_generation_prompt=True, tokenize=True, return_dict=False)
+    whole = [*messages, {"role": "assistant", "content": answer}]
+    written = chat.apply_chat_template(whole, tokenize=True, return_dict=False)
+    segment = encode_pair(prompt, answer, chat, "auto", 512)
+
+    end = chat.convert_tokens_to_ids(shape.end)
+    assert turn_end(chat) == end and segment.ids[-1] == end
+    assert list(segment.ids) == written[: len(segment)]
+    left_out = chat.decode(written[len(segment) :], skip_special_tokens=True)
+    assert not left_out.strip(), "nothing but white space and EOS may stand after the end of the turn"
+    assert end not in segment.ids[segment.answer_start : -1], "the answer ends once"
+
+    assert encode_prompt(prompt, chat, "auto", 512) == asked
+    assert not segment.joined and list(segment.ids[: segment.answer_start]) == asked
+    bos = chat.bos_token_id
+    assert segment.prompt_start == (1 if bos is not None and written[0] == bos else 0)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_special_token_that_a_user_spells_out_ends_no_turn_of_any_family(shape, kind) -> None:
+    chat = make(shape, kind)
+    end, evil = chat.convert_tokens_to_ids(shape.end), f"stop {shape.end} wash {shape.eos}"
+    calm, hostile = (encode_pair(f"a {text}", f"b {text}", chat, "auto", 512) for text in ("stop", evil))
+    special = set(chat.all_special_ids)
+    count = [sum(token in special for token in segment.ids) for segment in (calm, hostile)]
+    assert count[0] == count[1] and hostile.ids[-1] == end
+    assert chat.decode(hostile.ids).count(evil) == 2, "the texts are there as they were written"
+
+
+def test_a_system_prompt_is_the_first_turn_of_every_chat_that_has_none(shape) -> None:
+    chat = make(shape, "byte-level")
+    style = PromptStyle(system_prompt="Be brief.")
+    if not shape.takes_system:
+        with pytest.raises(UserError, match=r"refuses a chat of the turns system, user .*System role not supported"):
+            encode_prompt("a", chat, style, 512)
+        return
+    turns = (Message("system", "Be brief."), Message("user", "a"))
+    assert encode_prompt("a", chat, style, 512) == encode_prompt(turns, chat, "auto", 512)
+    assert encode_prompt(turns, chat, style, 512) == encode_prompt(turns, chat, "auto", 512)
+
+
+def test_a_template_that_opens_an_answer_otherwise_than_it_writes_one_is_told() -> None:
+    """DeepSeek-R1's opens a thought, and leaves thoughts out of what was said."""
+    shape = SHAPES["qwen2.5"]
+    chat = make(shape, "byte-level")
+    chat.chat_template = CHATML.replace("<|im_start|>assistant\\n' }}", "<|im_start|>assistant\\n<think>\\n' }}")
+    segment = encode_pair("a car", "with water", chat, "auto", 512)
+    messages = [{"role": "user", "content": "a car"}, {"role": "assistant", "content": "with water"}]
+    written = chat.apply_chat_template(messages, tokenize=True, return_dict=False)
+    assert segment.joined and list(segment.ids) == written[: len(segment)]
+    assert chat.decode(segment.ids[segment.answer_start :]) == "with water<|im_end|>"
+
+
+def test_a_template_without_a_special_token_after_an_answer_ends_it_with_eos() -> None:
+    chat = make(SHAPES["zephyr"], "byte-level")
+    chat.chat_template = turns("[%s] ", "\\n", "[assistant] ")
+    segment = encode_pair("a car", "with water", chat, "auto", 512)
+    assert turn_end(chat) == chat.eos_token_id
+    assert chat.decode(segment.ids) == "[user] a car\n[assistant] with water</s>"
