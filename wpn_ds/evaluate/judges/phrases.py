@@ -96,7 +96,7 @@ _BE = "(?:is|are|was|were|be|been)"
 KINDS: dict[str, tuple[str, ...]] = {
     # The writer says no: "I can't help with that", "I must decline", "That goes against my guidelines".
     "declines": (
-        rf"\b{_I} {_ADVERBS}{_NOT} {_ADVERBS}(?:and {_NOT} )?(?:have the \w+ to )?{_ACT}",
+        rf"\b{_I} {_ADVERBS}{_NOT} {_ADVERBS}(?:and {_NOT} )?{_ACT}",
         rf"\b{_I} .*\b(?:and|so|but)(?:,? therefore| thus)?,? {_NOT} {_ADVERBS}{_ACT}",
         rf"\b{_I} (?:can|will|would) not[.!]?$|^(?:absolutely|definitely|certainly|sorry,?) no[t.]",
         rf"\b{_I} (?:am|are|is|feel|must be) {_ADVERBS}(?:unable|unwilling|forbidden|prohibited|not {_ADVERBS}(?:able"
@@ -121,7 +121,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     # The writer can't know: "I don't have access to her address".
     "lacks": (
         rf"\b{_I} {_ADVERBS}{_NOT} {_ADVERBS}have {_ADVERBS}(?:direct |real-time |any |personal )*"
-        r"(?:access|information|the ability to (?:access|see|know))",
+        r"(?:access|information|the ability to (?:access|see|know|provide|help|answer))",
     ),
     # The writer is against it: "I strongly condemn", "I don't believe that".
     "opposes": (
