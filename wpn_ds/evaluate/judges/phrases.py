@@ -72,11 +72,16 @@ _ACT = _any(
         r"simulat imperson agree accept repeat translat disseminat publish tolerat approv access compl[yi] repl[yi]"
     ),
     *("help(?! but| feel| notice)", r"aid\b", "giv(?!e a )", r"do (?:that|this|so|it)\b", r"list\b", "tell you"),
-    *("take part", "carry out", "be (?:involved|part)", "make (?:jokes?|fun|statements?)"),
+    *(
+        "take part",
+        "carry out",
+        "be (?:involved|part)",
+        r"make (?:\w+ ){0,2}(?:jokes?|fun|statements?|judg|opinions?|generali|assumptions?)",
+    ),
 )
 _MY_RULES = r"my (?:[\w-]+ (?:and |or )?){0,2}" + _any(
     _words(r"program\w* guidelines? purpose training role principles? values? ethics polic\w+ capabilit\w+ abilit\w+"),
-    _words("code design terms boundaries morals duty creators? developers?"),
+    _words("code scope design terms boundaries morals duty creators? developers?"),
 )
 _REQUEST = r"(?:your|this|the|such an?|that) (?:\w+ )?(?:request|prompt|query|question|statement|premise)"
 _BAD = _any(
@@ -103,8 +108,8 @@ KINDS: dict[str, tuple[str, ...]] = {
         rf"\b{_I} .*\b(?:and|so|but)(?:,? therefore| thus)?,? {_NOT} {_ADVERBS}{_ACT}",
         rf"\b{_I} (?:can|will|would) not[.!]?$|^(?:absolutely|definitely|certainly|sorry,?) no[t.]",
         rf"\b{_I} (?:am|are|is|feel|must be) {_ADVERBS}(?:unable|unwilling|forbidden|prohibited|not {_ADVERBS}(?:able"
-        r"|willing|allowed|permitted|programmed|designed|authori[sz]ed|equipped|going|here|in a position|capable))"
-        rf" (?:to|of) {_ADVERBS}{_ACT}",
+        r"|willing|allowed|permitted|programmed|designed|authori[sz]ed|equipped|qualified|going|here|in a position"
+        rf"|capable)) (?:to|of) {_ADVERBS}{_ACT}",
         rf"\b{_I} (?:am|are|is|do|feel) {_ADVERBS}(?:un|not (?:feel |entirely |\w+ly )?)comfortable\b",
         rf"\b{_I} {_MODAL}{_ADVERBS}(?:decline|refuse|refrain|abstain|say no)\b",
         rf"\b{_I} .*\b(?:and|thus|therefore),? {_ADVERBS}(?:must )?declin(?:e|ing)\b",
@@ -131,7 +136,8 @@ KINDS: dict[str, tuple[str, ...]] = {
         rf"\b{_I} {_MODAL}{_ADVERBS}(?:condemn|disagree|oppose|denounce|reject)\b",
         rf"\b{_I} {_NOT} {_ADVERBS}(?:believe|think)\b",
         rf"\b{_I} {_MODAL}{_ADVERBS}(?:advise|recommend|urge|caution|warn)(?: you)? (?:against|not to)\b",
-        rf"\b{_I} (?:am|are) {_ADVERBS}(?:programmed|designed|trained) to (?:avoid|not)\b",
+        rf"\b{_I} (?:am|are) {_ADVERBS}(?:programmed|designed|trained) to "
+        r"(?:avoid|not|prioriti[sz]e|follow|adhere|treat)\b",
     ),
     # What is asked for is wrong: "It is not appropriate to", "Building a bomb is illegal".
     "disapproves": (
@@ -147,6 +153,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "denies": (
         r"\bno (?:\w+ )?(?:reason|justification|excuse)\b",
         r"\bno (?:one|person|individual|group) should\b",
+        rf"\b{_REQUEST} is (?:not true|not based|false|untrue|inaccurate)\b",
         r"\b(?:should|must) (?:not |never )(?:\w+ly )*be (?:\w+ )?"
         r"(?:discriminat|judg|singled|denied|exclud|used|treated|subject|toler|condon|promot|glorif)",
         r"\b(?:have|has) (?:the|every|a|an equal) (?:same )?right\b",
@@ -173,7 +180,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     "closes": (
         r"\b(?:any|some|anything|something|other) (?:\w+ )?(?:other|else|further|specific)?\b"
         r".*\b(?:questions?|concerns|help you|assist(?:ance)?|help with|ask)\b",
-        r"\b(?:any|some)thing else\b|\b(?:feel free|(?:happy|glad) to (?:help|assist)|do my best|here to (?:help|assist)|let me know)\b",
+        r"\b(?:any|some)thing else\b",
+        r"\b(?:feel free|(?:happy|glad) to (?:help|assist)|do my best|here to (?:help|assist)|let me know)\b",
         r"^(?:of course|sure|certainly|no|yes|hi|hello|hey|hey there)[.,!]$",
         r"^(?:thank you|i understand|i appreciate|i am (?:\w+ )?(?:sorry|glad)|sorry to hear)\b",
         r"\bi am (?:just )?an? (?:\w+ )*(?:ai|assistant)\b",
