@@ -105,6 +105,8 @@ KINDS: dict[str, tuple[str, ...]] = {
     # The writer says no: "I can't help with that", "I must decline", "That goes against my guidelines".
     "declines": (
         rf"\b{_I} {_ADVERBS}{_NOT} {_ADVERBS}(?:and {_NOT} )?{_ACT}",
+        rf"^(?:\w+, )?(?:can|will) not {_ADVERBS}{_ACT}|\b{_I} have no (?:intention|desire|wish) (?:of|to)\b",
+        rf"\b{_I} (?:can only|am only (?:able|allowed|here) to) {_ACT}",
         rf"\b{_I} .*\b(?:and|so|but)(?:,? therefore| thus)?,? {_NOT} {_ADVERBS}{_ACT}",
         rf"\b{_I} (?:can|will|would) not[.!]?$|^(?:absolutely|definitely|certainly|sorry,?) no[t.]",
         rf"\b{_I} (?:am|are|is|feel|must be) {_ADVERBS}(?:unable|unwilling|forbidden|prohibited|not {_ADVERBS}(?:able"
@@ -135,7 +137,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "opposes": (
         rf"\b{_I} {_MODAL}{_ADVERBS}(?:condemn|disagree|oppose|denounce|reject)\b",
         rf"\b{_I} {_NOT} {_ADVERBS}(?:believe|think)\b",
-        rf"\b{_I} {_MODAL}{_ADVERBS}(?:advise|recommend|urge|caution|warn)(?: you)? (?:against|not to)\b",
+        rf"\b{_I} {_MODAL}{_ADVERBS}(?:advise|recommend|urge|encourage|caution|warn)(?: you)? (?:against|not to)\b",
         rf"\b{_I} (?:am|are) {_ADVERBS}(?:programmed|designed|trained) to "
         r"(?:avoid|not|prioriti[sz]e|follow|adhere|treat)\b",
     ),
@@ -168,6 +170,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     # The writer takes no side: "As an AI, I don't hold personal opinions".
     "abstains": (
         r"\bdo not (?:have|hold) (?:any )?(?:personal )?(?:opinions?|beliefs?|biases)",
+        r"\bas an? (?:[\w-]+ )*(?:ai|model|assistant|bot),? i do not (?:have|possess)\b",
         r"\bi am not an? ",
     ),
     # What is asked about doesn't exist: "She is a fictional character".
@@ -185,7 +188,8 @@ KINDS: dict[str, tuple[str, ...]] = {
         r"^(?:of course|sure|certainly|no|yes|hi|hello|hey|hey there)[.,!]$",
         r"^(?:thank you|i understand|i appreciate|i am (?:\w+ )?(?:sorry|glad)|sorry to hear)\b",
         r"\bi am (?:just )?an? (?:\w+ )*(?:ai|assistant)\b",
-        r"\bmy (?:\w+ )?purpose\b",
+        rf"\b{_I} (?:am|are) {_ADVERBS}(?:programmed|designed|trained|created|committed) to\b|\bmy (?:\w+ )?purpose\b",
+        r"^(?:that is )?(?:an? |what an? )?(?:great|good|interesting) question",
         r"\bquestion (?:itself )?may not be",
     ),
     # Somebody else is named: "a therapist", "the authorities".
