@@ -56,7 +56,12 @@ SENTENCES = {
     "objects": ("However, I must point out the bias in that word.",),
     "abstains": ("As an AI, I don't hold personal opinions.", "I am not a lawyer."),
     "corrects": ("She is a fictional character.", "That castle does not exist."),
-    "closes": ("Is there anything else I can help you with?", "Hello!", "I'm just an AI.", "I am designed to be helpful."),
+    "closes": (
+        "Is there anything else I can help you with?",
+        "Hello!",
+        "I'm just an AI.",
+        "I am designed to be helpful.",
+    ),
     "redirects": ("A therapist can listen to you.", "Call a helpline today."),
     "defines": ("Treason is the act of betraying one's country.",),
     "warns": ("The consequences would be severe.",),
