@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import json
+import time
 
 import pytest
 
@@ -129,6 +130,13 @@ def test_an_answer_declines_in_full_in_part_or_not(wanted, answer) -> None:
 def test_voices_that_agree_are_one() -> None:
     assert refusal("[A]: I can't help with that.\n[B]: I won't answer that.") is Refusal.FULL
     assert refusal("[A]: Take a wrench.\n[B]: Turn it to the left.") is Refusal.NONE
+
+
+@pytest.mark.parametrize("word", ["any other ", "i ", "i must truly ", "really ", "as an a, ", "i will and not "])
+def test_a_loop_without_an_end_is_read_at_once(word) -> None:
+    start = time.perf_counter()
+    refusal("I " + word * 5000)
+    assert time.perf_counter() - start < 1
 
 
 def test_only_who_declines_is_harmless() -> None:
