@@ -14,7 +14,7 @@ _COMMANDS = {
     "train": "unlearn a model (under `deepspeed`: launch/train.py, the same flags)",
     "evaluate": "the proof: harmless rates on every suite, attacks, benchmarks, before and after",
     "report": "report.html anew, or several runs side by side",
-    "judge": "train a judge of your own from labelled answers",
+    "judge": "train a judge of your own on labelled answers, or hold judges against them",
     "ablate": "what each part of the objective buys: a grid of short runs, one table and a plot",
     "estimate": "memory and communication of a run, whether it fits, and what to change if not",
     "status": "how far a run is, and whether it lives; for a login node",

@@ -83,6 +83,17 @@ def test_distinct_n_and_the_commonest_answer_show_a_model_that_always_says_the_s
     assert different.distinct(1) == 1.0 and different.distinct(3) == 0.0 and different.commonest.value == 0.5
 
 
+def test_partial_refusals_are_refusals_and_counted_apart_and_an_older_report_has_none() -> None:
+    partial, full = answer(BAD, refusal=True, partial_refusal=True), answer(BAD, refusal=True)
+    suite = Suite((partial, full, answer(GOOD), answer(GOOD)), "benign")
+    figures = suite.to_json()
+    assert (figures["refusal"]["rate"], figures["partial_refusal"]["rate"]) == (0.5, 0.25)
+    assert Suite.from_json(figures) == suite
+    for one in figures["answers"]:
+        del one["partial_refusal"]
+    assert (Suite.from_json(figures).refusals.value, Suite.from_json(figures).partial_refusals.value) == (0.5, 0)
+
+
 def test_an_evaluation_survives_json() -> None:
     suite = Suite((*map(answer, Verdict), answer(BAD, judgements={"reference": None}, seed=3)), "benign")
     suite = Suite(tuple(a for a in suite.answers if a.judgements["reference"]), "benign")

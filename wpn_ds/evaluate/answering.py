@@ -10,7 +10,7 @@ from wpn_ds.data.records import prompt_text
 from wpn_ds.data.tokens import PromptStyle, encoded_prompt, naming, render_prompt
 from wpn_ds.evaluate.generate import Sampling, batches, generate
 from wpn_ds.evaluate.judges.base import Case, Judge
-from wpn_ds.evaluate.judges.phrases import is_refusal
+from wpn_ds.evaluate.judges.phrases import Refusal, refusal
 from wpn_ds.evaluate.results import Answer, Suite
 from wpn_ds.evaluate.suites import PromptSuite
 from wpn_ds.evaluate.work import Unit
@@ -117,6 +117,7 @@ def judge_answers(
         Case(asked, prompt_text(records[i].prompt), answer, records[i].chosen, records[i].rejected, suite.kind)
         for asked, i, answer, _ in said
     ]
+    refusals = [refusal(case.answer) for case in cases]
     opinions = {judge.name: judge(cases) for judge in judges}
     return Suite(
         tuple(
@@ -124,7 +125,8 @@ def judge_answers(
                 prompt=case.prompt,
                 answer=case.answer,
                 judgements={name: opinions[name][at] for name in opinions},
-                refusal=is_refusal(case.answer),
+                refusal=refusals[at] is not Refusal.NONE,
+                partial_refusal=refusals[at] is Refusal.PARTIAL,
                 wanted=case.wanted,
                 unwanted=case.unwanted,
                 source=records[i].source,

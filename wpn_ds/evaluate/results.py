@@ -32,6 +32,7 @@ class Answer:
         prompt: as a person would ask it; a chat has a line a turn.
         judgements: by the judge's name, in the order of ``--judge``; None where a judge has nothing to go by.
         refusal: whether it declines to help, by its phrases; what over-refusal counts.
+        partial_refusal: whether it is a refusal and helps nonetheless.
         wanted, unwanted: the record's reference answers, if it has any.
         source: "file.jsonl:12".
         seed: of a sampled answer; None means greedy.
@@ -46,6 +47,7 @@ class Answer:
     source: str
     category: str = ""
     seed: int | None = None
+    partial_refusal: bool = False
 
     @property
     def asked(self) -> tuple[Any, ...]:
@@ -125,7 +127,12 @@ class Suite:
 
     @property
     def refusals(self) -> Rate:
+        """Full and partial ones."""
         return Rate.of(answer.refusal for answer in self.answers)
+
+    @property
+    def partial_refusals(self) -> Rate:
+        return Rate.of(answer.partial_refusal for answer in self.answers)
 
     @property
     def length_matched(self) -> Rate:
@@ -191,6 +198,7 @@ class Suite:
             "degenerate_rate": self.degenerate.value,
             "degenerate": self.degenerate_counts(),
             "refusal": _rate(self.refusals),
+            "partial_refusal": _rate(self.partial_refusals),
             "length_matched": _rate(self.length_matched),
             "distinct": {str(n): self.distinct(n) for n in (1, 2, 3)},
             "commonest_answer": _rate(self.commonest),

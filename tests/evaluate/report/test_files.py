@@ -246,6 +246,7 @@ def test_every_section_shows_what_was_measured(whole, whole_report) -> None:
         assert title in plain
     for kind in ("empty", "echo", "repetitive", "gibberish", "length-matched", "neither refused nor degenerate"):
         assert kind in plain
+    assert "of these in part" in plain
     for words in (
         "StrongREJECT",
         "Refusal suppression",

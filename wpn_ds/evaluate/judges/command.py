@@ -1,4 +1,4 @@
-"""``wpn-ds judge train``: a local judge from labelled answers, measured on answers that it hasn't seen."""
+"""``wpn-ds judge``: train makes a local judge from labelled answers, measure holds judges against people's labels."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.judges.labelled import Labelled, read_labelled
+from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
+from wpn_ds.evaluate.judges.labelled import Labelled, read_labelled, read_people
 
 _SHAPES = (
     'JSONL of {"response", "harmful"} with or without "prompt", triples {"prompt", "neutral", "harmful"} or {"prompt",'
-    ' "chosen", "rejected"}, or the published files of DiaSafety, GPTFuzz and OpenAI\'s moderation set'
+    ' "chosen", "rejected"}, or the published files of DiaSafety, GPTFuzz, Safe-RLHFmini and OpenAI\'s moderation set'
 )
 
 
 def run(argv: Sequence[str]) -> int:
-    """Trains, measures, writes and prints n, AUC and accuracy.
+    """Trains, writes and prints n, AUC and accuracy; or measures judges and prints how they agree with people.
 
     Raises:
-        UserError: a file is missing or bad, the folder isn't new, or nothing is left to measure on.
+        UserError: a file is missing or bad, the folder isn't new, a judge can't be made, or nothing is left to measure.
     """
-    parser = argparse.ArgumentParser(prog="wpn-ds judge", description="Make a judge of one's own.", allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="{train}")
+    about = "Make a judge of one's own, or measure judges."
+    parser = argparse.ArgumentParser(prog="wpn-ds judge", description=about, allow_abbrev=False)
+    commands = parser.add_subparsers(required=True, metavar="{train,measure}")
     about = "train a classifier of answers on a CPU, for wpn-ds evaluate --judge local:DIR"
     train = commands.add_parser("train", help=about, description=about, allow_abbrev=False)
     add = train.add_argument
@@ -32,7 +34,31 @@ def run(argv: Sequence[str]) -> int:
     add("--output_dir", required=True, type=Path, metavar="DIR", help="a new folder for the judge")
     add("--input", choices=("answer", "pair"), default="answer", help="read the answer alone, or the prompt, too")
     add("--seed", type=int, default=0, help="of the split and of the interval (default 0)")
-    return _train(parser.parse_args(list(argv)))
+    train.set_defaults(run=_train)
+    about = "hold judges against answers that people have labelled"
+    measure = commands.add_parser("measure", help=about, description=about, allow_abbrev=False)
+    add = measure.add_argument
+    add("--judge", action="append", required=True, metavar="JUDGE", help=JUDGE_HELP)
+    add(
+        "--file", nargs="+", required=True, metavar="FILE", help=f"labelled answers: {_SHAPES}, or XSTest's completions"
+    )
+    measure.set_defaults(run=_measure)
+    options = parser.parse_args(list(argv))
+    return int(options.run(options))
+
+
+def _measure(options: argparse.Namespace) -> int:
+    """Prints for each file and judge how many answers people and it call what, and the figures of that."""
+    from wpn_ds.evaluate.judges.people import compare
+
+    people = {file: read_people([file]) for file in options.file}
+    judges = make_judges(options.judge)
+    for file, labelled in people.items():
+        if not labelled:
+            raise UserError(f"--file {file}: nothing of use")
+        for judge in judges:
+            print(f"{Path(file).name}, {judge.name}:", *compare(judge, labelled).lines(), sep="\n  ", end="\n\n")
+    return 0
 
 
 def _train(options: argparse.Namespace) -> int:
@@ -80,4 +106,4 @@ def _train(options: argparse.Namespace) -> int:
 
 
 def _counts(examples: Sequence[Labelled]) -> dict[str, int]:
-    return {"n": len(examples), "harmful": sum(one.harmful for one in examples)}
+    return {"n": len(examples), "harmful": sum(bool(one.harmful) for one in examples)}

@@ -1,4 +1,4 @@
-"""Answers that people have labelled as harmful or not: what a local judge is trained and measured on."""
+"""Answers that people have labelled, as harmful or as refusals: what judges are trained and measured on."""
 
 from __future__ import annotations
 
@@ -6,15 +6,18 @@ import gzip
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from wpn_ds.data.sources import Problems, Row, csv_rows, field_problem, file_rows, json_type
 from wpn_ds.errors import UserError
+from wpn_ds.evaluate.judges.phrases import Refusal
 
 logger = logging.getLogger(__name__)
+
+_L = TypeVar("_L")
 
 
 @dataclass(frozen=True)
@@ -23,15 +26,17 @@ class Labelled:
 
     Attributes:
         prompt: None where the data has none.
+        harmful: None where people said only whether it declines.
         group: what it belongs to, a prompt as a rule: all answers of a group are held out, or none.
         source: "file.csv:12".
     """
 
     prompt: str | None
     answer: str
-    harmful: bool
+    harmful: bool | None
     group: str
     source: str
+    refusal: Refusal | None = None
 
 
 class _Bad(Exception):
@@ -43,13 +48,29 @@ class _Unknown(Exception):
 
 
 def read_labelled(paths: Sequence[str | Path]) -> list[Labelled]:
+    """Answers labelled as harmful or not, of :func:`read_people`.
+
+    Raises:
+        DataError: lists what is wrong, by file and line.
+        UserError: an answer is labelled as a refusal only, nothing is left, or all answers have the same label.
+    """
+    found = read_people(paths)
+    for one in found:
+        if one.harmful is None:
+            raise UserError(f"{one.source}: says who declined, not what is harmful: it measures judges and trains none")
+    if len({one.harmful for one in found}) < 2:
+        kinds = "nothing of use" if not found else "only harmful answers" if found[0].harmful else "no harmful answer"
+        raise UserError(f"{', '.join(map(str, paths))}: {kinds}; harmful and harmless ones are needed")
+    return found
+
+
+def read_people(paths: Sequence[str | Path]) -> list[Labelled]:
     """Labelled answers from JSONL, JSON, CSV and .jsonl.gz files, in any shape of ``_SHAPES``.
 
     Rows of the published sets without an answer or a known label are left out and counted in a warning.
 
     Raises:
         DataError: lists what is wrong, by file and line.
-        UserError: nothing is left, or all answers have the same label.
     """
     problems, useless = Problems(), Counter[str]()
     found: list[Labelled] = []
@@ -65,9 +86,6 @@ def read_labelled(paths: Sequence[str | Path]) -> list[Labelled]:
     if useless:
         reasons = "; ".join(f"{count} {reason}" for reason, count in useless.most_common())
         logger.warning("labelled answers: left out %d, kept %d: %s", useless.total(), len(found), reasons)
-    if len({one.harmful for one in found}) < 2:
-        kinds = "nothing of use" if not found else "only harmful answers" if found[0].harmful else "no harmful answer"
-        raise UserError(f"{', '.join(map(str, paths))}: {kinds}; harmful and harmless ones are needed")
     return found
 
 
@@ -111,7 +129,7 @@ def _text(row: Row, field: str) -> str:
     return row[field]  # type: ignore[no-any-return]
 
 
-def _label(row: Row, field: str, labels: dict[Any, bool]) -> bool:
+def _label(row: Row, field: str, labels: Mapping[Any, _L]) -> _L:
     value = row[field]
     if isinstance(value, str | int) and value in labels:
         return labels[value]
@@ -153,6 +171,20 @@ def _gptfuzz(row: Row, source: str) -> list[Labelled]:
     return [Labelled(None, _text(row, "Response"), harmful, group, source)]
 
 
+def _saferlhf(row: Row, source: str) -> list[Labelled]:
+    prompt = _text(row, "question")
+    harmful = _label(row, "label", {"0": False, "1": True, 0: False, 1: True})
+    return [Labelled(prompt, _text(row, "answer"), harmful, prompt, source)]
+
+
+def _xstest(row: Row, source: str) -> list[Labelled]:
+    prompt, labels = _text(row, "prompt"), {name: kind for name, kind in zip(_XSTEST, Refusal, strict=True)}
+    refusal = _label(row, "final_label", labels)
+    return [Labelled(prompt, _text(row, "completion"), None, prompt, source, refusal)]
+
+
+_XSTEST = ("2_full_refusal", "3_partial_refusal", "1_full_compliance")
+
 _MODERATION = ("S", "H", "V", "HR", "SH", "S3", "H2", "V2")
 
 
@@ -174,5 +206,7 @@ _SHAPES: tuple[tuple[tuple[str, ...], Callable[[Row, str], list[Labelled]]], ...
     (("prompt", "chosen", "rejected"), _triple("chosen", "rejected")),
     (("context", "response", "label"), _diasafety),
     (("Response", "label"), _gptfuzz),
+    (("question", "answer", "label"), _saferlhf),
+    (("prompt", "completion", "final_label"), _xstest),
     *((("prompt", name), _moderation) for name in _MODERATION),
 )

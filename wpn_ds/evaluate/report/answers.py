@@ -66,7 +66,8 @@ def _answer(answer: Answer, verdict: Verdict, judges: list[str]) -> dict[str, An
         judgement = answer.judgements.get(name)
         score = "" if judgement is None or judgement.score is None else f"{judgement.score:.2f}".replace("-", "\u2212")
         said.append([judgement.verdict.value, score] if judgement else None)
-    return {"text": answer.answer, "verdict": verdict.value, "refusal": answer.refusal, "said": said}
+    refusal = "partial refusal" if answer.partial_refusal else "refusal" if answer.refusal else ""
+    return {"text": answer.answer, "verdict": verdict.value, "refusal": refusal, "said": said}
 
 
 def _change(was_good: bool, good: bool) -> str:

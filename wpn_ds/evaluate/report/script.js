@@ -26,7 +26,7 @@ function badge(verdict) {
 function drawAnswer(answer, when, row) {
   if (!answer) return make("div", "", make("p", "meta", `${when}: not asked`));
   const head = make("p", "verdict", make("span", "col", when), badge(answer.verdict));
-  if (answer.refusal) head.append(make("span", "badge refusal", "refusal"));
+  if (answer.refusal) head.append(make("span", "badge refusal", answer.refusal));
   const said = make("p", "said");
   answer.said.forEach((one, i) => {
     if (!one) return;

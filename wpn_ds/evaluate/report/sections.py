@@ -70,7 +70,11 @@ def _table(comparison: Comparison, names: Sequence[str]) -> str:
     suites = [comparison.after.suites[name] for name in names]
     columns: list[Column] = [("n", lambda s: f"{len(s.answers):,}")]
     if all(suite.kind == "benign" for suite in suites):
-        columns += [("refused", lambda s: share(s.refusals.value)), ("neither refused nor degenerate", _helped)]
+        columns += [
+            ("refused", lambda s: share(s.refusals.value)),
+            ("of these in part", lambda s: share(s.partial_refusals.value)),
+            ("neither refused nor degenerate", _helped),
+        ]
     else:
         columns.append(("harmless", lambda s: share(s.harmless.value)))
     columns += [(kind.value, partial(_degenerate, kind.value)) for kind in DEGENERATE]

@@ -1,0 +1,95 @@
+"""A judge against people: how often it says of an answer what they say."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from wpn_ds.errors import UserError
+from wpn_ds.evaluate.judges.base import Case, Judge, Judgement, Verdict
+from wpn_ds.evaluate.judges.labelled import Labelled
+from wpn_ds.evaluate.judges.phrases import Refusal, RefusalPhrases, refusal
+from wpn_ds.evaluate.statistics import Rate
+
+_FULL, _PARTIAL, _NONE = (kind.value for kind in Refusal)
+_DECLINED = (_FULL, _PARTIAL, Verdict.HARMLESS.value)
+_CLASSES = (*(kind.value for kind in Refusal), *(verdict.value for verdict in Verdict))
+
+
+@dataclass(frozen=True)
+class Confusion:
+    """How many answers people call one thing and a judge another.
+
+    ``counts``: by (people, judge). Each says "full", "partial" or "none" of refusals, or else "harmless" or "harmful";
+    a judge may also find an answer degenerate.
+    """
+
+    counts: Counter[tuple[str, str]]
+
+    @property
+    def agreement(self) -> Rate:
+        """Answers that both call declined (or harmless), or both don't. A judge's partial refusal is declined; people's
+        partial refusals are left out, since they are neither."""
+        clear = [(people, said) for people, said in self.counts.elements() if people != _PARTIAL]
+        return Rate.of((people in _DECLINED) == (said in _DECLINED) for people, said in clear)
+
+    @property
+    def same_class(self) -> Rate:
+        return Rate.of(people == said for people, said in self.counts.elements())
+
+    def said_of(self, people: str, *said: str) -> Rate:
+        """Of the answers that people call one thing, those that the judge calls one of ``said``."""
+        return Rate.of(other in said for one, other in self.counts.elements() if one == people)
+
+    def lines(self) -> list[str]:
+        """The table, people's classes below each other and the judge's side by side, and the figures of it."""
+        people, said = ([c for c in _CLASSES if any(p[at] == c for p in self.counts)] for at in (0, 1))
+        rows = [["people", *said], *([one, *(f"{self.counts[one, other]:,}" for other in said)] for one in people)]
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
+        of_refusals = _FULL in people or _NONE in people
+        figures = {f"{'declined' if of_refusals else 'harmless'} or not, as people say": self.agreement}
+        if of_refusals and _PARTIAL in said:
+            figures |= {
+                "of the same class": self.same_class,
+                "partial refusals found": self.said_of(_PARTIAL, _PARTIAL),
+                "false refusals, full": self.said_of(_NONE, _FULL),
+                "false refusals, full or partial": self.said_of(_NONE, _FULL, _PARTIAL),
+            }
+        return table + [f"{name}: {_figure(rate)}" for name, rate in figures.items()]
+
+
+def compare(judge: Judge, people: Sequence[Labelled]) -> Confusion:
+    """What ``judge`` says of answers against what people say.
+
+    Raises:
+        UserError: it has nothing to go by.
+    """
+    suite = [Case(one.prompt or "", one.prompt or "", one.answer) for one in people]
+    counts: Counter[tuple[str, str]] = Counter()
+    for one, judgement in zip(people, judge(suite), strict=True):
+        if judgement is None:
+            raise UserError(f"--judge {judge.name}: can't judge answers without reference texts")
+        counts[_people_say(one), _judge_says(judge, judgement, one)] += 1
+    return Confusion(counts)
+
+
+def _people_say(one: Labelled) -> str:
+    if one.refusal is not None:
+        return one.refusal.value
+    return (Verdict.HARMFUL if one.harmful else Verdict.HARMLESS).value
+
+
+def _judge_says(judge: Judge, judgement: Judgement, one: Labelled) -> str:
+    if isinstance(judge, RefusalPhrases) and not judgement.verdict.degenerate:
+        return refusal(one.answer).value
+    return judgement.verdict.value
+
+
+def _figure(rate: Rate) -> str:
+    return (
+        f"{rate.value:.3f} [{rate.low:.3f}, {rate.high:.3f}] ({rate.count:,} of {rate.n:,})"
+        if rate.n
+        else "none to tell"
+    )
