@@ -40,7 +40,7 @@ from wpn_ds.engine.stop import after_the_watchdog
 from wpn_ds.errors import UserError
 from wpn_ds.history import FAILED, REQUEUE, STARTS, STATUS
 from wpn_ds.models.attention import supported
-from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id
+from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id, quantisation
 from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.objective import Objective
 
@@ -119,6 +119,10 @@ def prepare(config: Config) -> Job:
         allow_key_mismatch=config.model.allow_key_mismatch,
     )
     lm_config = load_config(source)
+    if (how := quantisation(lm_config)) is not None:
+        raise UserError(
+            f"{source.flag} {model_path}: {how} weights are quantised and can't be trained: give whole ones"
+        )
     resolved, total_steps = _resolve(config, lm_config, world, len(forget))
     config = resolved.config
     _check_with_deepspeed(resolved.json, config)
