@@ -21,7 +21,8 @@ BELOW = {
     "wpn_ds.flags": BASE,
     "wpn_ds.signals": BASE,
     "wpn_ds.history": BASE | {"wpn_ds.config"},
-    "wpn_ds.ds_json": BASE | {"wpn_ds.config"},
+    "wpn_ds.ds_keys": BASE,
+    "wpn_ds.ds_json": BASE | {"wpn_ds.config", "wpn_ds.ds_keys"},
     "wpn_ds.data": BASE | {"wpn_ds.config"},
     "wpn_ds.objectives": BASE | {"wpn_ds.config", "wpn_ds.data"},
     "wpn_ds.models": BASE | {"wpn_ds.config", "wpn_ds.data", "wpn_ds.objectives"},  # the head computes losses

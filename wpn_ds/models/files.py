@@ -105,7 +105,7 @@ def _apart(
 def _names_in_files(
     model: Any, config: PretrainedConfig, shapes: Mapping[str, Tensor], parameters: set[str]
 ) -> dict[str, str]:
-    """What the files call ``parameters``: a dry run reports each under the impossible shape that its candidates have."""
+    """What the files call ``parameters``: a dry run reports each under an impossible shape that tells them."""
     wanted = {model.get_parameter(name).shape for name in parameters}
     candidates = [name for name, tensor in shapes.items() if tensor.shape in wanted]
     marked = {name: torch.empty(1, 1, number, device="meta") for number, name in enumerate(candidates)}
