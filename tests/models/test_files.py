@@ -118,6 +118,14 @@ def test_a_folder_without_weights_is_one_line(tmp_path) -> None:
         load_model(Source(str(tmp_path)), dtype=torch.float32)
 
 
+def test_a_damaged_file_of_either_kind_is_one_line(tmp_path) -> None:
+    TIED["llama"].save_pretrained(tmp_path)
+    for name in ("pytorch_model.bin", "model.safetensors"):  # the latter goes first where it is there
+        (tmp_path / name).write_bytes(b"no weights at all")
+        with pytest.raises(UserError, match=r"^--model_name_or_path \S+: the model can't be loaded \([^\n]*$"):
+            load_model(Source(str(tmp_path)), dtype=torch.float32)
+
+
 def test_quantised_weights_are_known_by_the_configuration() -> None:
     assert quantisation(TIED["llama"]) is None
     assert quantisation(LlamaConfig(quantization_config={"quant_method": "fp8"})) == "fp8"

@@ -61,12 +61,13 @@ def compare(config: PretrainedConfig, files: Sequence[str], flag: str, trust_rem
         held |= dict.fromkeys(there, path)
     with torch.device("meta"):
         architecture = type(AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code))
-    model, report = _dry_run(architecture, config, shapes)
-    if _apart(model, config, shapes, held):
-        for part in (config, config.get_text_config()):
-            part.tie_word_embeddings = False
-        model, report = _dry_run(architecture, config, shapes)
-        for one, other in _apart(model, config, shapes, held):
+    text = config.get_text_config()
+    own = text if architecture.config_class is type(text) else config  # of several parts, only the text's is loaded
+    model, report = _dry_run(architecture, own, shapes)
+    if _apart(model, own, shapes, held):
+        config.tie_word_embeddings = text.tie_word_embeddings = False
+        model, report = _dry_run(architecture, own, shapes)
+        for one, other in _apart(model, own, shapes, held):
             raise UserError(
                 f"{flag}: {one} and {other} are one weight in the model, but the files have two that differ"
             )

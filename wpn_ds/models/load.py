@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -102,7 +103,7 @@ def load_model(
     where = f"{source.flag} {source.name_or_path}"
     quantised = quantisation(config) is not None
     if not quantised:
-        with _one_line(f"{where}: the model can't be loaded", RuntimeError):
+        with _one_line(f"{where}: the model can't be loaded", RuntimeError, UnpicklingError):
             files = weight_files(source.name_or_path, config, source.revision or "main")
             report = compare(config, files, where, source.trust_remote_code)
         audit(report, source)
