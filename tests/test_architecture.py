@@ -11,16 +11,18 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("wpn_ds", "launch") for path in (ROOT / folder).rglob("*.py"))
 
 #: What each part may import of the package, besides itself. A module that is named here is not of the part around it.
-BASE = {"wpn_ds", "wpn_ds.errors"}
+BASE = {"wpn_ds", "wpn_ds.errors", "wpn_ds.seeds"}
 BELOW = {
     "wpn_ds": set(),
     "wpn_ds.errors": set(),
+    "wpn_ds.seeds": set(),
     "wpn_ds.config": BASE,
     "wpn_ds.launchers": BASE,
     "wpn_ds.flags": BASE | {"wpn_ds.config", "wpn_ds.data"},
     "wpn_ds.signals": BASE,
     "wpn_ds.history": BASE | {"wpn_ds.config"},
-    "wpn_ds.ds_json": BASE | {"wpn_ds.config"},
+    "wpn_ds.ds_keys": BASE,
+    "wpn_ds.ds_json": BASE | {"wpn_ds.config", "wpn_ds.ds_keys"},
     "wpn_ds.data": BASE | {"wpn_ds.config"},
     "wpn_ds.objectives": BASE | {"wpn_ds.config", "wpn_ds.data"},
     "wpn_ds.models": BASE | {"wpn_ds.config", "wpn_ds.data", "wpn_ds.objectives"},  # the head computes losses
@@ -57,6 +59,7 @@ PURE = {
     "wpn_ds.objectives": {"deepspeed", "transformers", "accelerate", "datasets"},
     "wpn_ds.config": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
     "wpn_ds.errors": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
+    "wpn_ds.seeds": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
     "wpn_ds.launchers": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
     "wpn_ds.signals": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
     "wpn_ds.history": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},

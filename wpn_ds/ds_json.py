@@ -18,21 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from wpn_ds.config import Config, nearest
+from wpn_ds.ds_keys import FREE, TABLE, Only, entry_of
 from wpn_ds.errors import UserError
-
-_KNOWN_KEYS = """
-    train_batch_size train_micro_batch_size_per_gpu gradient_accumulation_steps managed_gradient_accumulation
-    optimizer scheduler gradient_clipping zero_optimization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-    bf16 bfloat16 fp16 torch_autocast data_types communication_data_type seq_parallel_communication_data_type
-    prescale_gradients gradient_predivide_factor gradient_allreduce_op disable_allgather activation_checkpointing
-    checkpoint datastates_ckpt aio compile data_efficiency dataloader_drop_last hybrid_engine pipeline
-    tensor_parallel expert_parallel data_parallel_size sequence_parallel_size use_data_before_expert_parallelism
-    weight_quantization vocabulary_size steps_per_print wall_clock_breakdown memory_breakdown dump_state
-    disable_python_gc log_level timers comms_logger flops_profiler autotuning tensorboard wandb csv_monitor
-    comet
-"""
-KNOWN_KEYS = frozenset(_KNOWN_KEYS.split())
-"""Top-level keys that DeepSpeed reads; it ignores any other one without a word."""
 
 OPTIMIZER_FLAGS: Mapping[str, frozenset[str]] = {
     name: frozenset(keys.split())
@@ -73,15 +60,6 @@ rate of 0.001, 1000 steps) are nobody's wish."""
 
 _VOCABULARY = 2**18  # tokens for which NVMe buffers are sized: the largest in use (OPT and GPT-Neo have a fifth)
 
-# Places where "auto" is a word of DeepSpeed's own.
-_DEEPSPEED_AUTO = (
-    "pipeline",
-    "autotuning",
-    "expert_parallel",
-    "data_types.keep_in_fp32_modules",
-    "zero_optimization.zenflow",
-)
-
 
 @dataclass(frozen=True)
 class ResolvedDeepSpeed:
@@ -121,11 +99,7 @@ def resolve_deepspeed(
     source = _Source.read(path_or_dict)
     work = _Resolution(source, config)
     result, notes = source.json, work.notes
-    for key in result:
-        if key not in KNOWN_KEYS:
-            hint = nearest(key, KNOWN_KEYS) or ": DeepSpeed would ignore or refuse it; remove it"
-            raise source.error((key,), f"unknown key{hint}")
-    _refuse_what_breaks_the_step(source)
+    _check(source, result, TABLE)
 
     # Precision
     if "bfloat16" in result:  # DeepSpeed's old name, which transformers does not know
@@ -168,6 +142,8 @@ def resolve_deepspeed(
     _resolve_optimizer(work, device=device)
     _resolve_scheduler(work, total_steps=total_steps)
     work.fill()
+    if stage == 0 and source.section("bf16").get("enabled") and "grad_accum_dtype" in source.section("data_types"):
+        raise source.error(("data_types", "grad_accum_dtype"), "ZeRO stage 0 can't sum bf16 gradients in fp32: take 1")
     result.update(train_batch_size=world_size, train_micro_batch_size_per_gpu=1, gradient_accumulation_steps=1)
 
     if "activation_checkpointing" in result:
@@ -175,7 +151,8 @@ def resolve_deepspeed(
     for path in _autos(result):
         dotted = ".".join(path)
         waits = total_steps is None and dotted == "scheduler.params.total_num_steps"
-        if not waits and not any(f"{dotted}.".startswith(f"{own}.") for own in _DEEPSPEED_AUTO):
+        entry = entry_of(path)
+        if not waits and entry is not FREE and not (isinstance(entry, Only) and "auto" in entry.values):
             raise source.error(path, '"auto" has no meaning here: write a value or remove the key')
     return ResolvedDeepSpeed(json=result, config=work.config, notes=notes)
 
@@ -212,26 +189,21 @@ def for_loading(config: Mapping[str, Any]) -> dict[str, Any]:
     return {key: copy.deepcopy(value) for key, value in config.items() if key != "train_batch_size"}
 
 
-def _refuse_what_breaks_the_step(source: _Source) -> None:
-    """Stop on values with which the gradient would not be the objective's."""
-    for key, needed, why in (
-        ("gradient_allreduce_op", "mean", "the losses are scaled for a mean over ranks"),
-        ("managed_gradient_accumulation", True, "the engine sets the accumulation boundary itself"),
-    ):
-        if source.json.get(key, needed) != needed:
-            raise source.error((key,), f"must be {json.dumps(needed)} or left out: {why}")
-    for path, off, why in (
-        (("sequence_parallel_size",), (1,), "every rank has rows of its own"),
-        (("tensor_parallel", "autotp_size"), (0, 1), "every rank has rows of its own"),
-        (("data_efficiency", "enabled"), (False,), "the plan decides which examples a step takes"),
-        (("torch_autocast", "enabled"), (False,), "the precision is --bf16's"),
-        (("zero_optimization", "zero_quantized_gradients"), (False,), "gradients would be rounded to 4 or 8 bits"),
-        (("zero_optimization", "zero_quantized_weights"), (False,), "every forward pass would use rounded weights"),
-        (("zero_optimization", "zero_quantized_nontrainable_weights"), (False,), "the frozen model would be rounded"),
-    ):
-        section = source.section(*path[:-1]) if len(path) > 1 else source.json
-        if section.get(path[-1], off[0]) not in off:
-            raise source.error(path, f"must be {json.dumps(off[0])} or left out: {why}")
+def _check(source: _Source, section: dict[str, Any], table: Mapping[str, Any], path: tuple[str, ...] = ()) -> None:
+    """Stop on a key of the section at `path` that the table doesn't have, or not with this value; null is left out."""
+    for key, value in list(section.items()):
+        here, entry = (*path, key), table.get(key, table.get("*"))
+        if entry is None:
+            hint = nearest(key, table) or ": DeepSpeed would ignore or refuse it; remove it"
+            raise source.error(here, f"unknown key{hint}")
+        if value is None:
+            if isinstance(entry, Only):
+                del section[key]
+        elif isinstance(entry, Mapping):
+            _check(source, source.section(*here), entry, here)
+        elif isinstance(entry, Only) and value not in entry.values:
+            needed = f"must be {json.dumps(entry.values[0])} or left out" if entry.values else "can't be used"
+            raise source.error(here, f"{needed}: {entry.why}")
 
 
 def _resolve_nvme(source: _Source, path: tuple[str, str], hidden_size: int, world_size: int, *, here: bool) -> None:
@@ -259,7 +231,6 @@ def _resolve_optimizer(work: _Resolution, *, device: str | None) -> None:
     source, result = work.source, work.source.json
     result.setdefault("optimizer", {"type": "AdamW"})
     optimizer, params = source.section("optimizer"), source.section("optimizer", "params", create=True)
-    _only(source, ("optimizer",), ("type", "params", "legacy_fusion"))
     names = {name.lower(): name for name in OPTIMIZER_FLAGS}
     given = optimizer.get("type")
     name = names.get(str(given).lower(), "")
@@ -268,8 +239,6 @@ def _resolve_optimizer(work: _Resolution, *, device: str | None) -> None:
         raise source.error(
             ("optimizer", "type"), f"must be one of {', '.join(OPTIMIZER_FLAGS)}{hint} (others can't work on shards)"
         )
-    if "max_grad_norm" in params:
-        raise source.error(("optimizer", "params", "max_grad_norm"), "DeepSpeed wants it as gradient_clipping: move it")
     adam = name in ("Adam", "AdamW")
     for key in ("lr", "betas", "eps", "weight_decay"):
         path = ("optimizer", "params", key)
@@ -309,7 +278,6 @@ def _resolve_scheduler(work: _Resolution, *, total_steps: int | None) -> None:
             )
         return
     scheduler, params = source.section("scheduler"), source.section("scheduler", "params", create=True)
-    _only(source, ("scheduler",), ("type", "params"))
     if not isinstance(scheduler.get("type"), str):
         raise source.error(("scheduler", "type"), "must be the name of a scheduler, for example WarmupDecayLR")
     if "lr_scheduler_type" in config.explicit and flag != "deepspeed":
@@ -491,13 +459,6 @@ def _autos(node: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, ...]]:
     elif isinstance(node, list):
         for index, value in enumerate(node):
             yield from _autos(value, (*path, str(index)))
-
-
-def _only(source: _Source, path: tuple[str, ...], known: tuple[str, ...]) -> None:
-    """Stop on a key of a section that DeepSpeed would ignore ("param" for "params")."""
-    for key in source.section(*path):
-        if key not in known:
-            raise source.error((*path, key), f"unknown key{nearest(key, known)}")
 
 
 def _is_number(value: Any) -> str | None:

@@ -66,7 +66,7 @@ def test_a_batch_of_two_rows_reads_as_written_down_here() -> None:
     assert triples(batch.prompts) == [(1, 3, 0)]
     assert (triples(batch.wanted), triples(batch.unwanted)) == ([(3, 6, 0)], [(9, 11, 4)])
     assert (triples(batch.wanted_labels), triples(batch.unwanted_labels)) == ([(0, 3, 0)], [(3, 5, 4)])
-    assert (batch.retain_items, batch.tokens) == ((7,), 14)
+    assert (batch.unwanted_items, batch.retain_items, batch.tokens) == ((4,), (7,), 14)
 
 
 def test_a_flat_batch_with_a_shared_prompt_reads_as_written_down_here() -> None:
@@ -205,7 +205,7 @@ def test_a_dead_row_has_one_dead_label_no_spans_and_no_tokens(roles, flat) -> No
     assert labels(batch) == [(0, 0)] and batch.label_counts == {Role.DEAD: 1}
     spans = (batch.prompts, batch.wanted, batch.unwanted, batch.wanted_labels, batch.unwanted_labels)
     assert all(len(of) == 0 and of.start.dtype == torch.long for of in spans)
-    assert batch.tokens == 0 and batch.retain_items == ()
+    assert batch.tokens == 0 and batch.retain_items == batch.unwanted_items == ()
 
 
 def test_a_batch_moves_as_a_whole_but_for_its_pieces_which_the_host_reads(monkeypatch) -> None:
@@ -221,4 +221,5 @@ def test_a_batch_moves_as_a_whole_but_for_its_pieces_which_the_host_reads(monkey
         assert all(tensor.device.type == place for tensor in tensors), entry.name
     assert torch.equal(moved.pieces, batch.pieces)
     assert moved.label_counts == batch.label_counts
-    assert (moved.retain_items, moved.tokens) == (batch.retain_items, batch.tokens)
+    for name in ("unwanted_items", "retain_items", "tokens"):
+        assert getattr(moved, name) == getattr(batch, name)

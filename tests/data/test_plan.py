@@ -13,7 +13,18 @@ from hypothesis import strategies as st
 
 from tests.data.made import EOS, FORMS, ROW, example_sets, flat, items_of, layout, layouts, plan_of
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
-from wpn_ds.data.plan import Item, Layout, Role, Row, dead_row, example_order, row_tokens, step_indices
+from wpn_ds.data.plan import (
+    ORDER_FORMAT,
+    Item,
+    Layout,
+    Role,
+    Row,
+    dead_row,
+    example_order,
+    retain_seed,
+    row_tokens,
+    step_indices,
+)
 from wpn_ds.data.tokens import Segment
 
 ONE = layout("rows")
@@ -43,6 +54,13 @@ def test_the_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
     np.random.random(100)
     example_order.cache_clear()
     assert orders == {key: example_order(*key, 40) for key in reversed(orders)}
+
+
+def test_the_retain_examples_have_an_order_that_is_no_neighbours_unless_the_run_began_with_that() -> None:
+    forget = {seed: example_order(seed, 0, 40) for seed in range(50)}
+    retain = [example_order(retain_seed(seed, ORDER_FORMAT), 0, 40) for seed in range(50)]
+    assert len({*forget.values(), *retain}) == 100
+    assert example_order(retain_seed(7, 1), 0, 40) == forget[8], "as it was before the format had a number"
 
 
 @several

@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from tests.engine.gradient_cases import make_examples
 from wpn_ds.config import Config, ObjectiveConfig
+from wpn_ds.data.plan import ORDER_FORMAT, Layout, Role, retain_seed, step_indices
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.build import remove_stale_locks
 from wpn_ds.engine.checkpoint import (
@@ -24,8 +28,10 @@ from wpn_ds.engine.checkpoint import (
     read_state,
     refuse_other_run,
 )
+from wpn_ds.engine.loop import Trainer
 from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
+from wpn_ds.objectives.objective import Objective
 
 #: A run's settings, resolved as they are when a checkpoint is written.
 DEFAULTS = Config(objective=ObjectiveConfig().resolved()).to_flat()
@@ -138,6 +144,33 @@ def test_a_checkpoint_from_before_a_setting_has_its_default(tmp_path) -> None:
     assert refuse_other_run(old, now, tmp_path) == []
     with pytest.raises(UserError, match=r"ascent_weight is 1.0, but .* was written with 0.0"):
         refuse_other_run(old, replace(now, settings=now.settings | {"ascent_weight": 1.0}), tmp_path)
+
+
+def test_a_checkpoint_from_before_the_order_had_a_format_goes_on_in_the_order_it_had(world, tmp_path) -> None:
+    Saver(Engine(), tmp_path, world, keep=2, background=False).save(replace(state(3), order_format=ORDER_FORMAT))
+    manifest = tmp_path / "checkpoint-3" / checkpoint.MANIFEST
+    written = json.loads(manifest.read_text())
+    assert written.pop("order_format") == 2
+    examples = make_examples()
+    trainer = object.__new__(Trainer)
+    trainer.examples = examples
+    trainer.job = SimpleNamespace(  # type: ignore[assignment]
+        config=Config.from_flat({"seed": 7, "global_batch_size": 2}),
+        examples=examples,
+        retain_size=2,
+        layout=Layout(48, 60, world_size=1, packed=True),
+        objective=Objective(),
+    )
+    for step_seed, numbered in ((retain_seed(7, 2), True), (8, False)):
+        if not numbered:
+            manifest.write_text(json.dumps(written))
+        past = read_state(tmp_path / "checkpoint-3")
+        assert past is not None
+        trainer.state = replace(past, step=4)  # as a later step makes it
+        (rank,) = trainer.plan(5).micro_batches
+        taken = {item.index for rows in rank for row in rows for item in row if item.role is Role.RETAIN}
+        assert taken == set(step_indices(4, 2, len(examples.retain), step_seed))
+    assert trainer.state.order_format == 1, "and is saved with it"
 
 
 def test_a_save_that_fails_is_told_and_leaves_nothing_half_written(world, tmp_path) -> None:

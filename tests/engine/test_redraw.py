@@ -26,8 +26,9 @@ from wpn_ds.engine import checkpoint, refinement
 from wpn_ds.engine.refinement import still_known, token_probabilities
 from wpn_ds.engine.setup import _check_redraw, _redraw_prompts
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.generate import Sampling, generate_ids, seed_of
+from wpn_ds.evaluate.generate import Sampling, generate_ids
 from wpn_ds.objectives.family import build_objective
+from wpn_ds.seeds import seed_of
 
 
 def train(tiny: Path, out: Path, *extra: str, ranks: int = 2, fails: bool = False) -> str:

@@ -36,6 +36,21 @@ def test_gradients_are_harmonised_where_deepspeed_has_both_in_one_place(ds_json,
         _check_harmony(ds_json, build_objective(ObjectiveConfig(), retain=False))
 
 
+@pytest.mark.parametrize(
+    "weights",
+    [
+        {"wpn_weight": 0.0, "nll_weight": 0.0},
+        {"objective": "npo", "preference_weight": 0.0},
+        {"objective": "graddiff", "ascent_weight": 0.0},
+        {"objective": "tnpo", "ascent_weight": 0.0},
+    ],
+)
+def test_gradients_are_not_harmonised_where_nothing_forgets(weights) -> None:
+    objective = build_objective(ObjectiveConfig(**weights), retain=True)
+    with pytest.raises(UserError, match=r"^--harmonise: nothing forgets, since all weights but --retain_weight are 0"):
+        _check_harmony({"zero_optimization": {"stage": 3}}, objective)
+
+
 @pytest.fixture
 def files(tmp_path: Path) -> dict[str, list[str]]:
     rows = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import pytest
@@ -12,14 +13,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.data.made import FORMS
 from tests.engine.gradient_cases import make_examples
 from tests.engine.small import Engine, silent, small_model
+from wpn_ds.config import ObjectiveConfig
 from wpn_ds.data.plan import Layout, StepPlan, plan_step
 from wpn_ds.engine.bank import Bank
 from wpn_ds.engine.reader import Reader
-from wpn_ds.engine.reference import FrozenModel, cached_states, cached_topk, frozen_json
+from wpn_ds.engine.reference import FrozenModel, cached_states, cached_topk, frozen_json, starting_logprobs
 from wpn_ds.engine.step import Step, StepResult, Sums
 from wpn_ds.engine.tables import Tables
 from wpn_ds.engine.telemetry import Window
-from wpn_ds.objectives.objective import StartingScores
+from wpn_ds.models import attention
+from wpn_ds.objectives.family import build_objective
+from wpn_ds.objectives.objective import Objective, StartingScores
 from wpn_ds.objectives.wpn import WPN
 
 #: What makes the host wait for a GPU: a value it reads, or a result whose size it must know.
@@ -32,6 +36,22 @@ class Syncs(TorchDispatchMode):
     def __init__(self) -> None:
         super().__init__()
         self.found: list[str] = []
+
+    def __enter__(self) -> Syncs:
+        """On a CPU ``tolist`` is no operation; attention calls it for the pieces of a row, which stay on the host."""
+        self._tolist = Tensor.tolist
+
+        def tolist(tensor: Tensor) -> Any:
+            if sys._getframe(1).f_code.co_filename != attention.__file__:
+                self.found.append("tolist")
+            return self._tolist(tensor)
+
+        Tensor.tolist = tolist  # type: ignore[method-assign, assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        Tensor.tolist = self._tolist  # type: ignore[method-assign]
+        super().__exit__(*error)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = func.name().removeprefix("aten::").split(".")[0]
@@ -64,9 +84,13 @@ EXAMPLES = make_examples()
 LIKELIHOOD = {"targets": "live", "negatives": "own", "temperature": 10.0}
 
 
-def targets_of(objective: WPN, plan: StepPlan) -> Any:
+def named(name: str) -> Objective:
+    return build_objective(ObjectiveConfig(objective=name), retain=True)  # type: ignore[arg-type]
+
+
+def targets_of(objective: Objective, plan: StepPlan) -> Any:
     device = torch.device("cpu")
-    if objective.frozen:
+    if isinstance(objective, WPN) and objective.frozen:
         return Bank.of(EXAMPLES, torch.randn(len(EXAMPLES.answers), 32)).targets(plan, objective, device)
     if objective.needs_starting_scores:
         return StartingScores(torch.zeros(len(plan.wanted_ids)), torch.zeros(len(plan.unwanted_ids)))
@@ -85,6 +109,7 @@ def targets_of(objective: WPN, plan: StepPlan) -> Any:
         (WPN(scoring="likelihood_ratio", pooling="sum", **LIKELIHOOD), "states"),
         (WPN(retain_loss="nll"), None),
         (WPN(ascent_weight=0.5), "states"),
+        *((named(name), "states") for name in ("wga", "tnpo", "npo", "simnpo", "altpo", "dpo", "neat", "c3po")),
     ],
 )
 def test_nothing_from_collating_to_the_backward_and_the_log_waits_for_the_device(
@@ -101,7 +126,10 @@ def test_nothing_from_collating_to_the_backward_and_the_log_waits_for_the_device
     }[kept]()
     plan = plan_step(EXAMPLES, [3, 0, 4, 2, 5, 1], [2, 0, 1], layout, roles=objective.read)
     assert len(plan.micro_batches[0]) == 2 if budget > 48 else len(plan.micro_batches[0]) > 4
-    step, window = Loop(engine, objective, world, layout, 0, reference), Window(world, 1.0)
+    logprobs = None
+    if objective.needs_starting_logprobs:
+        logprobs = starting_logprobs(reader, EXAMPLES.answers, tables, silent)
+    step, window = Loop(engine, objective, world, layout, 0, reference, logprobs), Window(world, 1.0)
     with Syncs() as seen:
         result = step(plan, targets_of(objective, plan))
         window.add(result, plan, 6, 1.0, step.data_seconds)
@@ -117,6 +145,7 @@ def test_what_would_wait_is_seen() -> None:
     mask = x.detach() > 1
     for wait in (
         lambda: x.sum().item(),
+        lambda: x.tolist(),
         lambda: bool(x.sum() > 1),
         lambda: x[mask],
         lambda: x.detach().clone().__setitem__(mask, x.detach()[mask]),

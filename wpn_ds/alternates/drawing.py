@@ -8,8 +8,9 @@ from typing import Any
 
 from wpn_ds.alternates.asking import Question, Template
 from wpn_ds.alternates.filters import Sieve
-from wpn_ds.evaluate.generate import Sampling, batches, generate, seed_of
+from wpn_ds.evaluate.generate import Sampling, batches, generate
 from wpn_ds.evaluate.work import Unit
+from wpn_ds.seeds import seed_of
 
 
 @dataclass(frozen=True)

@@ -48,7 +48,8 @@ class Batch:
         prompts: spans (into T) of the wanted segments' prompts, BOS left out: the anchors.
         wanted, unwanted: spans of the answers, EOS included.
         wanted_labels, unwanted_labels: spans (into P) of the answers' labels, if they are predicted.
-        retain_items: the index of every retain segment, in the order of the labels.
+        unwanted_items, retain_items: the index of every unwanted and retain segment that is predicted, in the order of
+            the labels: what the host knows without asking the device.
         tokens: real tokens.
     """
 
@@ -64,6 +65,7 @@ class Batch:
     unwanted: Spans
     wanted_labels: Spans
     unwanted_labels: Spans
+    unwanted_items: tuple[int, ...]
     retain_items: tuple[int, ...]
     tokens: int
 
@@ -171,6 +173,7 @@ def collate(rows: MicroBatch, pad_id: int, *, roles: frozenset[Role], flat: bool
             (start + unwanted_from, stop + unwanted_from, index)
             for start, stop, index in columns.label_spans[Role.UNWANTED]
         ),
+        unwanted_items=tuple(index for _, _, index in columns.label_spans[Role.UNWANTED]),
         retain_items=tuple(index for _, _, index in columns.label_spans[Role.RETAIN]),
         tokens=sum(item.tokens for row in rows for item in row if item.role is not Role.DEAD),
     )

@@ -17,6 +17,7 @@ import numpy as np
 from wpn_ds.data.examples import ExampleSet
 from wpn_ds.data.packing import pack, spread
 from wpn_ds.data.tokens import Segment
+from wpn_ds.seeds import seed_of
 
 
 class Role(IntEnum):
@@ -150,6 +151,16 @@ def row_tokens(row: Row) -> int:
 
 def _padded_tokens(group: MicroBatch) -> int:
     return len(group) * max(row_tokens(row) for row in group)
+
+
+#: How the order of the retain examples comes of the run's seed. In format 1 they had ``seed + 1``, which is the next
+#: seed's order of the forget examples; a run that began with it goes on with it.
+ORDER_FORMAT = 2
+
+
+def retain_seed(seed: int, order_format: int) -> int:
+    """The seed for the order of the retain examples of a run with ``seed``."""
+    return seed + 1 if order_format == 1 else seed_of("retain", seed)
 
 
 @lru_cache(maxsize=4)

@@ -30,6 +30,7 @@ from wpn_ds.engine.distributed import World, from_all, on_main, rng_state, set_r
 from wpn_ds.engine.stop import Stopped
 from wpn_ds.engine.writer import Writer, sha256, sync
 from wpn_ds.errors import UserError
+from wpn_ds.seeds import seed_of
 
 MANIFEST = "trainer_state.json"
 STATE = "state"
@@ -64,6 +65,7 @@ class TrainerState:
         left: the examples that are trained on (--forgotten_below); None: all.
         left_since: the step after which these were.
         drawn: (example, token ids) of the unwanted answers that the model has drawn (--redraw_steps).
+        order_format: see :data:`wpn_ds.data.plan.ORDER_FORMAT`; a checkpoint that doesn't say has the first.
     """
 
     step: int
@@ -81,6 +83,7 @@ class TrainerState:
     left: list[int] | None = None
     left_since: int = 0
     drawn: list[tuple[int, list[int]]] = field(default_factory=list)
+    order_format: int = 1
 
 
 class Saver:
@@ -211,7 +214,7 @@ def load(engine: Any, path: Path, state: TrainerState, world: World) -> None:
     if loaded is None:
         raise UserError(f"--resume_from_checkpoint {path}: DeepSpeed found no state in it; use an older checkpoint")
     if not same:  # the ranks' streams of random numbers are others in any case
-        torch.manual_seed(state.settings["seed"] + world.rank + 1_000_003 * state.step)
+        torch.manual_seed(seed_of("ranks", state.settings["seed"], world.rank, state.step))
         return
     set_rng_state(torch.load(path / f"rng-{world.rank}.pt", weights_only=True), world.device)
 

@@ -23,7 +23,7 @@ from transformers import get_scheduler
 from wpn_ds import history
 from wpn_ds.config import DONE, Config
 from wpn_ds.data.batch import to_device
-from wpn_ds.data.plan import Layout, StepPlan, plan_step, step_indices
+from wpn_ds.data.plan import Layout, StepPlan, plan_step, retain_seed, step_indices
 from wpn_ds.ds_json import for_loading
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.asking import Asking
@@ -66,6 +66,7 @@ from wpn_ds.models.load import default_attention, dropout_fields, load_model
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.objective import FrozenTargets, StartingScores
 from wpn_ds.objectives.wpn import WPN
+from wpn_ds.seeds import seed_of
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -113,7 +114,7 @@ def _train(job: Job, past: checkpoint.TrainerState) -> None:
             trainer.ema.restore(checkpoint.load_ema(job.resume_from, trainer.ema.holder))
         say(job.world, f"resumed from {job.resume_from} after step {past.step}")
     else:
-        torch.manual_seed(job.config.training.seed + job.world.rank)
+        torch.manual_seed(seed_of("ranks", job.config.training.seed, job.world.rank, 0))
     trainer.run(starts)
     points.close()
 
@@ -314,11 +315,11 @@ class Trainer:
 
     def plan(self, step: int) -> StepPlan:
         """The plan of optimizer step ``step``, counted from 1."""
-        job, t = self.job, self.job.config.training
+        job, seed = self.job, retain_seed(self.job.config.training.seed, self.state.order_format)
         return plan_step(
             self.examples,
             self._forget_indices(step),
-            step_indices(step - 1, job.retain_size, len(job.examples.retain), t.seed + 1),
+            step_indices(step - 1, job.retain_size, len(job.examples.retain), seed),
             job.layout,
             roles=job.objective.read,
         )

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from wpn_ds.data.examples import ExampleSet
 from wpn_ds.engine.asking import Asking
-from wpn_ds.evaluate.generate import seed_of
+from wpn_ds.seeds import seed_of
 
 
 class Ema:

@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from wpn_ds.config import DONE, Config, ObjectiveConfig
 from wpn_ds.data.examples import ExampleSet, build_examples
-from wpn_ds.data.plan import Layout, Role
+from wpn_ds.data.plan import ORDER_FORMAT, Layout, Role
 from wpn_ds.data.records import (
     ForgetRecord,
     RetainRecord,
@@ -41,7 +41,7 @@ from wpn_ds.engine.stop import after_the_watchdog
 from wpn_ds.errors import UserError
 from wpn_ds.history import FAILED, REQUEUE, STARTS, STATUS
 from wpn_ds.models.attention import supported
-from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id
+from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id, quantisation
 from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.objective import Objective
 
@@ -122,6 +122,10 @@ def prepare(config: Config) -> Job:
         allow_key_mismatch=config.model.allow_key_mismatch,
     )
     lm_config = load_config(source)
+    if (how := quantisation(lm_config)) is not None:
+        raise UserError(
+            f"{source.flag} {model_path}: {how} weights are quantised and can't be trained: give whole ones"
+        )
     resolved, total_steps = _resolve(config, lm_config, world, len(forget))
     config = resolved.config
     _check_with_deepspeed(resolved.json, config)
@@ -170,6 +174,7 @@ def prepare(config: Config) -> Job:
         model=on_main(world, lambda: fingerprint_of_model(model_path, getattr(lm_config, "_commit_hash", None))),
         settings=config.to_flat()
         | {"zero stage": _stage(resolved.json), "optimizer": resolved.json["optimizer"]["type"]},
+        order_format=ORDER_FORMAT,
     )
     agree(start.data, "the training data")
     on_main(world, lambda: _claim_output(config))
@@ -197,9 +202,13 @@ def prepare(config: Config) -> Job:
 
 
 def _check_harmony(ds_json: Mapping[str, Any], objective: Objective) -> None:
-    """Raises UserError where there is no retain gradient, or none of both in one place."""
+    """Raises UserError where one of the two gradients is not there, or they are not both in one place."""
     if objective.retain_weight == 0:
         raise UserError("--harmonise goes by the gradient of the retain term, which is off: add --retain_file")
+    if not any(weight for name, weight in objective.weights.items() if name != "retain"):
+        raise UserError(
+            "--harmonise: nothing forgets, since all weights but --retain_weight are 0: leave it out, or give one"
+        )
     stage, bf16 = _stage(ds_json), ds_json.get("bf16", {}).get("enabled", False)
     offload = ds_json.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
     if stage not in (0, 3) or offload or (stage == 0 and bf16):

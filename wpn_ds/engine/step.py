@@ -183,7 +183,7 @@ class Step:
     def _unwanted_targets(self, batch: Batch, plan: StepPlan) -> dict[Role, Targets]:
         ids, start = batch.label_ids[batch.labels_of(Role.UNWANTED)], None
         if self.logprobs is not None:
-            answers = plan.unwanted_ids[batch.unwanted_labels.index.tolist()].tolist()
+            answers = plan.unwanted_ids[list(batch.unwanted_items)].tolist()
             start = to_device(self.logprobs.of(answers), ids.device)
         targets = self.objective.unwanted_targets(ids, start)
         return {} if targets is None else {Role.UNWANTED: targets}

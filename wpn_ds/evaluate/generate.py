@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import inspect
-import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,11 +31,6 @@ class Sampling:
     seeds: Sequence[int]  # one a prompt
     temperature: float = 1.0
     top_p: float = 1.0
-
-
-def seed_of(*content: Any) -> int:
-    """A seed for one draw, which nothing but ``content`` (numbers, texts, lists) decides."""
-    return int.from_bytes(hashlib.sha256(json.dumps(content).encode()).digest()[:8], "big") >> 1
 
 
 @contextlib.contextmanager

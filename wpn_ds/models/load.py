@@ -8,6 +8,7 @@ import logging
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -22,6 +23,7 @@ from transformers import (
 
 from wpn_ds.errors import UserError
 from wpn_ds.models.attention import KERNELS
+from wpn_ds.models.files import compare, weight_files
 
 logger = logging.getLogger(__name__)
 
@@ -98,6 +100,15 @@ def load_model(
             architecture disagree.
     """
     config = load_config(source, dropout=dropout)
+    where = f"{source.flag} {source.name_or_path}"
+    quantised = quantisation(config) is not None
+    if not quantised:
+        with _one_line(f"{where}: the model can't be loaded", RuntimeError, UnpicklingError):
+            files = weight_files(source.name_or_path, config, source.revision or "main")
+            report = compare(config, files, where, source.trust_remote_code)
+        audit(report, source)
+        if zero3 is not None and report["mismatched_keys"]:
+            raise UserError(f"{where}: under ZeRO stage 3 weights of another shape can't be made up: pass another JSON")
     partition_on_load = None
     if zero3 is not None:
         from transformers.integrations import HfDeepSpeedConfig  # loads deepspeed, which a plain load can do without
@@ -105,7 +116,7 @@ def load_model(
         # from_pretrained partitions while this object is alive; a leftover one would partition later plain loads too.
         partition_on_load = HfDeepSpeedConfig(dict(zero3))
     loaded: Any = None
-    with _one_line(f"{source.flag} {source.name_or_path}: the model can't be loaded"):
+    with _one_line(f"{where}: the model can't be loaded"):
         loaded = AutoModelForCausalLM.from_pretrained(
             source.name_or_path,
             config=config,
@@ -117,7 +128,8 @@ def load_model(
         )
     del partition_on_load
     model, info = loaded
-    audit(model, info, source)
+    if quantised:
+        audit(info, source)
     model.train()
     if gradient_checkpointing:
         checkpoint_activations(model)
@@ -131,7 +143,13 @@ def checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
-def audit(model: Any, info: Mapping[str, Any], source: Source) -> None:
+def quantisation(config: PretrainedConfig) -> str | None:
+    """How the files' weights are quantised; None if they are not."""
+    how = getattr(config, "quantization_config", None)
+    return None if how is None else str(how.get("quant_method", how) if isinstance(how, Mapping) else how.quant_method)
+
+
+def audit(info: Mapping[str, Any], source: Source) -> None:
     """Refuse a load that left weights out or made them up; say so if ``--allow_key_mismatch`` was given."""
     problems = []
     for kind, meaning in (
@@ -179,10 +197,11 @@ def accepts_packing(model: Any) -> bool:
 
 
 @contextlib.contextmanager
-def _one_line(what: str) -> Iterator[None]:
+def _one_line(what: str, *also: type[Exception]) -> Iterator[None]:
     """A library's failure as one line that names the flag."""
+    expected: tuple[type[Exception], ...] = (OSError, ValueError, KeyError, ImportError, SafetensorError, *also)
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
+    except expected as error:
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         raise UserError(f"{what} ({first})") from error

@@ -84,23 +84,24 @@ class Preference(Objective):
         scores = changed_from_start(states, start)
         columns, unwanted = states["negative"][1], scores["negative"]
         if not self.pairwise:
-            return self._terms(-unwanted, len(plan.unwanted_ids)) | {
-                "reward/unwanted": Term(self.beta * unwanted.detach().sum(), len(plan.unwanted_ids))
+            return {
+                "preference": Term(self._losses(-unwanted).sum(), len(plan.unwanted_ids)),
+                "reward/unwanted": Term(self.beta * unwanted.detach().sum(), len(plan.unwanted_ids)),
             }
         rows, wanted = states["positive"][1], scores["positive"]
         pairs = to_device(torch.from_numpy(self.mask(plan)), wanted.device)[rows][:, columns]
-        margins = (wanted[:, None] - unwanted)[pairs]
+        margins = wanted[:, None] - unwanted  # of all; picked by a mask, their number would have the host wait for it
         count = int(self.mask(plan).sum())
-        return self._terms(margins, count) | {
+        return {
+            "preference": Term(self._losses(margins).masked_fill(~pairs, 0).sum(), count),
             "reward/wanted": Term(self.beta * wanted.detach().sum(), len(plan.wanted_ids)),
             "reward/unwanted": Term(self.beta * unwanted.detach().sum(), len(plan.unwanted_ids)),
-            "reward/margin": Term(self.beta * margins.detach().sum(), count),
-            "reward/accuracy": Term((margins.detach() > 0).float().sum(), count),
+            "reward/margin": Term(self.beta * margins.detach().masked_fill(~pairs, 0).sum(), count),
+            "reward/accuracy": Term(((margins > 0) & pairs).float().sum(), count),
         }
 
-    def _terms(self, margins: Tensor, count: int) -> dict[str, Term]:
-        losses = self.scale * preference_losses(margins, self.beta, self.gamma)
-        return {"preference": Term(losses.sum(), count)}
+    def _losses(self, margins: Tensor) -> Tensor:
+        return self.scale * preference_losses(margins, self.beta, self.gamma)
 
     @property
     def weights(self) -> dict[str, float]:

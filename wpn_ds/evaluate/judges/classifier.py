@@ -115,7 +115,7 @@ def _load(model: str, name: str) -> tuple[Any, Any]:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UserError(f"--judge {name}: it can't be loaded as a classifier in safetensors ({reason})") from error
     classifier, info = loaded
-    audit(classifier, info, Source(name, "--judge"))
+    audit(info, Source(name, "--judge"))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     if classifier.config.pad_token_id is None:  # by which decoders find a text's last token
