@@ -27,7 +27,7 @@ def measured(model, tokenizer, data, asking=ASKING):
 
 def one_by_one(model, tokenizer, question: str, answer: str) -> tuple[float, list[bool]]:
     """(mean loss with EOS, whether each token but EOS is the likeliest), in double precision without padding."""
-    before = tokenizer(ASKING.template.replace("{prompt}", question), add_special_tokens=False)["input_ids"]
+    before = tokenizer(ASKING.style.template.replace("{prompt}", question), add_special_tokens=False)["input_ids"]
     after = [*tokenizer(" " + answer, add_special_tokens=False)["input_ids"], tokenizer.eos_token_id]
     model.double()
     with torch.no_grad():
@@ -51,7 +51,7 @@ def test_numbers_are_those_of_the_definition_whatever_the_batch(model, tokenizer
             assert found.paraphrased_loss == pytest.approx(paraphrased, rel=1e-5)
             assert found.perturbed_losses == pytest.approx(others, rel=1e-5)
             assert found.exact_memorization == pytest.approx(sum(hits) / len(hits))
-            ids = tokenizer(ASKING.template.replace("{prompt}", item.question))["input_ids"]
+            ids = tokenizer(ASKING.style.template.replace("{prompt}", item.question))["input_ids"]
             assert found.generated == generate(model, tokenizer, [ids], max_new_tokens=6, batch_size=1)[0]
             assert found.rouge_l_recall <= len(tokenize(found.generated)) / len(tokenize(item.answer))
 
