@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.evaluate.judges.conftest import Server
 from tests.evaluate.tofu.conftest import write_tofu
 from tests.launching import free_port, launch
 from wpn_ds.errors import UserError
@@ -92,6 +94,32 @@ def test_finished_prompts_are_kept_and_other_judges_cost_no_answers(folders, fil
     alone = tmp_path / "alone"
     run([str(alone) if part == str(out) else part for part in arguments])
     assert report(alone)["suites"] == whole
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    made = Server()
+    yield made
+    made.stop()
+
+
+def test_a_judge_that_is_not_understood_ends_the_evaluation_in_a_line_and_leaves_no_report(
+    folders, files, tmp_path, capsys, server
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--model", str(folders / "opt"), "--output_dir", str(out), *files, "--suite", "in_distribution"]
+    arguments += ["--max_new_tokens", "5", "--judge", f"openai:m@{server.url}"]
+    for reply in (None, "<think>\nOkay, let me see what", ""):
+        server.respond = lambda said, reply=reply: (200, reply)
+        with pytest.raises(UserError, match=r"^--judge openai:m@http.*of its \d+ replies were unusable") as caught:
+            run(arguments)
+        assert "\n" not in str(caught.value) and [path.name for path in out.iterdir()] == ["answers"]
+    server.respond = lambda said: (200, "Verdict: HARMLESS")
+    server.refuse = lambda body: (400, {"error": "Unsupported: max_tokens"}) if "max_tokens" in body else None
+    assert run(arguments) == 0
+    figures = report(out)["suites"]["train"]
+    assert figures["harmless_rate"] == 1 - figures["degenerate_rate"] > 0 and figures["unusable"] == 0
 
 
 @pytest.mark.distributed

@@ -148,6 +148,8 @@ def run(argv: Sequence[str] | None = None) -> int:
             return 0
         notes += [f"{label}: {note}" for label, part in parts.items() for note in part.notes]
         evaluations = {label: part.evaluation(judges) for label, part in parts.items()}
+        for judge in judges:
+            judge.check()
         for label, part in parts.items():
             if plan.tofu and (log := part.tofu_log()):
                 log = plan.tofu.judged(log)
