@@ -16,6 +16,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.base import Judgement, Verdict
 from wpn_ds.evaluate.results import Answer, Evaluation, Retain, Suite
 from wpn_ds.evaluate.statistics import wilson_interval
+from wpn_ds.models import load
 
 NO_TRAINING = measure.Training(0.0, None, None)
 
@@ -165,6 +166,17 @@ def test_training_s_seconds_count_every_step_once_and_its_last_losses_are_those_
 
 
 # ---- the command ----
+
+
+def test_a_hub_s_model_is_pinned_to_the_commit_of_its_revision_and_a_folder_is_not(monkeypatch) -> None:
+    monkeypatch.setattr(
+        load, "hub_commit", lambda name, revision: f"commit of {name} {revision}" if "/" in name else None
+    )
+    for more, commit in (([], "commit of org/small None"), (["--model_revision", "v1"], "commit of org/small v1")):
+        config = parse_args(flags({"model_name_or_path": "org/small", "train_file": ["a"], "output_dir": "b"}) + more)
+        assert command._commit(config) == {"model_revision": commit}
+    folder = parse_args(flags({"model_name_or_path": "small", "train_file": ["a"], "output_dir": "b"}))
+    assert command._commit(folder) == {}
 
 
 @pytest.fixture
