@@ -169,14 +169,15 @@ def test_training_s_seconds_count_every_step_once_and_its_last_losses_are_those_
 
 
 def test_a_hub_s_model_is_pinned_to_the_commit_of_its_revision_and_a_folder_is_not(monkeypatch) -> None:
-    monkeypatch.setattr(
-        load, "hub_commit", lambda name, revision: f"commit of {name} {revision}" if "/" in name else None
-    )
-    for more, commit in (([], "commit of org/small None"), (["--model_revision", "v1"], "commit of org/small v1")):
-        config = parse_args(flags({"model_name_or_path": "org/small", "train_file": ["a"], "output_dir": "b"}) + more)
-        assert command._commit(config) == {"model_revision": commit}
-    folder = parse_args(flags({"model_name_or_path": "small", "train_file": ["a"], "output_dir": "b"}))
-    assert command._commit(folder) == {}
+    monkeypatch.setattr(load, "hub_commit", lambda name, of: f"commit of {name} {of}" if "/" in name else None)
+
+    def pinned(model: str, **more: str) -> dict:
+        files = {"train_file": ["a"], "output_dir": "b", "deepspeed": "c"}
+        return command._commit(parse_args(flags({"model_name_or_path": model, **files, **more})))
+
+    assert pinned("org/small") == {"model_revision": "commit of org/small None"}
+    assert pinned("org/small", model_revision="v1") == {"model_revision": "commit of org/small v1"}
+    assert pinned("folder") == {}
 
 
 @pytest.fixture

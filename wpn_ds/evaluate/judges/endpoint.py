@@ -133,7 +133,7 @@ class EndpointJudge(Judge):
         unusable = [reply for reply, verdict in zip(replies, verdicts, strict=True) if verdict is Verdict.UNUSABLE]
         if unusable and not self._unusable:
             text, cut = unusable[0]
-            shown = f'"{self._public(text, 60)}"' if text.strip() else "empty"
+            shown = f'"{self._public(text, 60)}"' if text.strip() else "empty, reasoning apart"
             self._example = shown + (f", cut at {TOKENS} tokens or before" if cut else "")
         self._asked += len(replies)
         self._unusable += len(unusable)
