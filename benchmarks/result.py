@@ -345,7 +345,7 @@ def goal(name: str, of: Sequence[Figures]) -> str:
 def notes(report: Mapping[str, Any], judge: Path, options: argparse.Namespace) -> list[str]:
     """What the table's figures are."""
     n = report["suites"]["heldout"]["n"]
-    low, high = wilson_interval(round(HARMLESS / 100 * n), n)
+    low, high = wilson_interval(HARMLESS / 100 * n, n)
     trained = json.loads((judge / "judge.json").read_text())
     judges = []
     for column, (names, figure) in RATES.items():

@@ -15,6 +15,8 @@ from wpn_ds.config import parse_args
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.base import Judgement, Verdict
 from wpn_ds.evaluate.results import Answer, Evaluation, Retain, Suite
+from wpn_ds.evaluate.statistics import wilson_interval
+from wpn_ds.models import load
 
 NO_TRAINING = measure.Training(0.0, None, None)
 
@@ -100,13 +102,22 @@ def test_figures_are_means_over_the_seeds_that_ended_with_a_model() -> None:
     found = result(evaluation("xxxx"), lines)
     default, other = found["rows"]
     assert (default["default"], other["default"]) == (True, False)
-    assert other["suites"]["heldout"]["harmless_rate"] == 0.75 and other["suites"]["heldout"]["n"] == 4
-    assert other["suites"]["heldout"]["degenerate_rate"] == 0.125
+    heldout = other["suites"]["heldout"]
+    assert heldout["harmless_rate"] == 0.75 and (heldout["n"], heldout["answers"], heldout["harmless"]) == (4, 8, 6)
+    assert heldout["degenerate_rate"] == 0.125 and heldout["degenerate"] == 1
     assert other["retain_perplexity_ratio"] == 2.0 and found["start"]["retain_perplexity_ratio"] == 1.0
     assert (other["seeds"], other["stopped"]) == ([0, 1], {2: "not | finite"})
     # per prompt: (1, 1, 0.5, 0.5) against (0, 0, 1, 1)
     gain = other["against_default"]["heldout"]
     assert gain["low"] < gain["value"] == 0.25 < gain["high"] and default["against_default"] == {}
+
+
+def test_the_interval_is_that_of_the_mean_rate_and_not_of_a_rounded_count() -> None:
+    found = result(evaluation("xxx"), [line("default", *map(evaluation, ("hxx", "hhx", "hhx", "xhx")))])
+    heldout = found["rows"][0]["suites"]["heldout"]
+    assert (heldout["harmless"], heldout["answers"], heldout["harmless_rate"]) == (6, 12, 0.5)
+    assert (heldout["harmless_low"], heldout["harmless_high"]) == wilson_interval(1.5, 3)
+    assert "each by itself" in markdown(found), "many intervals, and some miss by chance"
 
 
 def test_a_row_without_any_model_is_in_the_table_and_says_why(tmp_path) -> None:
@@ -155,6 +166,18 @@ def test_training_s_seconds_count_every_step_once_and_its_last_losses_are_those_
 
 
 # ---- the command ----
+
+
+def test_a_hub_s_model_is_pinned_to_the_commit_of_its_revision_and_a_folder_is_not(monkeypatch) -> None:
+    monkeypatch.setattr(load, "hub_commit", lambda name, of: f"commit of {name} {of}" if "/" in name else None)
+
+    def pinned(model: str, **more: str) -> dict:
+        files = {"train_file": ["a"], "output_dir": "b", "deepspeed": "c"}
+        return command._commit(parse_args(flags({"model_name_or_path": model, **files, **more})))
+
+    assert pinned("org/small") == {"model_revision": "commit of org/small None"}
+    assert pinned("org/small", model_revision="v1") == {"model_revision": "commit of org/small v1"}
+    assert pinned("folder") == {}
 
 
 @pytest.fixture

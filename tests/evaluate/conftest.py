@@ -1,8 +1,10 @@
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub.constants
 import pytest
 import torch
 from hypothesis import settings
@@ -60,6 +62,27 @@ def tiny(family: str) -> Any:
 @pytest.fixture(params=["opt", "gpt_neo"])
 def model(request: pytest.FixtureRequest) -> Any:
     return tiny(request.param)
+
+
+class Hub:
+    """A cache of the Hugging Face hub, used offline."""
+
+    def __init__(self, root: Path) -> None:
+        self._root = root
+
+    def publish(self, name: str, model: Path, commit: str) -> Path:
+        """``model``'s files as the newest commit of ``name``; returns where the cache keeps them."""
+        repository = self._root / f"models--{name.replace('/', '--')}"
+        (repository / "refs").mkdir(parents=True, exist_ok=True)
+        (repository / "refs" / "main").write_text(commit)
+        return Path(shutil.copytree(model, repository / "snapshots" / commit))
+
+
+@pytest.fixture
+def hub(tmp_path, monkeypatch) -> Hub:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    return Hub(tmp_path / "hub")
 
 
 @pytest.fixture(scope="module")

@@ -447,6 +447,16 @@ def test_any_other_task_of_the_harness_runs_by_its_name(registry, roomy, tokeniz
     assert list(part.scores) == [task.scores[i] for i in sample(4, 3)]
 
 
+def test_a_data_set_of_the_hub_that_was_updated_is_another_source(registry, tmp_path) -> None:
+    first = load_benchmark("home", None).source
+    assert load_benchmark("home", None).source == first
+    rows = (tmp_path / "rows.jsonl").read_text().splitlines(keepends=True)
+    (tmp_path / "rows.jsonl").write_text("".join(rows[1:]))
+    benchmarks._hub_tasks.cache_clear()
+    other = load_benchmark("home", None).source
+    assert other != first and other.partition("(sha256")[0] == first.partition("(sha256")[0]
+
+
 def test_a_group_has_the_items_of_all_its_tasks(registry, roomy, tokenizer) -> None:
     one, both = run("wash", roomy, tokenizer, None), run("home", roomy, tokenizer, None)
     assert both.scores == one.scores * 2

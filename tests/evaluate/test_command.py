@@ -2,16 +2,23 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file, save_file
 
+from tests.evaluate.judges.conftest import Server, labelled
 from tests.evaluate.tofu.conftest import write_tofu
 from tests.launching import free_port, launch
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate import answering
+from wpn_ds.evaluate import answering, command
+from wpn_ds.evaluate.answering import Asking
 from wpn_ds.evaluate.command import run
+from wpn_ds.evaluate.judges import local
+from wpn_ds.evaluate.judges.local import fit, save
+from wpn_ds.evaluate.measurement import Measurement, Plan
+from wpn_ds.models.load import Source
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
@@ -92,6 +99,61 @@ def test_finished_prompts_are_kept_and_other_judges_cost_no_answers(folders, fil
     alone = tmp_path / "alone"
     run([str(alone) if part == str(out) else part for part in arguments])
     assert report(alone)["suites"] == whole
+
+
+def test_judges_load_on_rank_0_alone_after_the_answers_are_there(folders, files, tmp_path, monkeypatch) -> None:
+    save(tmp_path / "judge", fit(labelled(), "answer"), {})
+    arguments = ["--model", str(folders / "opt"), "--output_dir", str(tmp_path / "out"), *files, "--suite", "train"]
+    arguments += ["--max_new_tokens", "5", "--judge", f"local:{tmp_path / 'judge'}"]
+    events: list[str] = []
+    generate, load_weights = answering.generate, local.load_file
+    monkeypatch.setattr(answering, "generate", lambda *a, **s: events.append("answers") or generate(*a, **s))
+    monkeypatch.setattr(local, "load_file", lambda path: events.append("judge") or load_weights(path))
+    assert run(arguments) == 0 and events == ["answers", "judge"]
+    events.clear()
+    monkeypatch.setattr(command, "join_ranks", lambda: (1, 2))
+    monkeypatch.setattr(command, "all_arrived", lambda size: None)
+    monkeypatch.setattr(command.dist, "broadcast_object_list", lambda objects: None)
+    assert run(arguments) == 0 and events == []
+
+
+def test_a_hub_s_model_that_was_updated_is_another_one(hub, folders, tmp_path) -> None:
+    addresses, places = [], []
+    for model, commit in (("opt", "a" * 40), ("neo", "b" * 40)):
+        hub.publish("org/small", folders / model, commit)
+        part = Measurement("after", Source("org/small", "--model"), Plan(tmp_path / "answers", Asking("{prompt}")))
+        addresses.append(part.address)
+        places.append(part._folder)
+        assert part._source.revision == commit, "all that is loaded is of this commit"
+    assert addresses == [f"org/small@{letter * 40}" for letter in "ab"] and places[0] != places[1]
+    local = Measurement("after", Source(str(folders / "opt")), Plan(tmp_path / "answers", Asking("{prompt}")))
+    assert local.address == str(folders / "opt")
+
+
+@pytest.fixture
+def server(monkeypatch) -> Iterator[Server]:
+    monkeypatch.delenv("OPENAI_API_KEY", raising=False)
+    made = Server()
+    yield made
+    made.stop()
+
+
+def test_a_judge_that_is_not_understood_ends_the_evaluation_in_a_line_and_leaves_no_report(
+    folders, files, tmp_path, capsys, server
+) -> None:
+    out = tmp_path / "out"
+    arguments = ["--model", str(folders / "opt"), "--output_dir", str(out), *files, "--suite", "in_distribution"]
+    arguments += ["--max_new_tokens", "5", "--judge", f"openai:m@{server.url}"]
+    for reply in (None, "<think>\nOkay, let me see what", ""):
+        server.respond = lambda said, reply=reply: (200, reply)
+        with pytest.raises(UserError, match=r"^--judge openai:m@http.*of its \d+ replies were unusable") as caught:
+            run(arguments)
+        assert "\n" not in str(caught.value) and [path.name for path in out.iterdir()] == ["answers"]
+    server.respond = lambda said: (200, "Verdict: HARMLESS")
+    server.refuse = lambda body: (400, {"error": "Unsupported: max_tokens"}) if "max_tokens" in body else None
+    assert run(arguments) == 0
+    figures = report(out)["suites"]["train"]
+    assert figures["harmless_rate"] == 1 - figures["degenerate_rate"] > 0 and figures["unusable"] == 0
 
 
 @pytest.mark.distributed

@@ -67,6 +67,40 @@ def test_sampled_answers_know_their_seeds_and_the_prompts_that_never_fail() -> N
     assert (figures["harmless_low"], figures["harmless_high"]) == wilson_interval(1.5, 2)
 
 
+UNUSABLE = Verdict.UNUSABLE
+
+
+def test_an_unusable_verdict_counts_neither_as_harmless_nor_as_harmful() -> None:
+    suite = Suite(tuple(answer(v, prompt=str(i)) for i, v in enumerate([GOOD, BAD, UNUSABLE, Verdict.EMPTY])))
+    assert (suite.harmless.count, suite.harmless.n, suite.degenerate.n, suite.unusable) == (1, 3, 3, 1)
+    figures = suite.to_json()
+    assert figures["n"] == 3 and figures["unusable"] == 1 and figures["judges"]["reference"]["n"] == 3
+    assert Suite.from_json(json.loads(json.dumps(figures))) == suite
+    alone = Suite((answer(UNUSABLE),))
+    assert (alone.harmless.n, alone.harmless.low, alone.harmless.high, alone.good()) == (0, 0.0, 1.0, {})
+
+
+def test_before_and_after_are_compared_without_unusable_verdicts() -> None:
+    before, after = asked([BAD, BAD, UNUSABLE, GOOD]), asked([GOOD, UNUSABLE, GOOD, GOOD])
+    change = suite_change(before, after)
+    assert change is not None and (change.better, change.worse, change.difference.n) == (1, 0, 2)
+    benign = Suite(tuple(answer(UNUSABLE, prompt=p, refusal=p == "a") for p in "ab"), "benign")
+    assert list(benign.good().values()) == [0.0, 1.0], "a refusal is told without the judge"
+
+
+def test_a_prompt_whose_unusable_verdict_leaves_it_open_is_not_always_harmless_nor_counted() -> None:
+    rows = {"p": [GOOD, UNUSABLE], "q": [BAD, UNUSABLE], "r": [GOOD, GOOD], "s": [UNUSABLE, UNUSABLE]}
+    suite = Suite(tuple(answer(v, prompt=p, seed=s) for p, of in rows.items() for s, v in enumerate(of)))
+    assert (suite.always_harmless.count, suite.always_harmless.n) == (1, 2)
+    assert (suite.harmless.count, suite.harmless.n, suite.harmless.independent) == (3, 4, 3)
+
+
+def test_judges_agree_or_not_only_where_both_were_understood() -> None:
+    pairs = [(GOOD, GOOD), (BAD, BAD), (GOOD, UNUSABLE), (UNUSABLE, BAD), (UNUSABLE, UNUSABLE)]
+    said = [answer(a, judgements={"a": Judgement(a), "b": Judgement(b)}) for a, b in pairs]
+    assert Suite(tuple(said)).kappas() == {"a ~ b": 1}
+
+
 def test_samples_of_a_prompt_change_as_one() -> None:
     before = Suite(tuple(answer(BAD, prompt=p, seed=s) for p in "abcdefgh" for s in range(8)))
     after = Suite(tuple(answer(GOOD if p in "abc" else BAD, prompt=p, seed=s) for p in "abcdefgh" for s in range(8)))

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wpn_ds.evaluate.statistics import Rate, bootstrap_mean, cohen_kappa, mcnemar, wilson_interval
+from wpn_ds.evaluate.statistics import Rate, bootstrap_mean, cohen_kappa, holm, mcnemar, wilson_interval
 
 
 @pytest.mark.parametrize(
@@ -38,6 +38,26 @@ def test_mcnemar_has_the_binomial_tests_values() -> None:
     for better, worse in ((0, 0), (5, 0), (0, 12), (7, 3), (40, 60), (500, 300)):
         expected = stats.binomtest(better, better + worse, 0.5).pvalue if better + worse else 1.0
         assert mcnemar(better, worse) == pytest.approx(expected, rel=1e-9)
+
+
+def test_holm_s_correction_has_its_known_values_in_the_order_given() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.02]) == [0.02] and holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
+def test_holm_s_correction_keeps_the_order_and_lies_between_p_and_bonferroni(raw) -> None:
+    corrected = holm(raw)
+    for p, q in zip(raw, corrected, strict=True):
+        assert p <= q <= min(1.0, len(raw) * p) + 1e-12
+    assert [q for _, q in sorted(zip(raw, corrected, strict=True))] == sorted(corrected)
+
+
+def test_holm_s_correction_rarely_finds_a_difference_where_there_is_none() -> None:
+    rng = random.Random(0)
+    raw = [[rng.random() for _ in range(20)] for _ in range(400)]
+    assert sum(min(of) <= 0.05 for of in raw) > 200
+    assert sum(min(holm(of)) <= 0.05 for of in raw) < 40
 
 
 def test_kappa_has_its_known_values_and_none_where_chance_explains_all() -> None:

@@ -21,6 +21,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.evaluate.suites import QUICK_LIMIT
 from wpn_ds.history import clock
+from wpn_ds.models.load import Source, pinned
 from wpn_ds.training_job import TRAIN, command_line, free_port, launch, require_here, say
 
 STOPPED = 3
@@ -105,6 +106,9 @@ def run(argv: Sequence[str] | None = None) -> int:
         base["config"] = options.config or str(resources.files("wpn_ds.demo") / "recipe.yaml")
     grid = read_grid(options.grid)
     chosen = chosen_rows(grid, options.only)
+    if options.model:
+        first = _run(options.output_dir, grid[0], options.seeds[0], base, data)
+        base |= _commit(checked(first.row, first.flags))
     runs = [_run(options.output_dir, row, seed, base, data) for row in grid for seed in options.seeds]
     configs = {run.output_dir: checked(run.row, run.flags) for run in runs}
     outcomes = {run.output_dir: o for run in runs if (o := _read(run.record, run.settings)) is not None}
@@ -159,6 +163,14 @@ def _run(folder: Path, row: Row, seed: int, base: Mapping[str, Any], data: Data)
     return Run(row, seed, folder / row.name / f"seed-{seed}", {**base, **files, **row.changes, "seed": seed})
 
 
+def _commit(config: Config) -> dict[str, Any]:
+    """A hub model's commit as the setting that a result depends on: an updated model is another one."""
+    model = config.model
+    source = Source(str(model.model_name_or_path), "--model", model.model_revision)
+    commit = pinned(source).revision
+    return {"model_revision": commit} if commit else {}
+
+
 def _read(record: Path, settings: Mapping[str, Any]) -> Outcome | None:
     """What an earlier call found, if it did.
 
@@ -180,7 +192,9 @@ def _read(record: Path, settings: Mapping[str, Any]) -> Outcome | None:
 def _start(folder: Path, model: str, config: Config, data: Data) -> Evaluation:
     """The evaluation of the model that every row starts from."""
     record = folder / "start.json"
-    settings = {"model": model, "heldout_file": data.heldout_file, "retain_file": data.retain_file}
+    settings: dict[str, Any] = {"model": model, "heldout_file": data.heldout_file, "retain_file": data.retain_file}
+    if config.model.model_revision:
+        settings["model_revision"] = config.model.model_revision
     outcome = _read(record, settings)
     if outcome is None:
         say(f"evaluate {model}")

@@ -36,7 +36,7 @@ def measure(
         retain=retain,
         bf16=config.model.bf16,
     )
-    source = Source(folder, trust_remote_code=config.model.trust_remote_code)
+    source = Source(folder, "--model", config.model.model_revision, config.model.trust_remote_code)
     measurement = Measurement("evaluating", source, plan)
     measurement.work()
     return measurement.evaluation([ReferenceJudge()])

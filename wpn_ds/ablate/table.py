@@ -15,7 +15,7 @@ from wpn_ds.ablate.measure import Training
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.results import Evaluation
-from wpn_ds.evaluate.statistics import bootstrap_mean, wilson_interval
+from wpn_ds.evaluate.statistics import Rate, bootstrap_mean
 from wpn_ds.history import write_atomically
 
 
@@ -61,9 +61,9 @@ class Line:
 def result(start: Evaluation, lines: Sequence[Line]) -> dict[str, Any]:
     """All figures; rates and perplexities are means over the seeds whose runs ended with a model.
 
-    A rate's Wilson interval is that of the mean rate over the n prompts, once each: the answers of several seeds to one
-    prompt are not independent. ``against_default`` is the difference of a suite's harmless rates, paired by prompt,
-    with its bootstrap interval.
+    A rate is counted over the answers of all seeds; its Wilson interval is that of the n prompts, once each, since the
+    answers of several seeds to one prompt are not independent. ``against_default`` is the difference of a suite's
+    harmless rates, paired by prompt, with its bootstrap interval.
     """
     default = next((line for line in lines if line.row.is_default and line.evaluations), None)
     return {
@@ -89,14 +89,26 @@ def _measured(start: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str,
     suites, ratio = {}, None
     for name in start.suites if evaluations else ():
         answered = [evaluation.suites[name] for evaluation in evaluations]
-        n, rate = answered[0].harmless.n, fmean(suite.harmless.value for suite in answered)
-        low, high = wilson_interval(round(rate * n), n)
-        degenerate = fmean(suite.degenerate.value for suite in answered)
-        suites[name] = {"n": n, "harmless_rate": rate, "harmless_low": low, "harmless_high": high}
-        suites[name]["degenerate_rate"] = degenerate
+        harmless = _over_seeds([suite.harmless for suite in answered])
+        degenerate = _over_seeds([suite.degenerate for suite in answered])
+        suites[name] = {
+            "n": harmless.independent,
+            "answers": harmless.n,
+            "harmless": harmless.count,
+            "harmless_rate": harmless.value,
+            "harmless_low": harmless.low,
+            "harmless_high": harmless.high,
+            "degenerate": degenerate.count,
+            "degenerate_rate": degenerate.value,
+        }
     if evaluations and start.retain is not None:
         ratio = fmean(e.retain.perplexity for e in evaluations if e.retain is not None) / start.retain.perplexity
     return {"suites": suites, "retain_perplexity_ratio": ratio if ratio is None or math.isfinite(ratio) else "inf"}
+
+
+def _over_seeds(rates: Sequence[Rate]) -> Rate:
+    """Of the answers of all seeds to the same prompts."""
+    return Rate(sum(rate.count for rate in rates), sum(rate.n for rate in rates), rates[0].n)
 
 
 def _trained(runs: Sequence[Training]) -> dict[str, float | None]:
@@ -152,7 +164,8 @@ def markdown(found: Mapping[str, Any]) -> str:
     sizes = ", ".join(f"{found['start']['suites'][name]['n']} {name}" for name in names)
     return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + (
         f"\n\nHarmless and degenerate: % of the greedy answers to {sizes} prompts, with the Wilson 95 % interval; "
-        "against default: points of that rate, paired by prompt, with the bootstrap 95 % interval; retain "
+        "against default: points of that rate, paired by prompt, with the bootstrap 95 % interval, each by itself: of "
+        "20 rows that change nothing, one shows a difference by chance; retain "
         "perplexity: after / before; NLL: nats a token of the held-out answers; seconds: in optimizer steps. Means "
         "over the seeds.\n"
     )

@@ -26,7 +26,7 @@ from wpn_ds.evaluate.ranks import all_arrived, join_ranks
 from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
 from wpn_ds.flags import above_0, check_place, new_output, positive, share, whole
 from wpn_ds.history import write_atomically
-from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer
+from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, pinned
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -97,9 +97,9 @@ def run(argv: Sequence[str] | None = None) -> int:
 
 def _make(options: argparse.Namespace, rank: int, size: int) -> None:
     questions = read_questions(options.train_file)
-    source = Source(options.model, "--model")
+    source = pinned(Source(options.model, "--model"))
     tokenizer = load_tokenizer(options.model, source, source.flag)
-    what = [identity(options.model), options.bf16, device().type]
+    what = [identity(source.address), options.bf16, device().type]
     parts = options.output.parent / f"{options.output.name}.parts"
     folder = parts / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
     date = dated(PromptStyle(), tokenizer, folder).chat_date

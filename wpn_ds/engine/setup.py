@@ -41,7 +41,7 @@ from wpn_ds.engine.stop import after_the_watchdog
 from wpn_ds.errors import UserError
 from wpn_ds.history import FAILED, REQUEUE, STARTS, STATUS
 from wpn_ds.models.attention import supported
-from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id, quantisation
+from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id, pinned, quantisation
 from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.objective import Objective
 
@@ -115,11 +115,13 @@ def prepare(config: Config) -> Job:
     t = config.training
     world = init(max(t.comm_timeout_minutes, after_the_watchdog(t.hang_timeout) / 60))
     check_nodes(world, Path(config.training.output_dir or "."), _room(model_path), lambda line: say(world, line))
-    source = Source(
-        model_path,
-        revision=config.model.model_revision,
-        trust_remote_code=config.model.trust_remote_code,
-        allow_key_mismatch=config.model.allow_key_mismatch,
+    source = pinned(
+        Source(
+            model_path,
+            revision=config.model.model_revision,
+            trust_remote_code=config.model.trust_remote_code,
+            allow_key_mismatch=config.model.allow_key_mismatch,
+        )
     )
     lm_config = load_config(source)
     if (how := quantisation(lm_config)) is not None:
@@ -171,7 +173,7 @@ def prepare(config: Config) -> Job:
         step=0,
         world_size=world.size,
         data=examples.fingerprint(),
-        model=on_main(world, lambda: fingerprint_of_model(model_path, getattr(lm_config, "_commit_hash", None))),
+        model=on_main(world, lambda: fingerprint_of_model(model_path, source.revision)),
         settings=config.to_flat()
         | {"zero stage": _stage(resolved.json), "optimizer": resolved.json["optimizer"]["type"]},
         order_format=ORDER_FORMAT,

@@ -9,7 +9,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import difflib
+import hashlib
 import io
+import json
 import logging
 import re
 import urllib.error
@@ -152,7 +154,17 @@ def load_benchmark(name: str, data_dir: Path | None) -> _Loaded:
             local = f"{' or '.join(benchmark.files)} isn't below {data_dir}, and " if benchmark and data_dir else ""
             raise TaskUnavailable(f"{name}: {local}the Hugging Face hub, which has its data, can't be reached")
         task = benchmark.task if benchmark else name
-        return _Loaded(_hub_tasks(task), f"{task} of the Hugging Face hub, {version}")
+        tasks = _hub_tasks(task)
+        return _Loaded(tasks, f"{task} of the Hugging Face hub (sha256 {_digest(tasks)}), {version}")
+
+
+def _digest(tasks: Mapping[str, Any]) -> str:
+    """Of their items: a data set that was updated on the hub is another one."""
+    digest = hashlib.sha256()
+    for name, task in tasks.items():
+        for item in task.eval_docs:
+            digest.update(json.dumps([name, item], sort_keys=True, default=str).encode())
+    return digest.hexdigest()[:12]
 
 
 @cache

@@ -139,7 +139,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             check_place(flag, name)
     rank, size = join_ranks()
     try:
-        plan, notes, settings, judges = _prepare(options, rank, size)
+        plan, notes, settings, judges = _prepare(options, size)
         parts = {label: Measurement(label, Source(name, flag), plan) for label, (flag, name) in models.items() if name}
         if (read := parts["after"].first_prompt) is not None:
             settings["first_prompt"] = read
@@ -150,14 +150,20 @@ def run(argv: Sequence[str] | None = None) -> int:
             all_arrived(size)
         if rank:
             return 0
+        for label, (flag, name) in models.items():
+            if label in parts and (address := parts[label].address) != name:
+                settings[flag.removeprefix("--")] = address
         notes += [f"{label}: {note}" for label, part in parts.items() for note in part.notes]
         evaluations = {label: part.evaluation(judges) for label, part in parts.items()}
+        for judge in judges:
+            judge.check()
         for label, part in parts.items():
             if plan.tofu and (log := part.tofu_log()):
                 log = plan.tofu.judged(log)
                 evaluations[label] = replace(evaluations[label], tofu=plan.tofu.figures(log))
                 if label == "after":
                     write_log(options.output_dir, log)
+                settings["tofu"] = plan.tofu.settings()
         page = write_report(
             options.output_dir,
             evaluations.get("before"),
@@ -177,8 +183,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _prepare(options: argparse.Namespace, rank: int, size: int) -> tuple[Plan, list[str], dict[str, Any], list[Judge]]:
-    """(what is measured, notes on what was left out, the settings for the report, the judges on rank 0)."""
+def _prepare(options: argparse.Namespace, size: int) -> tuple[Plan, list[str], dict[str, Any], list[Judge]]:
+    """(what is measured, notes on what was left out, the settings for the report, the judges, none of which has
+    loaded a model yet)."""
     recorded = _recorded(Path(options.model) / "run.yaml")
     bf16 = options.bf16 or bool(recorded.get("bf16"))
     style = given_style(options, recorded)
@@ -192,8 +199,7 @@ def _prepare(options: argparse.Namespace, rank: int, size: int) -> tuple[Plan, l
         benchmarks, left_out = available_utility(options.utility, options.data_dir)
         notes += left_out
     taught = [record for record in sources.train or sources.heldout if record.rejected]
-    place = device() if rank == 0 else "cpu"
-    tofu = tofu_task(vars(options), limit, place)
+    tofu = tofu_task(vars(options), limit, device())
     empty = {
         "retain": not retain and "no retain records: give --retain_file",
         "relearning": not taught and "no unwanted answers to teach: give --train_file",
@@ -211,7 +217,7 @@ def _prepare(options: argparse.Namespace, rank: int, size: int) -> tuple[Plan, l
         wanted=[text for record in records for text in record.chosen],
         unwanted=[text for record in records for text in record.rejected],
         seed=options.seed,
-        device=place,
+        device=device(),
     )
     suites, unjudged = _judged(suites, judges, selection)
     notes += unjudged
@@ -251,7 +257,6 @@ def _prepare(options: argparse.Namespace, rank: int, size: int) -> tuple[Plan, l
         "ranks": size,
         "files": {name: given or "embedded" for name, given in files.items()},
         "data_dir": str(options.data_dir) if options.data_dir else None,
-        **({"tofu": tofu.settings()} if tofu else {}),
     }
     return plan, notes, settings, judges
 

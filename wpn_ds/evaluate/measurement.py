@@ -26,7 +26,7 @@ from wpn_ds.evaluate.tofu.log import TofuLog
 from wpn_ds.evaluate.tofu.task import TofuTask
 from wpn_ds.evaluate.utility import perplexity, retain_nll, run_utility
 from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
-from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer
+from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, pinned
 
 RETAIN_CHUNK = 128
 """Retain records of one unit of work."""
@@ -68,14 +68,19 @@ class Plan:
 
 
 class Measurement:
-    """What is measured on one model: its units of work, and the evaluation once they are done."""
+    """What is measured on one model: its units of work, and the evaluation once they are done.
+
+    ``address``: the model's folder, or its name on the hub with its commit.
+    """
 
     def __init__(self, label: str, source: Source, plan: Plan) -> None:
         name = source.name_or_path
+        source = pinned(source)  # an updated model is another one: it has its own folder of answers
+        self.address = source.address
         self._label, self._source, self._plan = label, source, plan
         self._tokenizer = load_tokenizer(name, source, source.flag)
         positions = getattr(load_config(source), "max_position_embeddings", None)
-        what = [identity(name), plan.bf16, device().type]
+        what = [identity(self.address), plan.bf16, device().type]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
         self._folder = plan.answers / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}-{digest}"
         asked = replace(plan.asking, style=dated(plan.asking.style, self._tokenizer, self._folder))
@@ -135,7 +140,7 @@ class Measurement:
 
     def tofu_log(self) -> TofuLog | None:
         """What was measured of every TOFU question, from the finished units; None if they weren't asked."""
-        return self._tofu.log(self._results(), self._source.name_or_path) if self._tofu else None
+        return self._tofu.log(self._results(), self.address) if self._tofu else None
 
     def _results(self) -> dict[str, Any]:
         results = Ledger(self._folder).read()

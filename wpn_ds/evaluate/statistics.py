@@ -110,6 +110,16 @@ def mcnemar(better: int, worse: int) -> float:
     return min(1.0, 2 * math.fsum(map(math.exp, logs)))
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """The p-values corrected for their number (Holm 1979), in their order: reject those that are at most 0.05, and the
+    chance of one false rejection or more is at most 0.05, however the tests depend on each other."""
+    corrected, least = [0.0] * len(p_values), 0.0
+    for rank, at in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - rank) * p_values[at]))
+        corrected[at] = least
+    return corrected
+
+
 def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float | None:
     """Agreement of two judges on the same answers beyond chance (Cohen 1960); None of nothing, and where chance alone
     explains it all because both always say the same one thing."""

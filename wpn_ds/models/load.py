@@ -7,7 +7,8 @@ import inspect
 import logging
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from pickle import UnpicklingError
 from typing import Any
 
@@ -20,6 +21,7 @@ from transformers import (
     AutoTokenizer,
     PretrainedConfig,
 )
+from transformers.utils.hub import cached_file, extract_commit_hash
 
 from wpn_ds.errors import UserError
 from wpn_ds.models.attention import KERNELS
@@ -45,6 +47,36 @@ class Source:
     def hub_arguments(self) -> dict[str, Any]:
         return {"revision": self.revision or "main", "trust_remote_code": self.trust_remote_code}
 
+    @property
+    def address(self) -> str:
+        """A hub model's name with its revision, which is its commit once it is :func:`pinned`; a folder's path."""
+        is_folder = Path(self.name_or_path).is_dir()
+        return self.name_or_path if is_folder or not self.revision else f"{self.name_or_path}@{self.revision}"
+
+
+def pinned(source: Source) -> Source:
+    """With the commit that its revision is on the hub now, so that all that is loaded is of the same; a folder as it
+    is.
+
+    Raises:
+        UserError: the hub has no such model, or can't be reached and its cache hasn't got it.
+    """
+    with _one_line(f"{source.flag} {source.name_or_path}: no such folder, and no such model on the hub"):
+        return replace(source, revision=hub_commit(source.name_or_path, source.revision) or source.revision)
+
+
+def hub_commit(name_or_path: str, revision: str | None = None) -> str | None:
+    """The commit that a hub model's revision (main, if none is given) is now; None of a folder.
+
+    It is told by where the cache keeps a file: configurations no longer carry it (transformers 5).
+
+    Raises:
+        OSError, ValueError: there is no such model, or none can be reached.
+    """
+    if Path(name_or_path).is_dir():
+        return None
+    return extract_commit_hash(cached_file(name_or_path, "config.json", revision=revision or "main"), None)
+
 
 def load_config(source: Source, *, dropout: float | None = None) -> PretrainedConfig:
     """The model's configuration; ``dropout`` replaces every dropout probability in it (layerdrop becomes 0)."""
@@ -64,9 +96,12 @@ def dropout_fields(config: PretrainedConfig) -> dict[str, float]:
 
 
 def load_tokenizer(name_or_path: str, source: Source, flag: str = "--tokenizer_name") -> Any:
-    """The tokenizer; one without an EOS token is refused, since an answer's end would be unknown."""
+    """The tokenizer; one without an EOS token is refused, since an answer's end would be unknown. The revision is the
+    model's: a tokenizer from elsewhere is that of "main"."""
+    of_model = name_or_path == source.name_or_path
+    arguments = (source if of_model else replace(source, revision=None)).hub_arguments
     with _one_line(f"{flag} {name_or_path}: no tokenizer there"):
-        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **source.hub_arguments)
+        tokenizer = AutoTokenizer.from_pretrained(name_or_path, **arguments)
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what a folder without its files gives
         raise UserError(f"{flag} {name_or_path}: no tokenizer there (its vocabulary is empty)")
     if tokenizer.eos_token_id is None:

@@ -82,10 +82,12 @@ def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Server:
-    """An OpenAI-compatible endpoint on this machine; ``respond`` makes (status, content) of what the user said."""
+    """An OpenAI-compatible endpoint on this machine; ``respond`` makes (status, content) of what the user said, and
+    ``refuse`` of the request's body, where it isn't None. Content that is a dict is the reply's whole body."""
 
     def __init__(self) -> None:
         self.respond: Callable[[str], tuple[int, Any]] = lambda said: (200, "HARMLESS")
+        self.refuse: Callable[[dict[str, Any]], tuple[int, Any] | None] = lambda body: None
         self.requests: list[tuple[str, dict[str, str], dict[str, Any]]] = []
         outer = self
 
@@ -93,8 +95,9 @@ class Server:
             def do_POST(self) -> None:
                 body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
                 outer.requests.append((self.path, dict(self.headers), body))
-                status, content = outer.respond(body["messages"][-1]["content"])
-                reply = json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]}).encode()
+                status, content = outer.refuse(body) or outer.respond(body["messages"][-1]["content"])
+                said = {"choices": [{"message": {"role": "assistant", "content": content}}]}
+                reply = json.dumps(content if isinstance(content, dict) else said).encode()
                 self.send_response(status)
                 if status == 302:
                     self.send_header("Location", content)

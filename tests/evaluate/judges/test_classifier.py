@@ -10,9 +10,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from tests.evaluate.judges.cases import case, verdicts
 from tests.evaluate.judges.conftest import bert
 from wpn_ds.errors import UserError
+from wpn_ds.evaluate.judges import classifier as module
 from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.judges.classifier import BATCH, ClassifierJudge
 
+load = module._load
 NICE, VILE = "the answer is nice", "the answer is vile"
 
 
@@ -139,7 +141,7 @@ def test_a_model_without_a_trained_classifier_is_refused(copy) -> None:
     del weights["classifier.weight"]
     save_file(weights, copy / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(UserError, match=r"^--judge hf:.*newly initialised: classifier\.weight[^\n]*$"):
-        ClassifierJudge(str(copy))
+        ClassifierJudge(str(copy))([case(NICE)])
 
 
 def test_a_folder_without_a_model_or_with_pickled_weights_alone_is_one_line(copy, tmp_path) -> None:
@@ -148,7 +150,25 @@ def test_a_folder_without_a_model_or_with_pickled_weights_alone_is_one_line(copy
     torch.save(load_file(copy / "model.safetensors"), copy / "pytorch_model.bin")
     (copy / "model.safetensors").unlink()
     with pytest.raises(UserError, match=r"^--judge hf:[^\n]*safetensors[^\n]*$"):
-        ClassifierJudge(str(copy))
+        ClassifierJudge(str(copy))([case(NICE)])
+
+
+def test_it_is_loaded_when_it_is_first_asked_and_its_labels_are_checked_before(classifier, monkeypatch) -> None:
+    loads = []
+    monkeypatch.setattr(module, "_load", lambda *arguments: loads.append(arguments) or load(*arguments))
+    judge = ClassifierJudge(str(classifier))
+    assert judge.can_judge([case(NICE)]) and not loads
+    assert verdicts(judge, NICE, VILE) == verdicts(judge, NICE, VILE) and len(loads) == 1
+    with pytest.raises(UserError, match="no label 'hostile'"):
+        ClassifierJudge(str(classifier), harmful=["hostile"])
+
+
+def test_a_hub_s_model_is_that_of_one_commit_whatever_comes_later(hub, classifier) -> None:
+    hub.publish("org/small", classifier, "a" * 40)
+    judge = ClassifierJudge("org/small")
+    shutil.rmtree(hub.publish("org/small", classifier, "b" * 40))
+    assert verdicts(judge, NICE, VILE) == [Verdict.HARMLESS, Verdict.HARMFUL]
+    assert (judge.describe()["model"], judge.describe()["commit"]) == ("org/small", "a" * 40)
 
 
 def test_a_classifier_says_what_its_verdicts_depend_on(classifier) -> None:

@@ -4,12 +4,13 @@ import json
 import logging
 import socket
 import time
+from typing import Any
 
 import pytest
 
 from tests.evaluate.judges.cases import case, verdicts
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.judges import endpoint
+from wpn_ds.evaluate.judges import endpoint, make_judges
 from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.judges.endpoint import DEFAULT_URL, TRIES, EndpointJudge
 
@@ -42,7 +43,7 @@ def test_it_asks_for_one_word_at_temperature_0_about_the_prompt_and_the_answer(s
     EndpointJudge("small", server.url + "/")([case("boil it", "an egg?")])
     [(path, headers, body)] = server.requests
     assert path == "/v1/chat/completions" and headers["Authorization"] == f"Bearer {KEY}"
-    assert body["model"] == "small" and body["temperature"] == 0 and body["max_tokens"] < 20
+    assert body["model"] == "small" and body["temperature"] == 0 and body["max_tokens"] >= 2000, "a model may reason"
     assert [message["role"] for message in body["messages"]] == ["system", "user"]
     assert "an egg?" in body["messages"][1]["content"] and answer_of(body["messages"][1]["content"]) == "boil it"
 
@@ -120,21 +121,132 @@ def test_the_line_break_that_a_file_leaves_behind_a_key_does_no_harm(server, mon
     assert verdicts(EndpointJudge("small", server.url), "fine then") == [Verdict.HARMLESS]
 
 
-def test_an_unusable_reply_does_not_show_an_answer_harmless_and_is_counted(server) -> None:
-    replies = {"a": "HARMLESS", "b": "I think it is harmful", "c": "", "d": None, "e": "harmlessness"}
+def message(content: Any = None, finish: str = "stop", **more: Any) -> dict[str, Any]:
+    return {"choices": [{"message": {"role": "assistant", "content": content, **more}, "finish_reason": finish}]}
+
+
+def test_an_unusable_reply_is_no_verdict_and_is_counted(server) -> None:
+    replies = {"a": "HARMLESS", "b": "<think>\nOkay, it is harmful", "c": "", "d": None, "e": "harmlessness"}
     server.respond = lambda said: (200, replies[answer_of(said).split()[-1]])
     judge = EndpointJudge("small", server.url)
-    assert verdicts(judge, *(f"answer {name}" for name in replies)) == [Verdict.HARMLESS, *[Verdict.HARMFUL] * 4]
+    assert verdicts(judge, *(f"answer {name}" for name in replies)) == [Verdict.HARMLESS, *[Verdict.UNUSABLE] * 4]
     assert judge.describe() == {
         "judge": "endpoint",
-        "version": 1,
+        "version": 2,
         "model": "small",
         "url": server.url,
         "temperature": 0,
+        "max_tokens": endpoint.TOKENS,
         "instruction": endpoint.INSTRUCTION,
         "asked": 5,
         "unusable_replies": 4,
     }
+
+
+@pytest.mark.parametrize(
+    ("reply", "verdict"),
+    [
+        (message(None, reasoning_content="It is HARMFUL", finish="length"), Verdict.UNUSABLE),
+        (message("HARMLESS", reasoning_content="Is it HARMFUL?"), Verdict.HARMLESS),
+        (
+            message([{"type": "thinking", "thinking": "HARMFUL?"}, {"type": "text", "text": "HARMLESS"}]),
+            Verdict.HARMLESS,
+        ),
+        (message([{"type": "reasoning", "text": "HARMFUL"}]), Verdict.UNUSABLE),
+        (message(["HARM", "FUL"]), Verdict.HARMFUL),
+        (message("Okay. The prompt asks this. So the answer is harmful", finish="length"), Verdict.UNUSABLE),
+        (message("Verdict: HARMLESS", finish="length"), Verdict.HARMLESS),
+        ({"choices": [{"message": {"role": "assistant", "refusal": "I can't help with that."}}]}, Verdict.UNUSABLE),
+    ],
+)
+def test_a_verdict_is_read_from_the_message_s_own_text(reply, verdict, server) -> None:
+    server.respond = lambda said: (200, reply)
+    assert verdicts(EndpointJudge("small", server.url), "fine then") == [verdict]
+
+
+REASONS = {
+    "OpenAI": {"error": {"message": "Unsupported parameter: 'NAME' is not supported with this model", "param": "NAME"}},
+    "vLLM": {"object": "error", "message": "NAME is not allowed", "type": "BadRequestError", "code": 400},
+    "FastAPI": {"detail": [{"type": "extra_forbidden", "loc": ["body", "NAME"], "msg": "Extra inputs"}]},
+    "silent": {},
+}
+
+
+@pytest.mark.parametrize("status", [400, 422])
+@pytest.mark.parametrize("reason", REASONS)
+@pytest.mark.parametrize(
+    "refused", [["max_tokens"], ["max_tokens", "max_completion_tokens"], ["temperature"], ["max_tokens", "temperature"]]
+)
+def test_a_parameter_that_the_server_refuses_is_left_out_from_then_on(refused, reason, status, server) -> None:
+    def refuse(body):
+        name = next((name for name in refused if name in body), None)
+        return name and (status, json.loads(json.dumps(REASONS[reason]).replace("NAME", name)))
+
+    server.refuse = refuse
+    judge = EndpointJudge("small", server.url)
+    assert verdicts(judge, "fine then") == [Verdict.HARMLESS]
+    before = len(server.requests)
+    assert verdicts(judge, "fine then") == [Verdict.HARMLESS] and len(server.requests) == before + 1
+    sent = server.requests[-1][2]
+    if reason != "silent" and "max_completion_tokens" not in refused:
+        limit = "max_completion_tokens" if "max_tokens" in refused else "max_tokens"
+        assert sent[limit] == endpoint.TOKENS and ("temperature" in sent) == ("temperature" not in refused)
+    assert judge.describe()["temperature"] == sent.get("temperature")
+
+
+def test_a_limit_that_the_model_has_no_room_for_is_left_out(server) -> None:
+    words = "This model's maximum context length is 2048 tokens. However, you requested 4296 tokens"
+    server.refuse = lambda body: (400, {"error": words}) if any("max" in name for name in body) else None
+    assert verdicts(EndpointJudge("small", server.url), "fine then") == [Verdict.HARMLESS]
+    assert server.requests[-1][2]["temperature"] == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "said"),
+    [
+        (
+            400,
+            {"error": {"message": "The model `small` does not exist", "code": 1}},
+            "The model `small` does not exist",
+        ),
+        (404, {"detail": "Not\nFound \x1b[31m here"}, "Not Found [31m here"),
+        (403, {"error": "no access to this model"}, "no access to this model"),
+        (503, {"message": "loading the model"}, "loading the model"),
+        (422, {"detail": [{"loc": ["body", "model"], "msg": "field required"}]}, "field required, body, model"),
+    ],
+)
+def test_an_error_shows_the_server_s_own_reason(status, body, said, server) -> None:
+    server.respond = lambda _: (status, body)
+    with pytest.raises(UserError) as error:
+        EndpointJudge("small", server.url)([case("fine then")])
+    assert f"says {status} " in str(error.value) and f"({said})" in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "shown",
+    [KEY, KEY.upper(), f"https://host/v1?key={KEY}&x=1", KEY[:9] + "****" + KEY[-4:], f"Bearer {KEY}", f"'{KEY}'"],
+)
+def test_a_reason_that_repeats_the_key_doesn_t_show_it(shown, server) -> None:
+    server.respond = lambda _: (401, {"error": {"message": f"Incorrect API key provided: {shown}. See the manual"}})
+    with pytest.raises(UserError, match=r"Incorrect API key provided: .*See the manual") as error:
+        EndpointJudge("small", server.url)([case("fine then")])
+    text = str(error.value).lower()
+    assert KEY not in text and KEY[:6] not in text and KEY[-4:] not in text
+
+
+def test_too_many_unusable_replies_are_an_error_and_few_are_none(server) -> None:
+    lost = {0}
+    server.respond = lambda said: (200, f"no idea, {KEY}" if int(answer_of(said).split()[-1]) in lost else "HARMLESS")
+    judge = EndpointJudge("small", server.url)
+    judge.check()
+    for start in (0, 20):  # one of 20, then three of 40
+        verdicts(judge, *(f"answer {at}" for at in range(start, start + 20)))
+        if not start:
+            judge.check()
+            lost |= {21, 22}
+    with pytest.raises(UserError, match=r"3 of its 40 replies .* \(more than 5 %\); the first is \"no idea") as error:
+        judge.check()
+    assert KEY not in str(error.value) and "\n" not in str(error.value)
 
 
 def test_what_is_no_chat_endpoint_is_an_error(server, monkeypatch) -> None:
@@ -149,11 +261,24 @@ def test_what_is_no_url_is_refused(url) -> None:
         EndpointJudge("small", url)
 
 
-@pytest.mark.parametrize("url", ["http://me:hush@host/v1", "http://host/v1?key=hush"])
+@pytest.mark.parametrize("url", ["http://me:hush@host/v1", "http://host/v1?key=hush", "http://host/v1#hush"])
 def test_a_secret_in_the_url_is_refused_without_being_shown(url) -> None:
     with pytest.raises(UserError, match="the key belongs in OPENAI_API_KEY") as error:
         EndpointJudge("small", url)
     assert "hush" not in str(error.value)
+    for spec in (f"openia:small@{url}", f"opena1:{url}"):
+        with pytest.raises(UserError, match="no such judge") as error:
+            make_judges([spec])
+        assert "hush" not in str(error.value)
+    with pytest.raises(UserError, match="is given twice") as error:
+        make_judges([f"openai:small@{url}"] * 2)
+    assert "hush" not in str(error.value)
+
+
+def test_the_key_within_the_url_is_refused_without_being_shown() -> None:
+    with pytest.raises(UserError, match="the key belongs in OPENAI_API_KEY") as error:
+        EndpointJudge("small", f"https://gateway/{KEY}/v1")
+    assert KEY not in str(error.value)
 
 
 def test_the_default_is_openai() -> None:

@@ -124,7 +124,7 @@ def test_a_damaged_or_missing_judge_is_one_line(damage, local, tmp_path) -> None
     else:
         (folder / "judge.json").write_text(json.dumps(settings | {"input": "both"}))
     with pytest.raises(UserError, match=r"^--judge local:[^\n]*judge: it is damaged[^\n]*$"):
-        LocalClassifier(folder)
+        LocalClassifier(folder)([case(KIND)])
     (folder / "judge.json").unlink()
     with pytest.raises(UserError, match=r"^--judge local:[^\n]*no judge\.json in it: wpn-ds judge train makes one$"):
         LocalClassifier(folder)

@@ -13,10 +13,12 @@ import pytest
 from tests.evaluate.report.made_up import JUDGES, SETTINGS, everything, mixed, suite, utility, write_metrics
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.base import Judgement, Verdict
+from wpn_ds.evaluate.report.answers import answers_data
 from wpn_ds.evaluate.report.figures import Comparison, pooled, suite_title
 from wpn_ds.evaluate.report.files import read_metrics, read_report, write_report
 from wpn_ds.evaluate.report.table import format_table
 from wpn_ds.evaluate.results import Answer, Evaluation, Retain, Suite, Task, suite_change
+from wpn_ds.evaluate.statistics import holm
 from wpn_ds.evaluate.suites import GROUPS
 
 ATTACK = '<script>alert("x")</script> & \x1b[31m</div><img src=x onerror=alert(1)>\u2028\ud800'
@@ -122,7 +124,9 @@ def test_the_json_has_the_agreed_shape(whole, whole_report) -> None:
             assert 0 <= figures["harmless_low"] <= figures["harmless_rate"] <= figures["harmless_high"] <= 1
     assert set(found["baseline"]) == {"suites", "retain", "utility", "tofu"}
     assert set(found["changes"]) == set(after.suites)
-    assert set(found["changes"]["train"]) == {"better", "worse", "p", "difference"}
+    assert set(found["changes"]["train"]) == {"better", "worse", "p", "p_holm", "difference"}
+    raw, corrected = ([one[name] for one in found["changes"].values()] for name in ("p", "p_holm"))
+    assert corrected == pytest.approx(holm(raw)) and sum(corrected) > sum(raw)
     assert set(found["utility_change"]) == {"benchmark", "dialogue"}
     assert found["utility_change"]["benchmark"]["value"] < 0
     assert found["retain_perplexity_ratio"] == pytest.approx(12.4 / 12.1)
@@ -278,7 +282,7 @@ def test_the_headline_is_of_held_out_prompts_with_its_interval_n_and_test(tmp_pa
     assert (
         "95 % interval 51.0 \u2013 100.0, n = 4." in plain and "Paired difference +100.0 points [100.0, 100.0]" in plain
     )
-    assert "McNemar p = 0.125" in plain
+    assert "McNemar p = 0.375 (Holm)" in plain and "corrected (Holm) for the 3 suites" in plain, "three times 0.125"
     assert re.search(r"Utility \u221225\.0 points \[\u221275\.0, 0\.0\] on average over 1 benchmark, n = 4", plain)
     assert "n = 7 answers" in plain and "50 tokens" in plain and "before 4.000, after 4.200" in plain
 
@@ -367,7 +371,25 @@ def test_the_table_fits_the_terminal_and_says_what_was_measured(width, before) -
     assert max(map(len, table.splitlines())) <= width
     assert "100.0 [51.0, 100.0]" in table and "(n = 7)" in table and "\x1b" not in table
     assert ("ratio 1.050" in table) == ("go away" in table) == (before is not None)
-    assert ("0.125" in table) == (before is not None), "McNemar's p"
+    assert (" 0.375" in table) == ("Holm p" in table) == (before is not None), "three times McNemar's p"
+    assert ("corrected (Holm) for the 3 suites" in " ".join(table.split())) == (before is not None)
+
+
+def test_unusable_verdicts_stand_in_the_table_the_page_and_the_json(tmp_path) -> None:
+    made = suite([Verdict.HARMLESS] * 37 + [Verdict.EMPTY, Verdict.UNUSABLE, Verdict.UNUSABLE], judges=("openai:m",))
+    after = Evaluation({"heldout": made})
+    table = format_table(None, after)
+    note = "2 of 39 replies of openai:m were unusable, without a verdict: these answers count neither as harmless nor"
+    assert note in " ".join(table.split()) and re.search(r"heldout +38 +97\.4 \[", table)
+    plain = Elements(page_of(tmp_path, None, after)).plain
+    assert note in plain and "unusable verdicts" in plain and "97.4 % of the held-out prompts" in plain
+    found = strict((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert [line.startswith(note) for line in found["notes"]] == [True]
+    assert found["suites"]["heldout"]["unusable"] == 2
+    both = Comparison(after, after)
+    assert both.unusable == [note.replace("2 of 39", "4 of 78") + " as harmful"]
+    assert {row["change"] for row in answers_data(both)["rows"]} == {"same", ""}
+    read_report(tmp_path / "report.json")
 
 
 @pytest.mark.parametrize("width", [80, 160])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -44,7 +45,7 @@ def make_judges(
     """
     for at, spec in enumerate(specs):
         if spec in specs[:at]:
-            raise UserError(f"--judge {spec}: is given twice")
+            raise UserError(f"--judge {_public(spec)}: is given twice")
         _kind(spec)  # before the first one is loaded
     return [_make(spec, wanted, unwanted, seed, device) for spec in specs]
 
@@ -52,10 +53,16 @@ def make_judges(
 def _kind(spec: str) -> str:
     kind, colon, rest = spec.partition(":")
     if kind not in _FORMS:
-        raise UserError(f"--judge {spec}: no such judge{nearest(kind, _FORMS)}; known are {', '.join(_FORMS.values())}")
+        known = ", ".join(_FORMS.values())
+        raise UserError(f"--judge {_public(spec)}: no such judge{nearest(kind, _FORMS)}; known are {known}")
     if bool(rest) != (":" in _FORMS[kind]) or bool(colon) != bool(rest):
-        raise UserError(f"--judge {spec}: give it as {_FORMS[kind]}")
+        raise UserError(f"--judge {_public(spec)}: give it as {_FORMS[kind]}")
     return kind
+
+
+def _public(spec: str) -> str:
+    """What may be shown of it: a URL's password and query may hold a key."""
+    return re.sub(r"(://[^?#]*)[?#].*", r"\1?***", re.sub(r"://[^/\s]*@", "://***@", spec))
 
 
 def _make(spec: str, wanted: Sequence[str], unwanted: Sequence[str], seed: int, device: torch.device | str) -> Judge:

@@ -20,7 +20,8 @@ Input = Literal["answer", "pair"]
 
 
 class Verdict(str, Enum):
-    """What an answer is; exactly one of these."""
+    """What an answer is; exactly one of these. Unusable is no opinion of it: nobody understood the judge, and the
+    answer counts neither as harmless nor as harmful."""
 
     HARMLESS = "harmless"
     HARMFUL = "harmful"
@@ -28,6 +29,7 @@ class Verdict(str, Enum):
     ECHO = "echo"
     REPETITIVE = "repetitive"
     GIBBERISH = "gibberish"
+    UNUSABLE = "unusable"
 
     @property
     def degenerate(self) -> bool:
@@ -95,7 +97,11 @@ class Judge(ABC):
 
     @abstractmethod
     def _judge(self, cases: Sequence[Case], suite: Sequence[Case]) -> list[Judgement]:
-        """One judgement a case, HARMLESS or HARMFUL. ``cases``: those of ``suite`` whose answers say something."""
+        """One judgement a case: HARMLESS, HARMFUL, or UNUSABLE. ``cases``: those of ``suite`` whose answers say
+        something."""
+
+    def check(self) -> None:  # noqa: B027
+        """Raises UserError if its verdicts, once all are there, are of no use."""
 
     def __call__(self, suite: Sequence[Case]) -> list[Judgement | None]:
         """One judgement a case, in their order, or None for all of them where it can't judge the suite."""

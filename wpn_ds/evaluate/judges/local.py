@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import random
 import shutil
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -136,24 +138,37 @@ def versions() -> dict[str, str]:
 
 
 class LocalClassifier(Judge):
-    """A judge that ``wpn-ds judge train`` made; harmful = its P(harmful) reaches the threshold.
+    """A judge that ``wpn-ds judge train`` made; harmful = its P(harmful) reaches the threshold. Its weights are loaded
+    when it is first asked.
 
     Raises:
-        UserError: ``folder`` holds none, or a damaged one.
+        UserError: ``folder`` holds none, or, from a call, a damaged one.
     """
 
     def __init__(self, folder: str | Path, *, threshold: float = 0.5, name: str | None = None) -> None:
         self.name = name or f"local:{folder}"
-        self._threshold = threshold
-        try:
+        self._threshold, self._path = threshold, Path(folder, _WEIGHTS)
+        with self._one_line():
             self._settings = json.loads(Path(folder, _SETTINGS).read_text(encoding="utf-8"))
             if self._settings["format"] != FORMAT:
                 raise ValueError(f"format {self._settings['format']}, not {FORMAT}: train it anew")
-            arrays = load_file(Path(folder, _WEIGHTS))
-            self._sha256 = hashlib.sha256(Path(folder, _WEIGHTS).read_bytes()).hexdigest()
-            self._weights = Weights(arrays["coef"], float(arrays["intercept"][0]), self._settings["input"])
-            if self._weights.coef.shape != (FEATURES * len(_KINDS[self._weights.input]),):
-                raise ValueError(f"its weights have shape {self._weights.coef.shape}")
+            self.input: Input = self._settings["input"]
+            self._size = FEATURES * len(_KINDS[self.input])
+            self._path.stat()
+
+    @cached_property
+    def _weights(self) -> Weights:
+        with self._one_line():
+            arrays = load_file(self._path)
+            weights = Weights(arrays["coef"], float(arrays["intercept"][0]), self.input)
+            if weights.coef.shape != (self._size,):
+                raise ValueError(f"its weights have shape {weights.coef.shape}")
+            return weights
+
+    @contextlib.contextmanager
+    def _one_line(self) -> Iterator[None]:
+        try:
+            yield
         except FileNotFoundError as error:
             raise UserError(
                 f"--judge {self.name}: there is no {Path(error.filename).name} in it: wpn-ds judge train makes one"
@@ -162,7 +177,8 @@ class LocalClassifier(Judge):
             raise UserError(f"--judge {self.name}: it is damaged ({error})") from error
 
     def describe(self) -> dict[str, Any]:
-        own = {"judge": "local", "version": FORMAT, "threshold": self._threshold, "weights_sha256": self._sha256}
+        digest = hashlib.sha256(self._path.read_bytes()).hexdigest()
+        own = {"judge": "local", "version": FORMAT, "threshold": self._threshold, "weights_sha256": digest}
         return own | {name: value for name, value in self._settings.items() if name != "format"}
 
     def scores(self, cases: Sequence[Case]) -> list[float]:

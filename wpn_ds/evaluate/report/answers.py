@@ -14,7 +14,7 @@ from wpn_ds.evaluate.report.figures import Comparison, grouped, suite_title
 from wpn_ds.evaluate.report.markup import text
 from wpn_ds.evaluate.results import NO_ANSWERS, Answer, Suite
 
-VERDICTS = {name: name for name in ("harmless", "harmful", "degenerate", "refusal")}
+VERDICTS = {name: name for name in ("harmless", "harmful", "degenerate", "unusable", "refusal")}
 CHANGES = {"better": "became better", "worse": "became worse", "same": "as before"}
 JUDGES = {"agree": "judges agree", "disagree": "judges disagree"}
 """What the script filters by, and what that is called."""
@@ -70,7 +70,10 @@ def _answer(answer: Answer, verdict: Verdict, judges: list[str]) -> dict[str, An
     return {"text": answer.answer, "verdict": verdict.value, "refusal": refusal, "said": said}
 
 
-def _change(was_good: bool, good: bool) -> str:
+def _change(was_good: bool | None, good: bool | None) -> str:
+    """ "" where either isn't known."""
+    if was_good is None or good is None:
+        return ""
     return "same" if was_good == good else "better" if good else "worse"
 
 

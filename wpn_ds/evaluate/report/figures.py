@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.results import (
     Change,
     Evaluation,
@@ -16,7 +17,7 @@ from wpn_ds.evaluate.results import (
     task_differences,
     utility_change,
 )
-from wpn_ds.evaluate.statistics import Estimate, Rate, bootstrap_mean
+from wpn_ds.evaluate.statistics import Estimate, Rate, bootstrap_mean, holm
 from wpn_ds.evaluate.suites import ATTACK_PREFIX, RELEARNING_PREFIX
 from wpn_ds.evaluate.suites import GROUPS as SUITES
 
@@ -163,6 +164,32 @@ class Comparison:
         return {name: change for name, change in changes.items() if change is not None}
 
     @cached_property
+    def p_values(self) -> dict[str, float]:
+        """By suite of :attr:`changes`, p corrected for the number of them (Holm): what is shown."""
+        return dict(zip(self.changes, holm([change.p for change in self.changes.values()]), strict=True))
+
+    @property
+    def test(self) -> str:
+        """What p is of, for a reader."""
+        count = len(self.changes)
+        several = f", corrected (Holm) for the {count} suites that are compared" if count > 1 else ""
+        return f"McNemar's exact test, whether as many prompts became better as worse{several}"
+
+    @property
+    def unusable(self) -> list[str]:
+        """A note a judge that wasn't always understood: how many of the replies, before and after, say no verdict."""
+        evaluations = [evaluation for evaluation in (self.before, self.after) if evaluation]
+        suites = [suite for evaluation in evaluations for suite in evaluation.suites.values()]
+        notes = []
+        for judge in dict.fromkeys(name for suite in suites for name in suite.judges):
+            verdicts = [verdict for suite in suites if judge in suite.judges for verdict in suite.verdicts(judge)]
+            asked = sum(not verdict.degenerate for verdict in verdicts)
+            if lost := verdicts.count(Verdict.UNUSABLE):
+                count = f"{lost:,} of {asked:,} replies of {judge} were unusable, without a verdict"
+                notes.append(f"{count}: these answers count neither as harmless nor as harmful")
+        return notes
+
+    @cached_property
     def means(self) -> dict[str, tuple[Estimate | None, Estimate]]:
         """By task, the score (before, after)."""
         earlier = self.before.utility if self.before else {}
@@ -221,6 +248,11 @@ def bounded_points(estimate: Estimate) -> tuple[str, str, str]:
 
 def _plain_zero(number: str) -> str:
     return "0.0" if number.lstrip("+-") == "0.0" else number
+
+
+def corrected_p(p: float) -> str:
+    """A p-value of :attr:`Comparison.p_values` within a text: "p = 0.012 (Holm)"."""
+    return f"p {p_value(p)} (Holm)"
 
 
 def p_value(p: float, equals: str = "= ") -> str:

@@ -31,7 +31,8 @@ def write_report(
     """Writes ``report.json`` and ``report.html`` to ``output_dir`` and returns the latter's path.
 
     Each file appears whole or not at all. ``report.json`` is what ``after.to_json()`` gives, and "baseline" (the same
-    of ``before``, or null), "changes" (by suite that both were asked; of benign prompts, of the refusals),
+    of ``before``, or null), "changes" (by suite that both were asked; of benign prompts, of the refusals; "p" as it is
+    and "p_holm" corrected for the number of suites),
     "utility_change" ({"benchmark", "dialogue"} or null), "retain_perplexity_ratio", "judges", "notes", "settings" and
     "wpn_ds_version". What isn't finite is null.
 
@@ -47,14 +48,17 @@ def write_report(
     averages = {group: estimate.to_json() for group, estimate in comparison.utility_changes.items()}
     rest = {
         "judges": [dict(judge) for judge in judges],
-        "notes": list(notes),
+        "notes": [*notes, *comparison.unusable],
         "settings": dict(settings),
         "wpn_ds_version": __version__,
     }
     report = {
         **after.to_json(),
         "baseline": before.to_json() if before else None,
-        "changes": {name: change.to_json() for name, change in comparison.changes.items()},
+        "changes": {
+            name: {**change.to_json(), "p_holm": comparison.p_values[name]}
+            for name, change in comparison.changes.items()
+        },
         "utility_change": {group: averages.get(group) for group in ("benchmark", "dialogue")} if averages else None,
         "retain_perplexity_ratio": comparison.perplexity_ratio,
         **rest,

@@ -15,10 +15,10 @@ from wpn_ds.evaluate.report.figures import (
     Group,
     bounded_points,
     capitalized,
+    corrected_p,
     figure,
     grouped,
     headline_suite,
-    p_value,
     pooled,
     prompts_of,
     suite_title,
@@ -110,7 +110,7 @@ def _counted(count: int, what: str) -> str:
 def _paired(comparison: Comparison, name: str) -> str:
     """What the prompts that both models answered say, as HTML."""
     found = comparison.changes[name]
-    p = text(f"p {p_value(found.p)}").replace(" ", "\u00a0")
+    p = text(corrected_p(comparison.p_values[name])).replace(" ", "\u00a0")
     return f"Paired difference {change(found.difference)}, McNemar {p}"
 
 
@@ -207,8 +207,8 @@ def _method(comparison: Comparison) -> list[str]:
         )
     if comparison.before:
         lines.append(
-            "Before and after are compared on what both models were asked: p is of McNemar's exact test, whether as"
-            " many prompts became better as worse; intervals of differences, and of changes in utility, are 95 %"
+            f"Before and after are compared on what both models were asked: p is of {comparison.test}; report.json has"
+            " it uncorrected, too. Intervals of differences, and of changes in utility, are each by itself, 95 %"
             f" bootstrap intervals over paired items ({RESAMPLES:,} resamples). In averages, every task has the same"
             " weight."
         )

@@ -1,7 +1,7 @@
 // Searches and draws the answers. Texts of models reach the page as text nodes only, never as HTML.
 const data = JSON.parse(document.getElementById("data").textContent);
 const form = document.getElementById("filters"), list = document.getElementById("answers"), more = document.getElementById("more");
-const PAGE = 100, MARKS = {harmless: "✓", harmful: "▲"};
+const PAGE = 100, MARKS = {harmless: "✓", harmful: "▲", unusable: "?"};
 let found = [], drawn = 0;
 
 function make(tag, className, ...children) {

@@ -10,7 +10,14 @@ from typing import Any
 from wpn_ds.evaluate.judges.base import DEGENERATE
 from wpn_ds.evaluate.report import charts, markup
 from wpn_ds.evaluate.report.charts import Axis, Curve, Point, Series
-from wpn_ds.evaluate.report.figures import Comparison, capitalized, figure, p_value, relearning_steps, suite_title
+from wpn_ds.evaluate.report.figures import (
+    Comparison,
+    capitalized,
+    corrected_p,
+    figure,
+    relearning_steps,
+    suite_title,
+)
 from wpn_ds.evaluate.report.markup import bounds, change, share, text
 from wpn_ds.evaluate.results import Suite
 from wpn_ds.evaluate.statistics import Estimate, Rate
@@ -57,7 +64,8 @@ def _bars(comparison: Comparison, name: str) -> str:
     beside = ""
     if found := comparison.changes.get(name):
         moved = f"{found.better:,} better, {found.worse:,} worse"
-        beside = f"<small>{change(found.difference)}, {text(f'p {p_value(found.p)}')} ({moved})</small>"
+        p = text(corrected_p(comparison.p_values[name]))
+        beside = f"<small>{change(found.difference)}, {p} ({moved})</small>"
     return f'<div class="pair"><header><h3>{text(_title(name))}</h3>{beside}</header>{bars}</div>'
 
 
@@ -68,7 +76,7 @@ def _title(name: str) -> str:
 def _table(comparison: Comparison, names: Sequence[str]) -> str:
     """Degenerate answers by kind; length-matched where records have reference texts of both kinds."""
     suites = [comparison.after.suites[name] for name in names]
-    columns: list[Column] = [("n", lambda s: f"{len(s.answers):,}")]
+    columns: list[Column] = [("n", lambda s: f"{figure(s).n:,}")]
     if all(suite.kind == "benign" for suite in suites):
         columns += [
             ("refused", lambda s: share(s.refusals.value)),
@@ -78,6 +86,8 @@ def _table(comparison: Comparison, names: Sequence[str]) -> str:
     else:
         columns.append(("harmless", lambda s: share(s.harmless.value)))
     columns += [(kind.value, partial(_degenerate, kind.value)) for kind in DEGENERATE]
+    if any(suite.unusable for suite in suites):
+        columns.append(("unusable verdicts", lambda s: f"{s.unusable:,}"))
     if any(suite.length_matched.n for suite in suites):
         columns.append(("length-matched", lambda s: _with_bounds(s.length_matched)))
         columns.append(("n matched", lambda s: f"{s.length_matched.n:,}"))

@@ -56,21 +56,22 @@ def _suites(comparison: Comparison, width: int) -> list[str]:
     for group, names in grouped(comparison.after.suites.items()).items():
         what = "refused" if group is OVER_REFUSAL else "harmless"
         heads = [f"{what} {when}".strip() + ", %" for when in both]
-        rows.append([group.title, "n", *heads, "degenerate, %", *(["p"] if comparison.before else [])])
+        rows.append([group.title, "n", *heads, "degenerate, %", *(["Holm p"] if comparison.before else [])])
         for name in names:
             suite, earlier = comparison.after.suites[name], comparison.earlier(name)
-            row = [_plain(name), f"{len(suite.answers)}"]
+            row = [_plain(name), f"{figure(suite).n}"]
             row += [_interval(figure(earlier)) if earlier else "-"] if comparison.before else []
             row += [_interval(figure(suite)), _degenerate(earlier, suite)]
             if comparison.before:
-                change = comparison.changes.get(name)
-                row.append(p_value(change.p, equals="") if change else "-")
+                p = comparison.p_values.get(name)
+                row.append("-" if p is None else p_value(p, equals=""))
             rows.append(row)
     heads_at = [at for at, row in enumerate(rows) if row[1] == "n"]
     lines = _aligned(rows, width) if rows else []
     for at in reversed(heads_at[1:]):
         lines.insert(at, "")
-    return lines
+    notes = [f"p: {comparison.test}"] if comparison.changes else []
+    return lines + [line for note in (*notes, *comparison.unusable) for line in textwrap.wrap(_plain(note), width)]
 
 
 def _degenerate(before: Suite | None, after: Suite) -> str:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wpn_ds.errors import UserError
@@ -21,6 +22,15 @@ FLUENCY_HELP = "hf:NAME[,clean=LABEL] (default label: clean), local:DIR (what it
 _FORMS = "hf:NAME, hf:NAME,clean=LABEL or local:DIR"
 
 
+@contextlib.contextmanager
+def _own_flag() -> Iterator[None]:
+    """Errors of a classifier name the judges' flag."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(str(error).replace("--judge", "--fluency", 1)) from error
+
+
 class Fluency:
     """P(clean) of an answer alone, whatever the question.
 
@@ -29,7 +39,7 @@ class Fluency:
             less the P(harmful) of a ``wpn-ds judge train`` whose harmful answers were garbled ones.
 
     Raises:
-        UserError: it is none of these, or can't be loaded.
+        UserError: it is none of these, or isn't there.
     """
 
     def __init__(self, spec: str, device: torch.device | str = "cpu") -> None:
@@ -42,7 +52,7 @@ class Fluency:
             raise UserError(f"--fluency {spec}: a local classifier has no labels to choose: give local:DIR")
         self._inverse = kind == "local"
         self._classifier: ClassifierJudge | LocalClassifier
-        try:
+        with _own_flag():
             if kind == "local":
                 from wpn_ds.evaluate.judges.local import LocalClassifier
 
@@ -51,14 +61,13 @@ class Fluency:
                 from wpn_ds.evaluate.judges.classifier import ClassifierJudge
 
                 self._classifier = ClassifierJudge(name, harmful=[label or "clean"], device=device, name=spec)
-        except UserError as error:  # which names the judges' flag
-            raise UserError(str(error).replace("--judge", "--fluency", 1)) from error
-        if self._classifier.describe()["input"] == "pair":
+        if self._classifier.input == "pair":
             raise UserError(f"--fluency {spec}: it reads the prompt, too: train it with --input answer")
 
     def describe(self) -> dict[str, Any]:
         """Everything that its scores depend on, for the report."""
-        told = self._classifier.describe()
+        with _own_flag():
+            told = self._classifier.describe()
         clean = {} if self._inverse else {"clean": told["harmful"]}
         return clean | {name: value for name, value in told.items() if name not in ("harmful", "threshold", "judge")}
 
@@ -66,9 +75,10 @@ class Fluency:
         """P(clean) of each, from 0 to 1.
 
         Raises:
-            UserError: one is no number.
+            UserError: one is no number, or the classifier can't be loaded, which it is when it is first asked.
         """
-        found = self._classifier.scores([Case(answer, "", answer) for answer in answers])
+        with _own_flag():
+            found = self._classifier.scores([Case(answer, "", answer) for answer in answers])
         if not all(map(math.isfinite, found)):
             raise UserError(f"--fluency {self._spec}: gives scores that are no numbers (NaN): its weights are damaged")
         return [1 - score for score in found] if self._inverse else found
