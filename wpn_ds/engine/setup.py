@@ -161,6 +161,7 @@ def prepare(config: Config) -> Job:
         model=on_main(world, lambda: fingerprint_of_model(model_path, getattr(lm_config, "_commit_hash", None))),
         settings=config.to_flat()
         | {"zero stage": _stage(resolved.json), "optimizer": resolved.json["optimizer"]["type"]},
+        places={"model_name_or_path": os.path.abspath(model_path)} | config.places(),
     )
     agree(start.data, "the training data")
     on_main(world, lambda: _claim_output(config))
@@ -322,7 +323,7 @@ def progress(world: World, items: Iterable[Any], what: str) -> Iterable[Any]:
 def cache_folder() -> Path:
     """Where banks are kept for later runs: $WPN_DS_CACHE, or wpn_ds in the user's cache folder."""
     if "WPN_DS_CACHE" in os.environ:
-        return Path(os.environ["WPN_DS_CACHE"])
+        return Path(os.environ["WPN_DS_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wpn_ds"
 
 
@@ -453,7 +454,7 @@ def _claim(config: Config) -> None:
         "README.md",
         "model.tmp",
     )
-    left = [p for name in known if (p := output_dir / name).exists()]
+    left = [p for name in known if os.path.lexists(p := output_dir / name)]
     left += [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors*")]
     if left and not config.logging.overwrite_output_dir:
         raise UserError(
@@ -465,6 +466,14 @@ def _claim(config: Config) -> None:
     ):
         names = ", ".join(p.name for p in left)
         raise UserError(f"--output_dir {output_dir} is no run's folder, and has {names} of its own: name another one")
+    if left and output_dir.is_symlink():
+        raise UserError(
+            f"--output_dir {output_dir} is a link: name {output_dir.resolve()} itself if --overwrite_output_dir shall "
+            "delete the run there"
+        )
+    own = model.resolve()
+    if inside := next((p for p in left if not p.is_symlink() and p.resolve() in (own, *own.parents)), None):
+        raise UserError(f"--overwrite_output_dir would delete {inside}, and the starting model with it: move it first")
     for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)

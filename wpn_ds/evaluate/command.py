@@ -95,7 +95,7 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--data_dir",
         type=Path,
-        default=os.environ.get("WPN_DS_DATA"),
+        default=os.path.expanduser(os.environ.get("WPN_DS_DATA", "")) or None,
         help="folder with published prompt sets and benchmarks, found by their file names (default $WPN_DS_DATA)",
     )
     asking = parser.add_argument_group("asking")
