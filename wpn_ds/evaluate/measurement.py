@@ -86,7 +86,7 @@ class Measurement:
         if plan.tofu:
             longer = replace(plan.asking, max_new_tokens=plan.tofu.max_new_tokens)
             self._tofu = TofuAnswers(plan.tofu.data, _fitted(longer, positions, name), self._tokenizer)
-        what = [identity(name), plan.bf16, device().type]
+        what = [identity(name), plan.bf16, device().type, *filter(None, [source.revision])]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
         self._folder = plan.answers / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}-{digest}"
 
