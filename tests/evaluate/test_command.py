@@ -156,8 +156,12 @@ def test_the_baseline_of_a_run_is_the_model_that_it_started_from(tmp_path, monke
 
     monkeypatch.setattr(command, "Measurement", measurement)
     trained = tmp_path / "runs" / "demo" / "unlearned"
-    trained.mkdir(parents=True)
-    (trained / "config.json").write_text("{}")
+    folder = tmp_path / ("a very long folder's name " * 6 + '"quoted": #1')
+    planted = trained.parent / "planted"
+    for place in (trained, folder, planted):
+        place.mkdir(parents=True)
+        (place / "config.json").write_text("{}")
+        (place / "model.safetensors").touch()
     arguments = ["--model", str(trained), "--baseline", "auto", "--output_dir", str(tmp_path / "o"), "--suite", "train"]
     with pytest.raises(
         UserError, match=r"^--baseline auto: .*run.yaml, .* is not there: name the model that it starte"
@@ -166,11 +170,6 @@ def test_the_baseline_of_a_run_is_the_model_that_it_started_from(tmp_path, monke
     (trained / "run.yaml").write_text("seed: 1\n")
     with pytest.raises(UserError, match=r"^--baseline auto: .*run.yaml, .* has no model_name_or_path"):
         run(arguments)
-    folder = tmp_path / ("a very long folder's name " * 6 + '"quoted": #1')
-    planted = trained.parent / "planted"
-    for place in (folder, planted):
-        place.mkdir()
-        (place / "config.json").write_text("{}")
     for settings in ({"model_name_or_path": str(folder)}, {"model_name_or_path": "hub/m", "model_revision": "v2"}):
         (trained / "run.yaml").write_text(yaml.safe_dump(settings))
         with pytest.raises(Stop):

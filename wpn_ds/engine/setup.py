@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from wpn_ds.config import DONE, Config, ObjectiveConfig
 from wpn_ds.data.examples import ExampleSet, build_examples
+from wpn_ds.data.inspect import contradiction_note
 from wpn_ds.data.plan import Layout, Role
 from wpn_ds.data.records import (
     ForgetRecord,
@@ -38,9 +39,10 @@ from wpn_ds.engine.probe import Probe
 from wpn_ds.engine.reference import frozen_json
 from wpn_ds.engine.stop import after_the_watchdog
 from wpn_ds.errors import UserError
+from wpn_ds.flags import check_place
 from wpn_ds.history import FAILED, REQUEUE, STARTS, STATUS
 from wpn_ds.models.attention import supported
-from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id
+from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id, tokenizer_doubt
 from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.objective import Objective
 
@@ -109,6 +111,7 @@ def prepare(config: Config) -> Job:
     """
     forget, retain, validation, asked = _read_records(config)  # bad input shows before anything is started
     model_path = config.model.model_name_or_path or str(ensure_planted())
+    check_place("--model_name_or_path", model_path)
     t = config.training
     world = init(max(t.comm_timeout_minutes, after_the_watchdog(t.hang_timeout) / 60))
     check_nodes(world, Path(config.training.output_dir or "."), _room(model_path), lambda line: say(world, line))
@@ -129,6 +132,8 @@ def prepare(config: Config) -> Job:
         _check_harmony(resolved.json, objective)
     if config.objective.redraw_steps:
         _check_redraw(config, resolved.json, objective)
+    if config.objective.reads_wanted and (note := contradiction_note(forget)):
+        say(world, note)
     for note in resolved.notes:
         say(world, note)
     reference = config.objective.reference
@@ -144,6 +149,8 @@ def prepare(config: Config) -> Job:
             f"the tokenizer has {len(tokenizer)} tokens but {model_path} only {lm_config.vocab_size}: give the model's "
             "own with --tokenizer_name"
         )
+    if doubt := tokenizer_doubt(tokenizer, source, lm_config):
+        say(world, doubt)
     template = config.data.prompt_template
     # GPT-Neo's stock attention can't take a row that is longer than the model has positions.
     row_length = min(config.data.max_length, getattr(lm_config, "max_position_embeddings", config.data.max_length))
