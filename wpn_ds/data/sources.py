@@ -110,13 +110,14 @@ def other_format(path: str | Path) -> str:
     if what := _binary_format(path, start):
         return what
     first = start.decode("utf-8-sig", "replace").strip().split("\n")[0].strip().lower()
+    if first == "{":
+        return "has an object over several lines: write each in a line of its own, or all in an array"
+    if first.startswith(("{", "[")):
+        return ""
     names = {cell.strip(' "') for cell in re.split("[,;\t]", first)}
-    is_named = str(path).lower().endswith((".csv", ".tsv")) and first and not first.startswith(("{", "["))
-    if is_named or (len(names) > 1 and names & _COLUMNS):
+    if (first and str(path).lower().endswith((".csv", ".tsv"))) or (len(names) > 1 and names & _COLUMNS):
         return f"is CSV, not JSONL: {_TABLE}"
-    return (
-        "has an object over several lines: write each in a line of its own, or all in an array" if first == "{" else ""
-    )
+    return ""
 
 
 def _binary_format(path: str | Path, start: bytes) -> str:
