@@ -25,7 +25,7 @@ def folder(root: Path, files: dict[str, str]) -> Path:
 @pytest.mark.parametrize(
     "files",
     [
-        {"model.safetensors": "w"},
+        {"model.safetensors": "w", "pytorch_model.bin.index.json": INDEX},
         {"pytorch_model-00001-of-00001.bin": "w"},
         {"model.safetensors.index.json": INDEX, "part-1.safetensors": "w", "part-2.safetensors": "w"},
     ],

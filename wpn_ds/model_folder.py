@@ -49,14 +49,17 @@ def _without_config(folder: Path) -> str:
 
 
 def _weights(folder: Path) -> str:
-    files = {*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")}
-    for index in (folder / "model.safetensors.index.json", folder / "pytorch_model.bin.index.json"):
-        shards = sorted(set(_json(index).get("weight_map", {}).values()))
+    # In the order in which transformers looks; an index of the other format, without its files, is often left over.
+    names = [f"{name}{end}" for name in ("model.safetensors", "pytorch_model.bin") for end in ("", ".index.json")]
+    found = next((folder / name for name in names if (folder / name).is_file()), None)
+    files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
+    if found and found.suffix == ".json":
+        shards = sorted(set(_json(found).get("weight_map", {}).values()))
         if missing := [name for name in shards if not (folder / name).is_file()]:
             return (
                 f"{len(missing)} of its {len(shards)} files of weights are missing, {missing[0]} first: copy it whole"
             )
-        files |= {folder / name for name in shards}
+        files = [folder / name for name in shards]
     if not files:
         return f"the folder has a config.json but no weights ({WEIGHTS}): copy it whole"
     for path in sorted(files):
