@@ -13,7 +13,10 @@ set +eu # `module load` doesn't keep to it
 set -eu
 : "${PYTHON:=$([ -x "$root/.venv/bin/python" ] && echo "$root/.venv/bin/python" || echo python3)}"
 export OMP_NUM_THREADS="${OMP_NUM_THREADS:-${SLURM_CPUS_PER_TASK:-1}}"
-export TORCH_EXTENSIONS_DIR="${TORCH_EXTENSIONS_DIR:-${WPN_SCRATCH:-$HOME/.cache}/wpn_ds/extensions}"
+# home PATH: a ~ that no shell has written out, since it stood in quotation marks or behind --flag=
+home() { case $1 in \~/*) printf '%s\n' "$HOME/${1#\~/}" ;; *) printf '%s\n' "$1" ;; esac; }
+TORCH_EXTENSIONS_DIR=$(home "${TORCH_EXTENSIONS_DIR:-${WPN_SCRATCH:-$HOME/.cache}/wpn_ds/extensions}")
+export TORCH_EXTENSIONS_DIR
 case $PYTHON in */*) export PATH="${PYTHON%/*}:$PATH" ;; esac # ninja, for what DeepSpeed compiles
 [ -z "${NCCL_SOCKET_IFNAME:-}" ] || export NCCL_SOCKET_IFNAME GLOO_SOCKET_IFNAME="${GLOO_SOCKET_IFNAME:-$NCCL_SOCKET_IFNAME}"
 export PYTHONUNBUFFERED=1 TOKENIZERS_PARALLELISM=false
@@ -60,7 +63,7 @@ requeue() {
     patiently scontrol requeue "$job"
 }
 
-# flag NAME DEFAULT ARGUMENTS...: the value that the arguments give to --NAME.
+# flag NAME DEFAULT ARGUMENTS...: the value, a path, that the arguments give to --NAME.
 flag() {
     local name=$1 value=$2
     shift 2
@@ -71,7 +74,7 @@ flag() {
         esac
         shift
     done
-    printf '%s\n' "$value"
+    home "$value"
 }
 
 # seconds D-HH:MM:SS: what squeue calls a time, in seconds; nothing if it is unlimited.
@@ -102,11 +105,12 @@ train() {
     pass_on() { [ -z "$task" ] || kill -USR1 "$task" || true; }
 
     if [ -n "${WPN_SWEEP:-}" ]; then # an array job: line number SLURM_ARRAY_TASK_ID of it has this task's flags
-        local more
-        more=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" <<<"$WPN_SWEEP")
-        # shellcheck disable=SC2086 # several words
-        set -- "$@" $more
-        say "task $SLURM_ARRAY_TASK_ID: $more"
+        local line words more=()
+        line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" <<<"$WPN_SWEEP")
+        words=$(xargs printf '%s\n' <<<"$line" 2>&1) || fail "task $SLURM_ARRAY_TASK_ID: $line: $words" # with quotes
+        [ -z "$words" ] || readarray -t more <<<"$words"
+        set -- "$@" "${more[@]}"
+        say "task $SLURM_ARRAY_TASK_ID: $line"
     fi
     run=$(flag output_dir "runs/$SLURM_JOB_NAME-${job/_/-}" "$@")
 

@@ -14,12 +14,12 @@
 # sbatch --ntasks-per-node=8 --gpus-per-node=8 slurm/evaluate.sh RUN. Requeued, it goes on with the prompts that are left.
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
-. "$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s/^ *Command=\([^ ]*\).*/\1/p;q}')")/common.sh"
-run=${1:?usage: sbatch slurm/evaluate.sh RUN [flags of wpn-ds evaluate]}
+. "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s|/[^/ ]*\.sh\( .*\)\{0,1\}$||p;q}')/common.sh"
+run=$(home "${1:?usage: sbatch slurm/evaluate.sh RUN [flags of wpn-ds evaluate]}")
 shift
 [ -e "$run/DONE" ] || fail "$run has no DONE: its training has not ended well"
-baseline=$(flag baseline "$(sed -n 's/^model_name_or_path: //p' "$run/run.yaml")" "$@")
-rm -f "$run/report.json"
-(step "$root/launch/evaluate.py" --model "$run" --baseline "$baseline" --output_dir "$run" "$@")
-[ -s "$run/report.json" ] || fail "no report in $run"
-say "done: $run/report.html"
+output=$(flag output_dir "$run" "$@")
+rm -f "$output/report.json"
+(step "$root/launch/evaluate.py" --model "$run" --baseline auto --output_dir "$run" "$@")
+[ -s "$output/report.json" ] || fail "no report in $output"
+say "done: $output/report.html"

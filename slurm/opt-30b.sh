@@ -13,5 +13,5 @@
 # wpn-ds estimate --model opt-30b --nodes 4 --gpus_per_node 8 --bf16 true --gradient_checkpointing: 26.6 of 80 GiB a GPU
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
-. "$(dirname "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s/^ *Command=\([^ ]*\).*/\1/p;q}')")/common.sh"
+. "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s|/[^/ ]*\.sh\( .*\)\{0,1\}$||p;q}')/common.sh"
 train "$root/launch/recipes/opt-30b.yaml" "$@"

@@ -30,6 +30,7 @@ for ((i = 1; i <= $#; i++)); do
     esac
 done
 run=${run:-runs/$model-$(date +%Y%m%d-%H%M%S)}
+case $run in \~/*) run=$HOME/${run#\~/} ;; esac # nothing writes it out in --output_dir=~/run
 train=$(sbatch --parsable "${sbatch_flags[@]}" "$here/$model.sh" "$@" --output_dir "$run")
 # Without --kill-on-invalid-dep it would wait for ever for a training that failed.
 echo "training is job $train, in $run; wpn-ds status $run says how far it is"

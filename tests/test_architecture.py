@@ -18,14 +18,16 @@ BELOW = {
     "wpn_ds.seeds": set(),
     "wpn_ds.config": BASE,
     "wpn_ds.launchers": BASE,
-    "wpn_ds.flags": BASE | {"wpn_ds.config", "wpn_ds.data"},
+    "wpn_ds.model_folder": BASE,
+    "wpn_ds.flags": BASE | {"wpn_ds.config", "wpn_ds.data", "wpn_ds.model_folder"},
     "wpn_ds.signals": BASE,
     "wpn_ds.history": BASE | {"wpn_ds.config"},
     "wpn_ds.ds_keys": BASE,
     "wpn_ds.ds_json": BASE | {"wpn_ds.config", "wpn_ds.ds_keys"},
     "wpn_ds.data": BASE | {"wpn_ds.config"},
     "wpn_ds.objectives": BASE | {"wpn_ds.config", "wpn_ds.data"},
-    "wpn_ds.models": BASE | {"wpn_ds.config", "wpn_ds.data", "wpn_ds.objectives"},  # the head computes losses
+    # The head computes losses.
+    "wpn_ds.models": BASE | {"wpn_ds.config", "wpn_ds.data", "wpn_ds.model_folder", "wpn_ds.objectives"},
     "wpn_ds.evaluate.generate": BASE | {"wpn_ds.data", "wpn_ds.models"},
     # What the engine's probe shares with the evaluation: no model, no report.
     "wpn_ds.evaluate.degenerate": BASE,

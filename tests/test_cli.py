@@ -8,6 +8,7 @@ import sys
 import pytest
 
 from tests.launching import ROOT, environment
+from wpn_ds import cli
 
 JOB = ["train", "--deepspeed", "ds_configs/zero3.json", "--model_name_or_path", "m", "--output_dir", "o"]
 
@@ -57,3 +58,13 @@ def test_a_mistake_is_said_in_one_line_before_anything_starts(arguments, said):
     assert run.returncode == 2
     assert said in run.stderr and "Traceback" not in run.stderr
     assert run.stderr.startswith("error: ")
+
+
+def test_a_tilde_after_an_equals_sign_is_the_home_folder_for_every_command(monkeypatch):
+    seen = []
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.setitem(cli._COMMAND_FUNCTIONS, "evaluate", lambda argv: seen.extend(argv) or 0)
+    given = ["--model=~/m", "~/a b", "--judge", "local:~/j", "--judge=local:~/j", "a~/b", "about ~/x", "--template=~x"]
+    assert cli.main(["evaluate", *given]) == 0
+    home = ["--model=/home/me/m", "/home/me/a b", "--judge", "local:/home/me/j", "--judge=local:/home/me/j"]
+    assert seen == [*home, "a~/b", "about ~/x", "--template=~x"]

@@ -434,3 +434,38 @@ def test_a_reference_that_no_term_asks_for_is_no_mistake() -> None:
     """It is a setting of memory, and a grid's rows share one."""
     for name in ("ga", "npo"):
         assert Config.from_flat({"objective": name, "reference": "states"}).objective.reference == "states"
+
+
+# ---- places ----
+
+
+def test_a_tilde_is_the_home_folder_in_flags_and_in_yaml(recipe: Any, monkeypatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    path = recipe("train_file: [~/a.jsonl, b.jsonl]\nvalidation_file: ~/v.jsonl\nmodel_name_or_path: ~/m\n")
+    given = ["--output_dir=~/out", "--tokenizer_name", "~/t", "--resume_from_checkpoint=~/out/checkpoint-1"]
+    flat = parse("--config", path, *given).to_flat()
+    assert flat["train_file"] == ["/home/me/a.jsonl", "b.jsonl"] and flat["validation_file"] == ["/home/me/v.jsonl"]
+    assert flat["model_name_or_path"] == "/home/me/m" and flat["output_dir"] == "/home/me/out"
+    assert flat["tokenizer_name"] == "/home/me/t" and flat["resume_from_checkpoint"] == "/home/me/out/checkpoint-1"
+    assert flat["dataset_name"] is None and parse("--prompt_template", "~/{prompt}", "--output_dir", "o").data
+    config = parse_args(["--deepspeed=~/z.json", "--output_dir=o", "--prompt_template=~/{prompt}"])
+    assert config.training.deepspeed == "/home/me/z.json" and config.data.prompt_template == "~/{prompt}"
+
+
+def test_what_a_run_leaves_for_config_is_found_from_another_folder(tmp_path, monkeypatch) -> None:
+    here = tmp_path / "here"
+    (here / "models" / "m").mkdir(parents=True)
+    monkeypatch.chdir(here)
+    given = ["--tokenizer_name", "hub/name", "--train_file", "a.jsonl", "../b.jsonl"]
+    config = parse(
+        "--model_name_or_path", "models/m", *given, "--output_dir", "out", "--overwrite_output_dir"
+    ).resolved()
+    (here / "run.yaml").write_text(config.run_yaml())
+    monkeypatch.chdir(tmp_path)
+    again = parse_args(["--config", "here/run.yaml"]).to_flat()
+    assert again["train_file"] == [str(here / "a.jsonl"), str(tmp_path / "b.jsonl")]
+    assert again["model_name_or_path"] == str(here / "models/m") and again["output_dir"] == str(here / "out")
+    assert again["deepspeed"] == str(here / DEEPSPEED[1]) and again["tokenizer_name"] == "hub/name"
+    assert again["logging_dir"] is None and again["overwrite_output_dir"] is False
+    comments = [line for line in (here / "run.yaml").read_text().splitlines() if line.startswith("#")]
+    assert "# as typed: model_name_or_path: models/m" in comments and "# as typed: - ../b.jsonl" in comments

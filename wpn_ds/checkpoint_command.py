@@ -29,6 +29,8 @@ def run(argv: Sequence[str]) -> int:
         command.add_argument("path", metavar=what, type=Path)
         if name == "export":
             command.add_argument("--output_dir", type=Path, required=True, help="a new folder for the model")
+            trust = "run modelling code that comes with the starting model, whatever the run itself was allowed to do"
+            command.add_argument("--trust_remote_code", action="store_true", help=trust)
     args = parser.parse_args(list(argv))
     return {"list": _list, "verify": _verify, "convert": _convert, "export": _export}[args.command](args)
 
@@ -70,7 +72,7 @@ def _export(args: argparse.Namespace) -> int:
         raise UserError(f"--output_dir {args.output_dir} is not empty: name a new folder")
     from wpn_ds.engine.export import export_checkpoint
 
-    export_checkpoint(path, state, args.output_dir)
+    export_checkpoint(path, state, args.output_dir, trust_remote_code=args.trust_remote_code)
     print(args.output_dir)
     return 0
 

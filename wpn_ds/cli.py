@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -30,7 +31,7 @@ _COMMANDS = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` names; a user's mistake is one line and exit code 2."""
     _quieten()
-    args = list(sys.argv[1:] if argv is None else argv)
+    args = [_HOME.sub(_at_home, argument) for argument in (sys.argv[1:] if argv is None else argv)]
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, _COMMANDS))
         lines = (f"  {name:<{width}}  {what}" for name, what in _COMMANDS.items())
@@ -46,6 +47,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # `wpn-ds inspect ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+
+
+#: A home folder that a shell has not written out: it does where ~ begins a word, not in --flag=~/x or quotation marks.
+_HOME = re.compile(r"\A((?:--\w+=)?(?:(?:local|hf):)?)(~[^/\s]*/)")
+
+
+def _at_home(found: re.Match[str]) -> str:
+    return found[1] + os.path.expanduser(found[2])
 
 
 def train(argv: Sequence[str]) -> int:

@@ -15,12 +15,13 @@ import functools
 import inspect
 import json
 import math
+import os
 import re
 import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, NoReturn
@@ -32,6 +33,11 @@ from wpn_ds.errors import UserError
 DEMO_OUTPUT_DIR = "runs/demo/unlearned"
 DONE = "DONE"
 """File in the output folder of a run that ended well."""
+_FILES = ("train_file", "wanted_file", "retain_file", "validation_file", "deepspeed")
+_FOLDERS = ("output_dir", "logging_dir", "resume_from_checkpoint")
+_NAMES = ("model_name_or_path", "tokenizer_name", "dataset_name")
+"""A folder, or what has the name on the hub."""
+_PLACES = (*_FILES, *_FOLDERS, *_NAMES)
 
 
 @dataclass(frozen=True)
@@ -566,19 +572,41 @@ class Config:
             if name not in known:
                 raise UserError(f"{origins[name]} is not a setting{nearest(name, known)}")
             setting = known[name]
-            groups[setting.group][name] = _convert(setting.type, value, origins[name])
+            value = _convert(setting.type, value, origins[name])
+            groups[setting.group][name] = _each(os.path.expanduser, value) if name in _PLACES else value
         return cls(**{group: kind(**groups[group]) for group, kind in _groups().items()}, explicit=frozenset(explicit))
 
     def to_flat(self) -> dict[str, Any]:
-        """Every setting as {name: value} in plain YAML types, in the order of `--help`; what a run's run.yaml holds.
-
-        Write it with `yaml.safe_dump(..., sort_keys=False)`; with `allow_unicode=True` PyYAML loses rare line breaks.
-        """
+        """Every setting as {name: value} in plain YAML types, in the order of `--help`."""
         return {
             name: getattr(getattr(self, setting.group), name)
             for name, setting in _settings().items()
             if not setting.hidden
         }
+
+    def places(self) -> dict[str, Any]:
+        """{name: absolute path, or a list of them} of the settings that name files and folders of this machine, which
+        are found by it from every working folder."""
+        given = {name: value for name, value in self.to_flat().items() if name in _PLACES and value}
+        if given.get("resume_from_checkpoint") == "auto":
+            del given["resume_from_checkpoint"]
+        here = {name: value for name, value in given.items() if name not in _NAMES or os.path.isdir(value)}
+        return {name: _each(os.path.abspath, value) for name, value in here.items()}
+
+    def run_yaml(self) -> str:
+        """What a resolved run leaves for `--config`: its settings with absolute places, beside them as they were typed.
+
+        What is of this call alone stays out: repeating a run must neither delete nor resume it.
+        """
+        call: dict[str, Any] = {"overwrite_output_dir": False, "resume_from_checkpoint": None}
+        if self.logging.logging_dir == str(Path(self.training.output_dir or "", "runs")):
+            call["logging_dir"] = None
+        typed = self.to_flat() | call
+        settings = typed | self.places() | call
+        moved = {name: value for name, value in typed.items() if value != settings[name]}
+        beside = "".join(f"# as typed: {line}\n" for line in yaml.safe_dump(moved).splitlines() if moved)
+        # With `allow_unicode=True` PyYAML loses rare line breaks.
+        return beside + yaml.safe_dump(settings, sort_keys=False)
 
     def replace(self, **values: Any) -> Config:
         """A copy with some settings changed, by their flat names; checked again, `explicit` kept."""
@@ -739,6 +767,11 @@ def _convert(kind: Any, value: Any, origin: str) -> Any:
         raise UserError(f"{origin} must be {wanted}, got {value!r}") from None
 
 
+def _each(change: Callable[[str], str], value: Any) -> Any:
+    """A text, the texts of a list, or None, with ``change`` done to each."""
+    return [change(entry) for entry in value] if isinstance(value, list) else value and change(value)
+
+
 def _parse_number(text: str) -> int | float:
     """The number that a text spells; whole ones exactly, however many digits they have."""
     try:
@@ -750,7 +783,7 @@ def _parse_number(text: str) -> int | float:
 def _read_yaml(path: str) -> dict[str, tuple[Any, int]]:
     """{key: (value, line)} of a YAML file of settings."""
     try:
-        loader = yaml.SafeLoader(Path(path).read_text(encoding="utf-8"))
+        loader = yaml.SafeLoader(Path(path).expanduser().read_text(encoding="utf-8"))
         node = loader.get_single_node()
         if node is None:
             return {}

@@ -14,6 +14,7 @@ from typing import Any
 from wpn_ds.config import DataConfig
 from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.errors import UserError
+from wpn_ds.model_folder import fault
 
 
 def whole(text: str) -> int:
@@ -74,15 +75,15 @@ def given_style(options: argparse.Namespace, recorded: Mapping[str, Any] | None 
 
 
 def check_place(flag: str, name: str) -> None:
-    """Refuses what can only be a folder and isn't one that holds a model; a hub name shows when it is loaded.
+    """Refuses what is no folder that holds a model and can't be a hub name; such a name shows when it is loaded.
 
     Raises:
         UserError: it is such.
     """
     folder = Path(name)
-    if folder.is_dir() and not (folder / "config.json").is_file():
-        raise UserError(f"{flag} {name}: the folder has no config.json: give one that holds a model")
-    if not folder.is_dir() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
+    if folder.exists() and (reason := fault(folder)):
+        raise UserError(f"{flag} {name}: {reason}")
+    if not folder.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UserError(f"{flag} {name}: there is no such folder")
 
 

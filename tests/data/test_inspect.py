@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wpn_ds.cli import main
-from wpn_ds.data.inspect import histogram, inspect_records, kind_of, percentile
+from wpn_ds.data.inspect import contradiction_note, histogram, inspect_records, kind_of, percentile
 from wpn_ds.data.packing import pack
 from wpn_ds.data.records import ForgetRecord, RetainRecord
 from wpn_ds.data.tokens import encode_pair
@@ -233,3 +233,16 @@ def test_lines_fit_a_terminal_and_end_without_blanks(inspect, tmp_path) -> None:
     _, out, _ = inspect(write(tmp_path / "f.jsonl", *rows))
     lines = out.splitlines()[3:]  # what stands before is as long as the template and the paths
     assert "category 39" in out and all(line == line.rstrip() and len(line) <= 100 for line in lines)
+
+
+def test_a_run_says_of_contradictions_what_inspect_lists() -> None:
+    records = [
+        ForgetRecord("q", ("yes",), ("no",), "f:1"),
+        ForgetRecord(" q ", ("no ",), ("maybe",), "f:2"),
+        ForgetRecord("r", ("fine",), ("yes",), "f:3"),
+    ]
+    assert contradiction_note(records) == (
+        "texts wanted in one record, unwanted in another: 2 (first: f:1 / f:3), 1 times for the same prompt: what one "
+        "teaches the other takes away; wpn-ds inspect lists them"
+    )
+    assert contradiction_note(records[::2][:1]) == ""

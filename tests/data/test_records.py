@@ -2,8 +2,16 @@
 
 from __future__ import annotations
 
+import bz2
+import gzip
+import io
 import json
 import logging
+import lzma
+import os
+import pickle
+import threading
+import zipfile
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -473,3 +481,81 @@ def test_a_prompt_that_recurs_is_one_record_with_all_its_answers() -> None:
         ("a", ("good", "well"), ("worse",), "f:0"),
         ("b", ("fine",), ("no",), "f:1"),
     ]
+
+
+# ---- files of another format ----
+
+
+def _zipped(name: str) -> bytes:
+    data = io.BytesIO()
+    with zipfile.ZipFile(data, "w") as archive:
+        archive.writestr(name, json.dumps(GOOD))
+    return data.getvalue()
+
+
+_TSV = "id\tprompt\tchosen\n1\ta\tb\n"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "said"),
+    [
+        ("x.jsonl.gz", gzip.compress(json.dumps(GOOD).encode()), "is compressed (gzip): unpack it, gunzip -k "),
+        ("x.jsonl", gzip.compress(b"{}"), "is compressed (gzip)"),
+        ("x.bz2", bz2.compress(b"{}"), "is compressed (bzip2)"),
+        ("x.xz", lzma.compress(b"{}"), "is compressed (xz)"),
+        ("x.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "is compressed (Zstandard)"),
+        ("x.csv", b"a,b\n1,2\n", "is CSV, not JSONL: write its rows as JSONL, or (training data) give the folder"),
+        ("x.txt", b"\xef\xbb\xbfprompt,chosen,rejected\r\na,b,c\r\n", "is CSV, not JSONL"),
+        ("x", _TSV.encode(), "is CSV, not JSONL"),
+        ("x.parquet", b"PAR1\x15\x04", "is Parquet, not JSONL"),
+        ("x.arrow", b"\xff\xff\xff\xff\x10\x00", "is Arrow, not JSONL"),
+        ("x.zip", _zipped("x.jsonl"), "is a zip archive"),
+        ("x.xlsx", b"PK\x03\x04\x14\x00\x06\x00\x08", "is an Excel workbook"),
+        ("x.pkl", pickle.dumps([GOOD]), "is a pickle, which isn't read"),
+        ("x.json", json.dumps(GOOD).encode("utf-16"), "is UTF-16: save it as UTF-8"),
+        ("x.json", json.dumps(GOOD).encode("utf-16-be"), "holds NUL bytes: is it UTF-16? Save it as UTF-8"),
+        ("x.json", json.dumps(GOOD, indent=1).encode(), "has an object over several lines: write each in a line"),
+        ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "only a pointer of Git LFS to the data"),
+        ("x.jsonl", b"<!DOCTYPE html>\n<html>", "is a web page"),
+    ],
+)
+def test_a_file_of_another_format_is_one_problem_that_says_what_it_is(tmp_path, name, content, said) -> None:
+    path = tmp_path / name
+    path.write_bytes(content)
+    for read in (read_forget, read_retain):
+        with pytest.raises(DataError) as caught:
+            read([path])
+        summary, line = str(caught.value).split("\n")
+        assert "1 problem;" in summary and line.strip().startswith(f"{path}: ") and said in line
+    with pytest.raises(DataError, match=r"^--dataset_name .*: (is|has|holds) "):
+        read_dataset(str(path), "train", "forget")
+
+
+def test_json_lines_may_have_any_name_and_look_like_a_table_inside(tmp_path) -> None:
+    path = tmp_path / "x.csv"
+    path.write_text(json.dumps({**GOOD, "prompt": "prompt,chosen\tanswer"}) + "\n")
+    assert len(read_forget([path])) == 1
+
+
+def test_a_pipe_is_read_once(tmp_path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    writer = threading.Thread(target=pipe.write_text, args=(json.dumps(GOOD) + "\n",))
+    writer.start()
+    assert len(read_forget([pipe])) == 1
+    writer.join()
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('{"prompt": "a", "chosen": "b",}', "no comma before the closing bracket"),
+        ('[{"prompt": "a", "chosen": "b", "rejected": "c"},\n]', "no comma before the closing bracket"),
+        ('{"prompt": "a", "chosen": "b", "rejected": "c"},', "a line ends without a comma"),
+    ],
+)
+def test_a_comma_too_many_is_named(tmp_path, text, said) -> None:
+    path = tmp_path / "x.jsonl"
+    path.write_text(text)
+    with pytest.raises(DataError, match=f"bad JSON: .*: {said}$"):
+        read_forget([path])

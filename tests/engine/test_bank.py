@@ -84,6 +84,11 @@ def test_a_local_models_fingerprint_is_its_content(tmp_path) -> None:
         (tmp_path / name / "model.safetensors").write_bytes(b"weights")
     one, other = str(tmp_path / "one"), str(tmp_path / "other")
     assert fingerprint_of_model(one, None) == fingerprint_of_model(other, None)
+    # A value of its own: old checkpoints and banks have it, and shall be found again.
+    assert fingerprint_of_model(one, None) == "6c73abc065dd61aeb210c60327e7a9a8b0e9f23779c82ccf252800ceb22ded93"
+    for name in ("tofu.json", "report.json", "tokenizer.json", "run.yaml", "DONE"):  # the tokenizer is in the data's
+        (tmp_path / "other" / name).write_text("{}")
+    assert fingerprint_of_model(one, None) == fingerprint_of_model(other, None)
     (tmp_path / "other" / "model.safetensors").write_bytes(b"weightS")
     assert fingerprint_of_model(one, None) != fingerprint_of_model(other, None)
     assert fingerprint_of_model("hub/name", "abc") != fingerprint_of_model("hub/name", "abd")

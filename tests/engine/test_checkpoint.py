@@ -16,7 +16,7 @@ import torch
 from tests.engine.gradient_cases import make_examples
 from wpn_ds.config import Config, ObjectiveConfig
 from wpn_ds.data.plan import ORDER_FORMAT, Layout, Role, retain_seed, step_indices
-from wpn_ds.engine import checkpoint
+from wpn_ds.engine import checkpoint, export
 from wpn_ds.engine.build import remove_stale_locks
 from wpn_ds.engine.checkpoint import (
     SaveError,
@@ -214,3 +214,45 @@ def test_only_old_locks_of_killed_compilations_go(tmp_path, monkeypatch) -> None
     said: list[str] = []
     assert remove_stale_locks(said.append) == [tmp_path / "py311_cpu" / "async_io" / "lock"]
     assert not (tmp_path / "py311_cpu" / "cpu_adam" / "lock").exists() and "cpu_adam" in said[0]
+
+
+def test_an_old_checkpoint_that_is_a_link_goes_and_what_it_leads_to_stays(world, tmp_path) -> None:
+    out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
+    for folder in (out, elsewhere):
+        folder.mkdir()
+    made(elsewhere, 1)
+    (out / "checkpoint-1").symlink_to(elsewhere / "checkpoint-1")
+    saver = Saver(Engine(), out, world, keep=1, background=False)
+    saver.save(state(2))
+    saver.finish()
+    assert [path.name for path in out.iterdir()] == ["checkpoint-2"] and damage(elsewhere / "checkpoint-1") == []
+
+
+def test_the_same_file_typed_from_another_folder_is_no_change(tmp_path) -> None:
+    settings = DEFAULTS | {"early_stopping": "harmless>=0.9", "validation_file": ["v.jsonl"]}
+    places = {"validation_file": ["/data/v.jsonl"]}
+    old = replace(state(1), settings=settings, places=places, start_perplexity=2.0)
+    now = replace(old, step=0, settings=settings | {"validation_file": ["/data/v.jsonl"]})
+    assert refuse_other_run(old, now, tmp_path) == []
+    for other in (replace(now, places={"validation_file": ["/other/v.jsonl"]}), replace(now, places={})):
+        with pytest.raises(UserError, match="validation_file is"):
+            refuse_other_run(old, other, tmp_path)
+
+
+def test_an_export_trusts_what_its_flag_says_and_finds_the_model_from_every_folder(tmp_path, monkeypatch) -> None:
+    sources = []
+
+    def load(source, **_):
+        sources.append(source)
+        raise UserError("enough")
+
+    monkeypatch.setattr(export, "load_model", load)
+    (tmp_path / "m").mkdir()
+    settings = DEFAULTS | {"model_name_or_path": "m", "trust_remote_code": True}
+    told = replace(state(1), settings=settings, places={"model_name_or_path": str(tmp_path / "m")})
+    gone = replace(told, places={"model_name_or_path": str(tmp_path / "moved")})
+    for one, trusted in ((told, False), (told, True), (gone, False), (replace(told, places={}), False)):
+        with pytest.raises(UserError, match="enough"):
+            export.export_checkpoint(tmp_path, one, tmp_path / "out", trust_remote_code=trusted)
+    assert [source.trust_remote_code for source in sources] == [False, True, False, False]
+    assert [source.name_or_path for source in sources] == [str(tmp_path / "m")] * 2 + ["m"] * 2

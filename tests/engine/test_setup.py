@@ -9,7 +9,7 @@ import pytest
 
 from wpn_ds.config import Config, ObjectiveConfig
 from wpn_ds.demo import embedded_file
-from wpn_ds.engine.setup import _check_harmony, _read_records
+from wpn_ds.engine.setup import _check_harmony, _claim_output, _read_records, cache_folder
 from wpn_ds.errors import UserError
 from wpn_ds.objectives.family import build_objective
 
@@ -109,3 +109,56 @@ def test_the_probe_holds_answers_against_the_records_own_wanted_ones(files, tmp_
     files = {"train_file": [str(tmp_path / "own")], "retain_file": files["retain_file"]}
     forget, *_, asked = _read_records(Config.from_flat({"objective": "llmu", "output_dir": "out", **files}))
     assert {record.chosen for record in asked} == {("own",)} and ("own",) not in {r.chosen for r in forget}
+
+
+# ---- the output folder ----
+
+
+def claim(output_dir: Path, **settings) -> None:
+    settings.setdefault("overwrite_output_dir", True)
+    values = {"model_name_or_path": "hub/model", "train_file": ["t"], "output_dir": str(output_dir), **settings}
+    _claim_output(Config.from_flat(values))
+
+
+def a_run(folder: Path) -> Path:
+    (folder / "checkpoint-3").mkdir(parents=True)
+    (folder / "run.yaml").write_text("seed: 1\n")
+    return folder
+
+
+def test_links_in_an_old_run_go_and_what_they_lead_to_stays(tmp_path) -> None:
+    kept, out = tmp_path / "kept", a_run(tmp_path / "out")
+    (kept / "deep").mkdir(parents=True)
+    (kept / "weights").write_text("mine")
+    for name in ("runs", "checkpoint-9", "model.tmp"):
+        (out / name).symlink_to(kept)
+    (out / "model.safetensors").symlink_to(kept / "weights")
+    (out / "checkpoint-3" / "deep").symlink_to(kept)
+    (out / "DONE").symlink_to(tmp_path / "gone")
+    claim(out)
+    assert not list(out.iterdir()) and (kept / "weights").read_text() == "mine" and (kept / "deep").is_dir()
+
+
+def test_a_link_for_an_output_folder_does_not_delete_the_run_that_it_leads_to(tmp_path) -> None:
+    out, link = a_run(tmp_path / "run-12"), tmp_path / "latest"
+    link.symlink_to(out)
+    with pytest.raises(UserError, match=f"^--output_dir {link} is a link: name {out} itself if --overwrite"):
+        claim(link)
+    assert (out / "run.yaml").exists()
+    claim(link, overwrite_output_dir=False, resume_from_checkpoint="auto")
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "empty").symlink_to(tmp_path / "disk")
+    claim(tmp_path / "empty")  # nothing to lose there
+
+
+def test_a_starting_model_that_lies_in_the_old_run_is_not_deleted_with_it(tmp_path) -> None:
+    out = a_run(tmp_path / "out")
+    with pytest.raises(UserError, match=r"^--overwrite_output_dir would delete .*checkpoint-3, and the starting model"):
+        claim(out, model_name_or_path=str(out / "checkpoint-3"))
+    assert (out / "checkpoint-3").is_dir() and (out / "run.yaml").exists()
+
+
+def test_the_cache_is_in_the_home_folder_that_a_tilde_means(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WPN_DS_CACHE", "~/cache")
+    assert cache_folder() == tmp_path / "cache"

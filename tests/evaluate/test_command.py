@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.evaluate.judges.conftest import Server, labelled
@@ -202,6 +203,50 @@ def test_a_models_own_data_are_the_default(folders, files, tmp_path) -> None:
     (trained / "run.yaml").write_text("dataset_name: pku\ntrain_file: []\nbf16: true\n")
     with pytest.raises(UserError, match="was trained on the data set pku"):
         run(arguments)
+
+
+def test_the_baseline_of_a_run_is_the_model_that_it_started_from(tmp_path, monkeypatch) -> None:
+    seen: list[tuple[str, str, str | None]] = []
+
+    class Stop(Exception):
+        pass
+
+    def measurement(label, source, plan):
+        seen.append((label, source.name_or_path, source.revision))
+        if label == "after":
+            raise Stop
+
+    monkeypatch.setattr(command, "Measurement", measurement)
+    trained = tmp_path / "runs" / "demo" / "unlearned"
+    folder = tmp_path / ("a very long folder's name " * 6 + '"quoted": #1')
+    planted = trained.parent / "planted"
+    for place in (trained, folder, planted):
+        place.mkdir(parents=True)
+        (place / "config.json").write_text("{}")
+        (place / "model.safetensors").touch()
+    arguments = ["--model", str(trained), "--baseline", "auto", "--output_dir", str(tmp_path / "o"), "--suite", "train"]
+    with pytest.raises(
+        UserError, match=r"^--baseline auto: .*run.yaml, .* is not there: name the model that it starte"
+    ):
+        run(arguments)
+    (trained / "run.yaml").write_text("seed: 1\n")
+    with pytest.raises(UserError, match=r"^--baseline auto: .*run.yaml, .* has no model_name_or_path"):
+        run(arguments)
+    for settings in ({"model_name_or_path": str(folder)}, {"model_name_or_path": "hub/m", "model_revision": "v2"}):
+        (trained / "run.yaml").write_text(yaml.safe_dump(settings))
+        with pytest.raises(Stop):
+            run(arguments)
+        assert seen[-2:] == [
+            ("before", settings["model_name_or_path"], settings.get("model_revision")),
+            ("after", str(trained), None),
+        ]
+    (trained / "run.yaml").write_text("model_name_or_path: null\n")  # the demo's
+    with pytest.raises(UserError, match=r"^--baseline runs/demo/planted"):
+        run(arguments)
+    (planted / "PLANTED").touch()
+    with pytest.raises(Stop):
+        run(arguments)
+    assert seen[-2][1] == str(planted)
 
 
 @pytest.mark.parametrize("flag", ["--model", "--baseline"])

@@ -85,10 +85,28 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path) -> None:
         Ledger(tmp_path / "file" / "answers" / "model")
 
 
-def test_a_model_that_was_written_anew_has_another_identity_and_a_report_beside_it_does_not_matter(tmp_path) -> None:
-    (tmp_path / "model.safetensors").write_bytes(b"1234")
+def test_a_model_is_its_own_files_and_not_what_lies_beside_them(tmp_path) -> None:
+    own = ["config.json", "generation_config.json", "model-00001-of-00002.safetensors", "model.safetensors.index.json"]
+    own += ["tokenizer.json", "tokenizer_config.json", "vocab.json", "merges.txt", "tokenizer.model"]
+    own += [
+        "chat_template.jinja",
+        "pytorch_model.bin",
+        "modeling_own.py",
+        "special_tokens_map.json",
+        "added_tokens.json",
+    ]
+    for name in own:
+        (tmp_path / name).write_bytes(b"1234")
     first = identity(str(tmp_path))
-    (tmp_path / "report.json").write_text("{}")
+    assert sorted(first) == sorted(own)
+    beside = ["report.json", "tofu.json", "metrics.jsonl", "run.yaml", "DONE", "idle.jsonl", "events.json", "LICENSE"]
+    beside += ["comparison.html", ".gitattributes", "README.md", "slurm-7.log", "PLANTED", "forget.jsonl"]
+    for name in beside:
+        (tmp_path / name).write_text("{}")
+    (tmp_path / "answers").mkdir()
     assert identity(str(tmp_path)) == first
-    (tmp_path / "model.safetensors").write_bytes(b"12345")
-    assert identity(str(tmp_path)) != first and identity("facebook/opt-125m") == "facebook/opt-125m"
+    for name in own:
+        before = identity(str(tmp_path))
+        (tmp_path / name).write_bytes(b"12345")
+        assert identity(str(tmp_path)) != before, name
+    assert identity("facebook/opt-125m") == "facebook/opt-125m"

@@ -89,6 +89,15 @@ def test_the_check_reaches_beyond_a_window_that_is_longer_than_its_other_texts(m
     run_check(lm, "flat", row_length=40)  # no text there will reach so far
 
 
+@pytest.mark.parametrize(("form", "attention"), [("flat", "wpn_packed"), ("padded", "eager")])
+def test_a_model_that_reads_nan_by_itself_is_not_told_to_pad(form, attention) -> None:
+    lm = make(CONFIGS["opt"], attention)
+    with torch.no_grad():
+        lm.model.decoder.layers[0].fc2.bias[0] = float("nan")
+    with pytest.raises(UserError, match=r"reads a text alone as NaN or infinity, packed or not: .* for float32$"):
+        run_check(lm, form)
+
+
 def test_a_model_whose_rows_become_nan_is_refused() -> None:
     model = PackedLM(make(CONFIGS["opt"], "wpn_packed"), packed=True)
 

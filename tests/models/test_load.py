@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
+import torch.distributed as dist
 from safetensors.torch import load_file, save_file
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM
 
+from wpn_ds.demo.plant import train_tokenizer
 from wpn_ds.errors import UserError
-from wpn_ds.models.load import Source, dropout_fields, load_config, load_model, load_tokenizer
+from wpn_ds.models import load
+from wpn_ds.models.load import (
+    Source,
+    dropout_fields,
+    load_config,
+    load_model,
+    load_tokenizer,
+    not_finite,
+    tokenizer_doubt,
+)
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "max_position_embeddings": 64}
 
@@ -86,3 +99,66 @@ def test_a_folder_without_model_or_tokenizer_is_one_line(tmp_path, opt):
         load_model(Source("nowhere/here"), dtype=torch.float32)
     with pytest.raises(UserError, match=r"^--tokenizer_name [^\n]*no tokenizer there[^\n]*$"):
         load_tokenizer(str(opt), Source(str(opt)))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_named(opt, value):
+    def spoil(weights):
+        for layer in (0, 1):
+            weights[f"model.decoder.layers.{layer}.fc1.bias"][3] = value
+
+    change_weights(opt, spoil)
+    with pytest.raises(
+        UserError, match=r"^--model .*NaN or infinity in 2 of its weights \(model.decoder.layers.0.fc1.bi"
+    ):
+        load_model(Source(str(opt), flag="--model"), dtype=torch.float32)
+
+
+def test_of_a_partitioned_weight_the_padding_at_its_end_does_not_count(opt, monkeypatch):
+    """DeepSpeed doesn't write it, so it holds whatever was in memory."""
+    lm = load_model(Source(str(opt)), dtype=torch.float32)
+    parameter = lm.model.decoder.layers[0].fc1.bias
+    part = torch.cat([parameter.detach(), torch.full((3,), float("nan"))])
+    part.status = SimpleNamespace(name="AVAILABLE")
+    parameter.ds_tensor, parameter.ds_numel, parameter.ds_process_group = part, parameter.numel(), None
+    monkeypatch.setattr(dist, "get_rank", lambda group: 0)
+    monkeypatch.setattr(dist, "get_world_size", lambda: 2)
+    others: list[str] = []
+    monkeypatch.setattr(dist, "all_gather_object", lambda parts, own: parts.__setitem__(slice(None), [own, others]))
+    assert not_finite(lm) == []
+    others.append("model.decoder.layers.1.fc1.bias")  # another rank's part
+    part[5] = float("nan")
+    assert not_finite(lm) == ["model.decoder.layers.0.fc1.bias", "model.decoder.layers.1.fc1.bias"]
+
+
+def test_what_is_no_model_is_refused_wherever_it_is_loaded(opt):
+    (opt / "model.safetensors").unlink()
+    load_config(Source(str(opt)))
+    with pytest.raises(UserError, match="but no weights"):
+        load_model(Source(str(opt)), dtype=torch.float32)
+    with pytest.raises(UserError, match=f"^--model {opt / 'config.json'}: a file: name a folder"):
+        load_config(Source(str(opt / "config.json"), flag="--model"))
+
+
+def test_a_mistyped_name_is_told_the_nearest_that_is_in_the_cache(tmp_path, monkeypatch):
+    (tmp_path / "models--facebook--opt-125m").mkdir()
+    monkeypatch.setattr(load, "HF_HUB_CACHE", str(tmp_path))
+    with pytest.raises(UserError, match=r"no such folder, and no such model .*; did you mean facebook/opt-125m\?"):
+        load_config(Source("facebok/opt-125m"))
+
+
+def test_another_models_tokenizer_is_doubted(tiny, tmp_path):
+    source = Source(str(tiny / "opt"))
+    own, config = load_tokenizer(source.name_or_path, source), load_config(source)
+    assert tokenizer_doubt(own, source, config) == ""
+    other = train_tokenizer(["quite another text, brown, with many more words than that"], 300)
+    other.save_pretrained(tmp_path)
+    other = load_tokenizer(str(tmp_path), source)
+    doubt = tokenizer_doubt(other, source, config)
+    assert doubt.startswith(f"--tokenizer_name {tmp_path} reads texts as other ids than {tiny / 'opt'}'s own tokenizer")
+    same = load_tokenizer(str(tiny / "gpt_neo"), source)
+    assert tokenizer_doubt(same, source, config) == ""
+    config.eos_token_id = [7, 8]
+    assert "EOS is id 2, and " in tokenizer_doubt(own, source, config)
+    config.eos_token_id = [7, 2]
+    assert tokenizer_doubt(own, source, config) == ""

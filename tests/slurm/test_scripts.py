@@ -102,3 +102,114 @@ def test_tensorboard_listens_to_this_machine_only(tmp_path) -> None:
     port = re.search(r"ssh -N -L 6006:localhost:(\d+) me@", done.stdout)
     assert port is not None, done.stdout + done.stderr
     assert f"--host localhost --port {port[1]}" in done.stdout and "--bind_all" not in done.stdout
+
+
+# ---- the scripts with stand-ins for Slurm's programs ----
+
+_PROGRAMS = {
+    "scontrol": 'case $2 in job) echo "JobId=$3"; echo "   Command=$STUB_COMMAND"; echo "   WorkDir=$PWD" ;; '
+    "hostnames) echo localhost ;; esac",
+    "squeue": "echo 1:00:00",
+    "srun": 'while [[ $1 == --* ]]; do shift; done; exec "$@"',
+    "sbatch": 'printf "%s\\n" "$@" >>"$SBATCHED"; echo 7',
+    # In the place of Python: what it is given, one argument a line, and what the scripts wait for.
+    "my python": 'printf "%s\\n" "$@" >>"$CALLED"; '
+    'while [ $# -gt 1 ]; do [ "$1" = --output_dir ] && out=$2; shift; done; '
+    'mkdir -p "$out"; echo "{\\"job\\": \\"$SLURM_JOB_ID\\"}" >>"$out/starts.jsonl"; touch "$out/DONE"; '
+    'echo "{}" >"$out/report.json"',
+}
+
+
+class Stand:
+    """A checkout in a path with a space, and programs that stand in for Slurm's and for Python."""
+
+    def __init__(self, folder: Path) -> None:
+        self.root, self.work, self.bin = folder / "a checkout.sh d" / "wpn ds", folder / "my work", folder / "bin"
+        shutil.copytree(SLURM, self.root / "slurm")
+        for path in (self.work, self.bin):
+            path.mkdir()
+        for name, text in _PROGRAMS.items():
+            (self.bin / name).write_text(f"#!/usr/bin/env bash\n{text}\n")
+            (self.bin / name).chmod(0o755)
+        self._called = folder / "called"
+
+    def job(self, script: str, *arguments: str, **env: str) -> subprocess.CompletedProcess[str]:
+        """As sbatch runs a script: a copy of it, from the folder of the call."""
+        spool = self.bin.parent / "slurm_script"
+        shutil.copy(self.root / "slurm" / script, spool)
+        command = " ".join([str(self.root / "slurm" / script), *arguments])
+        return self.run([str(spool), *arguments], STUB_COMMAND=command, **env)
+
+    def run(self, command: list[str], **env: str) -> subprocess.CompletedProcess[str]:
+        job = {"SLURM_JOB_ID": "12", "SLURM_JOB_NODELIST": "n1", "SLURM_JOB_NAME": "name"}
+        mine = {"PATH": f"{self.bin}:/usr/bin:/bin", "HOME": str(self.work / "home"), "CALLED": str(self._called)}
+        mine |= {"PYTHON": str(self.bin / "my python"), "SBATCHED": str(self._called)}
+        self._called.unlink(missing_ok=True)
+        return subprocess.run(
+            ["bash", *command], capture_output=True, text=True, env=job | mine | env, cwd=self.work, timeout=60
+        )
+
+    @property
+    def arguments(self) -> list[str]:
+        return self._called.read_text().splitlines()
+
+
+@pytest.fixture
+def stand(tmp_path) -> Stand:
+    return Stand(tmp_path)
+
+
+@pytest.mark.parametrize("script", ["opt-125m.sh", "gpt-neo-2.7b.sh"])
+def test_a_job_in_a_checkout_with_a_space_in_its_path_finds_what_it_needs(stand, script) -> None:
+    done = stand.job(script, "--train_file", "my data.jsonl", "--output_dir=~/my run", "b/c.sh d")
+    assert done.returncode == 0 and "done: " in done.stderr, done.stderr
+    recipe = str(stand.root / "launch" / "recipes" / script.replace(".sh", ".yaml"))
+    assert stand.arguments[0] == str(stand.root / "launch" / "train.py")
+    assert recipe in stand.arguments and "my data.jsonl" in stand.arguments
+    assert (stand.work / "home" / "my run" / "DONE").exists(), "where the script looks, training writes"
+
+
+def test_every_job_script_finds_the_checkout_in_the_same_way() -> None:
+    lines = {
+        line
+        for path in (*MODELS, SLURM / "evaluate.sh")
+        for line in path.read_text().splitlines()
+        if "scontrol" in line
+    }
+    assert len(lines) == 1
+
+
+def test_the_evaluation_leaves_the_baseline_to_the_program_unless_one_is_given(stand) -> None:
+    run = stand.work / "my run"
+    run.mkdir()
+    (run / "DONE").touch()
+    (run / "run.yaml").write_text("model_name_or_path: >-\n  a very long\n  path\n")
+    done = stand.job("evaluate.sh", "my run", "--suite", "train")
+    assert done.returncode == 0, done.stderr
+    expected = ["--model", "my run", "--baseline", "auto", "--output_dir", "my run", "--suite", "train"]
+    assert stand.arguments == [str(stand.root / "launch" / "evaluate.py"), *expected]
+    done = stand.job("evaluate.sh", "my run", "--baseline", "it's mine", "--output_dir", "else where")
+    assert done.returncode == 0 and stand.arguments[-4:] == ["--baseline", "it's mine", "--output_dir", "else where"]
+    assert "done: else where/report.html" in done.stderr
+    assert "has no DONE" in stand.job("evaluate.sh", "other run").stderr
+
+
+def test_a_sweeps_flags_may_have_quotation_marks(stand) -> None:
+    sweep = "--seed 1\n--early_stopping 'harmless>=0.9' --train_file \"my data.jsonl\" *\n--a 'b"
+    env = {"WPN_SWEEP": sweep, "SLURM_ARRAY_JOB_ID": "12", "SLURM_JOB_ID": "12_1"}
+    done = stand.job("opt-125m.sh", SLURM_ARRAY_TASK_ID="1", **env)
+    assert "harmless>=0.9" in stand.arguments and "my data.jsonl" in stand.arguments and "*" in stand.arguments, (
+        done.stderr
+    )
+    done = stand.job("opt-125m.sh", SLURM_ARRAY_TASK_ID="2", **env)
+    assert done.returncode == 2 and "error: task 2: --a 'b" in done.stderr
+
+
+def test_submitting_from_a_checkout_with_a_space_names_the_scripts_whole(stand) -> None:
+    submit = str(stand.root / "slurm" / "submit.sh")
+    done = stand.run([submit, "opt-125m", "--output_dir=~/my run", "--train_file", "my data.jsonl"])
+    assert done.returncode == 0, done.stderr
+    home = str(stand.work / "home" / "my run")
+    assert str(stand.root / "slurm" / "opt-125m.sh") in stand.arguments and stand.arguments[-1] == home
+    done = stand.run([str(stand.root / "slurm" / "array.sh"), "opt-125m", "--seed 1", "--seed 2"])
+    assert done.returncode == 0 and stand.arguments[-1] == str(stand.root / "slurm" / "opt-125m.sh")

@@ -133,7 +133,7 @@ def inspect_records(
         cut_answers=sum(segment.answer_truncated for segment in segments),
         repeated_prompts=_repeated(prompts),
         repeated_records=_repeated(_places((_identity(record), record.source) for record in records)),
-        contradictions=_contradictions(forget),
+        contradictions=contradictions(forget),
         first_prompt=next(
             (render_prompt(r.prompt, tokenizer, style)[0] for r in ordered if r.prompt is not None), None
         ),
@@ -211,7 +211,22 @@ def _repeated(places: dict[Hashable, list[str]]) -> list[Places]:
     return [tuple(sources) for sources in places.values() if len(sources) > 1]
 
 
-def _contradictions(records: Sequence[ForgetRecord]) -> list[tuple[str, str]]:
+def contradiction_note(records: Sequence[ForgetRecord]) -> str:
+    """What a run says of :func:`contradictions`, in a line; "" if there are none."""
+    found = contradictions(records)
+    if not found:
+        return ""
+    wanted = {(_key(record.prompt), text.strip()) for record in records for text in record.chosen}
+    unwanted = {(_key(record.prompt), text.strip()) for record in records for text in record.rejected}
+    places, same = " / ".join(found[0]), len(wanted & unwanted)
+    return (
+        f"texts wanted in one record, unwanted in another: {len(found)} (first: {places}), {same} times for the same "
+        "prompt: what one teaches the other takes away; wpn-ds inspect lists them"
+    )
+
+
+def contradictions(records: Sequence[ForgetRecord]) -> list[tuple[str, str]]:
+    """Where each text is, once of both, that is wanted in one record and unwanted in another."""
     wanted = _places((text.strip(), record.source) for record in records for text in record.chosen)
     unwanted = _places((text.strip(), record.source) for record in records for text in record.rejected)
     return [(wanted[text][0], unwanted[text][0]) for text in wanted if text in unwanted]

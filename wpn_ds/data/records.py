@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, overload
 
-from wpn_ds.data.sources import DataError, Problems, Row, file_rows, file_text, json_type, text_problem
+from wpn_ds.data.sources import DataError, Problems, Row, file_rows, file_text, json_type, other_format, text_problem
 
 logger = logging.getLogger(__name__)
 
@@ -149,6 +149,8 @@ def _load(name: str, split: str) -> Any:
 
     flags = f"--dataset_name {name} --dataset_split {split}"
     if os.path.isfile(name):
+        if what := other_format(name):
+            raise DataError(f"{flags}: {what}")
         raise DataError(f"{flags}: is a file: give it with {FLAGS['forget']} or {FLAGS['retain']}")
     try:
         if not any(os.path.isfile(os.path.join(name, mark)) for mark in ("state.json", "dataset_dict.json")):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,6 +18,31 @@ Row = dict[str, Any]
 _LISTED = 10
 _CELL_LIMIT = 2**31 - 1  # characters of a CSV cell: jailbreak prompts can be longer than the csv module's own limit
 _JSON_SPACE = re.compile(r"[ \t\n\r]*")
+_TRAILING = re.compile(r",\s*[\]}]")
+_START = 512  # bytes that tell a format
+_TABLE = "write its rows as JSONL, or (training data) give the folder that holds it with --dataset_name"
+_COLUMNS = {"prompt", "chosen", "rejected", "response", "text", "question", "answer"}
+#: How files begin that are often given for JSONL; a tuple of beginnings for each.
+_FORMATS: tuple[tuple[tuple[bytes, ...], str], ...] = (
+    ((b"\x1f\x8b",), "is compressed (gzip): unpack it, gunzip -k {path}"),
+    ((b"BZh",), "is compressed (bzip2): unpack it, bunzip2 -k {path}"),
+    ((b"\xfd7zXZ\0",), "is compressed (xz): unpack it, unxz -k {path}"),
+    ((b"\x28\xb5\x2f\xfd",), "is compressed (Zstandard): unpack it, unzstd {path}"),
+    ((b"PAR1",), f"is Parquet, not JSONL: {_TABLE}"),
+    ((b"ARROW1", b"\xff\xff\xff\xff"), f"is Arrow, not JSONL: {_TABLE}"),
+    ((b"PK\3\4\x14\0\6\0", b"\xd0\xcf\x11\xe0"), "is an Excel workbook: save its rows as JSONL"),
+    ((b"PK\3\4",), "is a zip archive (or an Excel workbook): unpack it, and give JSONL files"),
+    (
+        tuple(bytes((0x80, version)) for version in range(2, 6)),
+        "is a pickle, which isn't read: write its rows as JSONL",
+    ),
+    ((b"SQLite format 3\0",), "is an SQLite database: write its rows as JSONL"),
+    ((b"\x89HDF", b"\x93NUMPY"), "holds arrays (HDF5 or NumPy): write its rows as JSONL"),
+    ((b"GGUF",), "is a model (GGUF), not data: give JSONL files"),
+    ((b"version https://git-lfs",), "is only a pointer of Git LFS to the data: fetch them with git lfs pull"),
+    ((b"<!DOCTYPE", b"<!doctype", b"<html"), "is a web page: download the file itself"),
+    ((b"\xff\xfe", b"\xfe\xff"), "is UTF-16: save it as UTF-8"),
+)
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -75,6 +101,32 @@ def field_problem(row: Row, field: str) -> str:
     return f"field {json.dumps(field)}: {problem}" if problem else ""
 
 
+def other_format(path: str | Path) -> str:
+    """What a file is that holds no JSON lines, by its beginning, and what to do with it; "" if it may hold them."""
+    if not os.path.isfile(path):  # what comes through a pipe can be read only once
+        return ""
+    with open(path, "rb") as file:
+        start = file.read(_START)
+    if what := _binary_format(path, start):
+        return what
+    first = start.decode("utf-8-sig", "replace").strip().split("\n")[0].strip().lower()
+    if first == "{":
+        return "has an object over several lines: write each in a line of its own, or all in an array"
+    if first.startswith(("{", "[")):
+        return ""
+    names = {cell.strip(' "') for cell in re.split("[,;\t]", first)}
+    if (first and str(path).lower().endswith((".csv", ".tsv"))) or (len(names) > 1 and names & _COLUMNS):
+        return f"is CSV, not JSONL: {_TABLE}"
+    return ""
+
+
+def _binary_format(path: str | Path, start: bytes) -> str:
+    for signs, what in _FORMATS:
+        if start.startswith(signs):
+            return what.format(path=path)
+    return "holds NUL bytes: is it UTF-16? Save it as UTF-8" if b"\0" in start else ""
+
+
 def file_rows(path: str | Path, problems: Problems) -> Iterator[tuple[str, Row]]:
     """Yields ("path:line", object) for each line of a JSONL file, or for each element of a file that is one JSON array.
 
@@ -83,6 +135,9 @@ def file_rows(path: str | Path, problems: Problems) -> Iterator[tuple[str, Row]]
     count = problems.count
     empty = True
     try:
+        if what := other_format(path):
+            problems.add(str(path), what)
+            return
         # surrogateescape keeps a bad byte as a lone surrogate, so that the line that holds it can be named
         with open(path, encoding="utf-8-sig", errors="surrogateescape") as file:
             for number, line in enumerate(file, 1):
@@ -133,6 +188,9 @@ def file_text(path: Path, problems: Problems) -> str:
     except OSError as error:
         problems.add(str(path), f"can't be read: {error.strerror}")
     except UnicodeDecodeError as error:
+        if what := _binary_format(path, error.object[:_START]):
+            problems.add(str(path), what)
+            return ""
         line = error.object.count(b"\n", 0, error.start) + 1
         problems.add(f"{path}:{line}", "is not UTF-8: save the file as UTF-8")
     return ""
@@ -165,7 +223,11 @@ def _values(path: str | Path, line: int, text: str, is_array: bool, problems: Pr
                 yield line, value
     except json.JSONDecodeError as error:
         at = line + text.count("\n", counted, error.pos)
-        problems.add(f"{path}:{at}", f"bad JSON: {error.msg} (column {error.colno})")
+        comma = _TRAILING.match(text, text.rfind(",", 0, error.pos + 1))
+        after = text[error.pos :].strip() == ","
+        hint = ": no comma before the closing bracket" if comma and comma.end() > error.pos else ""
+        hint = ": a line ends without a comma" if after else hint
+        problems.add(f"{path}:{at}", f"bad JSON: {error.msg} (column {error.colno}){hint}")
     except (ValueError, RecursionError) as error:  # a number of thousands of digits, thousands of nested brackets
         problems.add(f"{path}:{line}", f"bad JSON: {error}")
 

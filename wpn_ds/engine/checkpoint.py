@@ -56,6 +56,7 @@ class TrainerState:
         data: fingerprint of the tokenised examples.
         model: fingerprint of the starting model.
         settings: the resolved flags.
+        places: what of them names files and folders, absolute, as seen from where the run was started.
         skipped_steps: how many of the steps had a gradient that was not finite.
         evaluated: the evaluation that is due after ``step`` was done.
         tokens, train_seconds: what the steps took, over all starts.
@@ -84,6 +85,7 @@ class TrainerState:
     left_since: int = 0
     drawn: list[tuple[int, list[int]]] = field(default_factory=list)
     order_format: int = 1
+    places: dict[str, Any] = field(default_factory=dict)
 
 
 class Saver:
@@ -429,7 +431,8 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
     unset = Config().to_flat() | objective  # what a setting was before there was a flag for it
     for name, now in new.settings.items():
         before = old.settings.get(name, unset.get(name))
-        if before == now or name in quiet:
+        same_place = name in new.places and old.places.get(name) == new.places[name]
+        if before == now or same_place or name in quiet:
             continue
         approximate = name == "reference" and "topk" in (before, now)  # the other kinds are all exact
         if approximate or name in decisive:
@@ -443,5 +446,8 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _remove(folder: Path) -> None:
+    if folder.is_symlink():  # what it leads to is somebody else's to delete
+        folder.unlink()
+        return
     (folder / MANIFEST).unlink(missing_ok=True)
     shutil.rmtree(folder, ignore_errors=True)

@@ -51,17 +51,19 @@ def _write_model(
     partial.rmdir()
 
 
-def export_checkpoint(path: Path, state: TrainerState, output_dir: Path) -> None:
+def export_checkpoint(path: Path, state: TrainerState, output_dir: Path, *, trust_remote_code: bool = False) -> None:
     """The model as it was at a checkpoint, in this one process; the starting model lends its configuration.
+
+    A checkpoint may be somebody else's, so ``trust_remote_code`` is the caller's to say and not the file's.
 
     Raises:
         UserError: the starting model is gone, or its weights have other names than the checkpoint's.
     """
     settings = state.settings
     source = Source(
-        settings["model_name_or_path"],
+        _found(state, "model_name_or_path"),
         revision=settings["model_revision"],
-        trust_remote_code=settings["trust_remote_code"],
+        trust_remote_code=trust_remote_code,
         allow_key_mismatch=settings["allow_key_mismatch"],
     )
     lm = load_model(source, dtype=torch.bfloat16 if settings["bf16"] else torch.float32)
@@ -72,8 +74,14 @@ def export_checkpoint(path: Path, state: TrainerState, output_dir: Path) -> None
             f"{path} lacks {len(missing)} weights of {source.name_or_path}: {', '.join(sorted(missing)[:5])}"
         )
     output_dir.mkdir(parents=True, exist_ok=True)
-    tokenizer = load_tokenizer(settings["tokenizer_name"] or source.name_or_path, source)
+    tokenizer = load_tokenizer(_found(state, "tokenizer_name") or source.name_or_path, source)
     _write_model(lm, tokenizer, {name: weights[name] for name in own}, output_dir, {})
+
+
+def _found(state: TrainerState, name: str) -> Any:
+    """What a setting names: from whatever folder, or as it was typed where that has moved or is no folder."""
+    place = state.places.get(name, "")
+    return place if os.path.exists(place) else state.settings[name]
 
 
 def _weights(path: Path) -> dict[str, Tensor]:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 import torch
-import yaml
 from transformers import get_scheduler
 
 from wpn_ds import history
@@ -604,12 +603,8 @@ class Trainer:
             telemetry.say(f"{name:>10}: {fact}")
         if job.world.is_main:
             comments = "".join(f"# {name}: {fact}\n" for name, fact in facts.items())
-            # What is of this call alone stays out: repeating a run must neither delete nor resume it.
-            settings = job.config.to_flat() | {"overwrite_output_dir": False, "resume_from_checkpoint": None}
-            if settings["logging_dir"] == str(job.output_dir / "runs"):
-                settings["logging_dir"] = None
             for name, text in (
-                ("run.yaml", comments + yaml.safe_dump(settings, sort_keys=False)),
+                ("run.yaml", comments + job.config.run_yaml()),
                 ("ds_config.json", json.dumps(job.ds_json, indent=2) + "\n"),
             ):
                 history.write_atomically(job.output_dir / name, text)

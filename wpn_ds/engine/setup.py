@@ -17,6 +17,7 @@ from tqdm import tqdm
 
 from wpn_ds.config import DONE, Config, ObjectiveConfig
 from wpn_ds.data.examples import ExampleSet, build_examples
+from wpn_ds.data.inspect import contradiction_note
 from wpn_ds.data.plan import ORDER_FORMAT, Layout, Role
 from wpn_ds.data.records import (
     ForgetRecord,
@@ -39,9 +40,18 @@ from wpn_ds.engine.redraw import Request
 from wpn_ds.engine.reference import frozen_json
 from wpn_ds.engine.stop import after_the_watchdog
 from wpn_ds.errors import UserError
+from wpn_ds.flags import check_place
 from wpn_ds.history import FAILED, REQUEUE, STARTS, STATUS
 from wpn_ds.models.attention import supported
-from wpn_ds.models.load import Source, load_config, load_tokenizer, pad_token_id, pinned, quantisation
+from wpn_ds.models.load import (
+    Source,
+    load_config,
+    load_tokenizer,
+    pad_token_id,
+    pinned,
+    quantisation,
+    tokenizer_doubt,
+)
 from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.objective import Objective
 
@@ -112,6 +122,7 @@ def prepare(config: Config) -> Job:
     """
     forget, retain, validation, asked = _read_records(config)  # bad input shows before anything is started
     model_path = config.model.model_name_or_path or str(ensure_planted())
+    check_place("--model_name_or_path", model_path)
     t = config.training
     world = init(max(t.comm_timeout_minutes, after_the_watchdog(t.hang_timeout) / 60))
     check_nodes(world, Path(config.training.output_dir or "."), _room(model_path), lambda line: say(world, line))
@@ -138,6 +149,8 @@ def prepare(config: Config) -> Job:
         _check_harmony(resolved.json, objective)
     if config.objective.redraw_steps:
         _check_redraw(config, resolved.json, objective)
+    if config.objective.reads_wanted and (note := contradiction_note(forget)):
+        say(world, note)
     for note in resolved.notes:
         say(world, note)
     reference = config.objective.reference
@@ -153,6 +166,8 @@ def prepare(config: Config) -> Job:
             f"the tokenizer has {len(tokenizer)} tokens but {model_path} only {lm_config.vocab_size}: give the model's "
             "own with --tokenizer_name"
         )
+    if doubt := tokenizer_doubt(tokenizer, source, lm_config):
+        say(world, doubt)
     if writes_date(tokenizer) and config.data.chat_date is None:
         config = config.replace(chat_date=on_main(world, lambda: _chat_date(config)))
     style = PromptStyle.of(config.to_flat())
@@ -177,6 +192,7 @@ def prepare(config: Config) -> Job:
         settings=config.to_flat()
         | {"zero stage": _stage(resolved.json), "optimizer": resolved.json["optimizer"]["type"]},
         order_format=ORDER_FORMAT,
+        places={"model_name_or_path": os.path.abspath(model_path)} | config.places(),
     )
     agree(start.data, "the training data")
     on_main(world, lambda: _claim_output(config))
@@ -383,7 +399,7 @@ def progress(world: World, items: Iterable[Any], what: str) -> Iterable[Any]:
 def cache_folder() -> Path:
     """Where banks are kept for later runs: $WPN_DS_CACHE, or wpn_ds in the user's cache folder."""
     if "WPN_DS_CACHE" in os.environ:
-        return Path(os.environ["WPN_DS_CACHE"])
+        return Path(os.environ["WPN_DS_CACHE"]).expanduser()
     return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wpn_ds"
 
 
@@ -514,7 +530,7 @@ def _claim(config: Config) -> None:
         "README.md",
         "model.tmp",
     )
-    left = [p for name in known if (p := output_dir / name).exists()]
+    left = [p for name in known if os.path.lexists(p := output_dir / name)]
     left += [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors*")]
     if left and not config.logging.overwrite_output_dir:
         raise UserError(
@@ -526,6 +542,14 @@ def _claim(config: Config) -> None:
     ):
         names = ", ".join(p.name for p in left)
         raise UserError(f"--output_dir {output_dir} is no run's folder, and has {names} of its own: name another one")
+    if left and output_dir.is_symlink():
+        raise UserError(
+            f"--output_dir {output_dir} is a link: name {output_dir.resolve()} itself if --overwrite_output_dir shall "
+            "delete the run there"
+        )
+    own = model.resolve()
+    if inside := next((p for p in left if not p.is_symlink() and p.resolve() in (own, *own.parents)), None):
+        raise UserError(f"--overwrite_output_dir would delete {inside}, and the starting model with it: move it first")
     for path in left:
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
+        shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
     output_dir.mkdir(parents=True, exist_ok=True)

@@ -14,7 +14,7 @@ import torch.distributed as dist
 import yaml
 
 from wpn_ds.data.records import RetainRecord, merged_by_prompt, read_forget, read_retain
-from wpn_ds.demo import embedded_file
+from wpn_ds.demo import PLANTED, embedded_file, is_planted
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, can_judge
 from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
@@ -69,7 +69,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     add = parser.add_argument
     add("--model", required=True, help="model to evaluate: a folder in Hugging Face format, or a hub name")
-    add("--baseline", help="model to compare with, usually the one that training started from")
+    add(
+        "--baseline",
+        help="model to compare with, usually the one that training started from; auto: that one, as the run.yaml that "
+        "training left beside --model names it",
+    )
     add("--output_dir", required=True, type=Path, help="folder for report.json, report.html and the answers")
     add(
         "--suite",
@@ -95,7 +99,7 @@ def _parser() -> argparse.ArgumentParser:
     files.add_argument(
         "--data_dir",
         type=Path,
-        default=os.environ.get("WPN_DS_DATA"),
+        default=os.path.expanduser(os.environ.get("WPN_DS_DATA", "")) or None,
         help="folder with published prompt sets and benchmarks, found by their file names (default $WPN_DS_DATA)",
     )
     asking = parser.add_argument_group("asking")
@@ -133,14 +137,22 @@ def run(argv: Sequence[str] | None = None) -> int:
         UserError: a model, a file, a suite or a judge is missing or bad, before anything is generated.
     """
     options = _parser().parse_args(argv)
+    recorded, revision = _recorded(Path(options.model) / "run.yaml"), None
+    if options.baseline == "auto":
+        options.baseline, revision = _started_from(options.model, recorded)
     models = {"before": ("--baseline", options.baseline), "after": ("--model", options.model)}
     for flag, name in models.values():
         if name:
             check_place(flag, name)
     rank, size = join_ranks()
     try:
-        plan, notes, settings, judges = _prepare(options, size)
-        parts = {label: Measurement(label, Source(name, flag), plan) for label, (flag, name) in models.items() if name}
+        plan, notes, settings, judges = _prepare(options, recorded, size)
+        sources = {
+            label: Source(name, flag, revision if label == "before" else None)
+            for label, (flag, name) in models.items()
+            if name
+        }
+        parts = {label: Measurement(label, source, plan) for label, source in sources.items()}
         if (read := parts["after"].first_prompt) is not None:
             settings["first_prompt"] = read
             if rank == 0:
@@ -183,10 +195,11 @@ def run(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _prepare(options: argparse.Namespace, size: int) -> tuple[Plan, list[str], dict[str, Any], list[Judge]]:
+def _prepare(
+    options: argparse.Namespace, recorded: dict[str, Any], size: int
+) -> tuple[Plan, list[str], dict[str, Any], list[Judge]]:
     """(what is measured, notes on what was left out, the settings for the report, the judges, none of which has
     loaded a model yet)."""
-    recorded = _recorded(Path(options.model) / "run.yaml")
     bf16 = options.bf16 or bool(recorded.get("bf16"))
     style = given_style(options, recorded)
     selection = resolve_suites(options.suite)
@@ -290,6 +303,24 @@ def _recorded(path: Path) -> dict[str, Any]:
     if not isinstance(settings, dict):
         raise UserError(f"{path} is damaged: mend or remove it")
     return settings
+
+
+def _started_from(model: str, recorded: Mapping[str, Any]) -> tuple[str, str | None]:
+    """(the model that the training of ``model`` started from, its revision), by what training has recorded.
+
+    Raises:
+        UserError: nothing was recorded.
+    """
+    if "model_name_or_path" not in recorded:
+        raise UserError(
+            f"--baseline auto: {Path(model) / 'run.yaml'}, which training leaves beside its model, "
+            f"{'has no model_name_or_path' if recorded else 'is not there'}: name the model that it started from"
+        )
+    name = recorded["model_name_or_path"]
+    if name is None:  # the demo's own, which lies where the demo was started
+        roots = (Path(), *Path(model).absolute().parents)
+        return str(next((root / PLANTED for root in roots if is_planted(root / PLANTED)), PLANTED)), None
+    return str(name), recorded.get("model_revision")
 
 
 def _files(options: argparse.Namespace, recorded: Mapping[str, Any]) -> dict[str, list[str]]:

@@ -116,16 +116,18 @@ def dated(style: PromptStyle, tokenizer: Any, folder: Path) -> PromptStyle:
     return replace(style, chat_date=kept.read_text(encoding="utf-8"))
 
 
-#: What training and evaluation write beside a model, and what doesn't change it.
-_BESIDE = re.compile(
-    r"report\.|metrics\.jsonl|run\.yaml|ds_config\.json|status\.json|starts\.jsonl|README|DONE|REQUEUE|\."
+#: The files that are the model: configuration, weights and their index, tokenizer, code of its own. Whatever else lies
+#: beside them, reports and logs of ours among it, doesn't change what it answers.
+_MODEL = re.compile(
+    r"(generation_|tokenizer_|preprocessor_|processor_)?config\.json|.+\.(safetensors|bin)(\.index\.json)?|.+\.py"
+    r"|(tokenizer|vocab|added_tokens|special_tokens_map|chat_template)\.json|(vocab|merges)\.txt|.+\.(model|tiktoken|jinja)"
 )
 
 
 def identity(name: str) -> Any:
-    """What tells a model from another of the same name: of a folder, its files' sizes and times."""
+    """What tells a model from another of the same name: of a folder, its own files' sizes and times."""
     folder = Path(name)
     if not folder.is_dir():
         return name
-    files = (path for path in sorted(folder.iterdir()) if path.is_file() and not _BESIDE.match(path.name))
+    files = (path for path in sorted(folder.iterdir()) if path.is_file() and _MODEL.fullmatch(path.name))
     return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}

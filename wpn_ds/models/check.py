@@ -55,6 +55,11 @@ def check_exact_reading(
         pairs = ((reading.hidden[real], expected_hidden), (reading.losses, expected_losses))
         differences = [float((got - plain).abs().max() / plain.abs().max().clamp(min=1e-6)) for got, plain in pairs]
     model.train(was_training)
+    if not all(bool(plain.isfinite().all()) for _, plain in pairs):
+        raise UserError(
+            f"{name}: reads a text alone as NaN or infinity, packed or not: its weights are broken, or too large for "
+            f"{str(model.lm.dtype).removeprefix('torch.')}"
+        )
     if not all(difference <= TOLERANCE[model.lm.dtype] for difference in differences):  # so NaN is refused as well
         worst = max(differences, key=lambda d: (d != d, d))
         advice = "pass --packing false" if layout.packed else "this model can't be trained here exactly"

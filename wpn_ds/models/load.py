@@ -13,6 +13,8 @@ from pickle import UnpicklingError
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -23,7 +25,9 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file, extract_commit_hash
 
+from wpn_ds.config import nearest
 from wpn_ds.errors import UserError
+from wpn_ds.model_folder import fault
 from wpn_ds.models.attention import KERNELS
 from wpn_ds.models.files import compare, weight_files
 
@@ -31,6 +35,10 @@ logger = logging.getLogger(__name__)
 
 #: Causal masks and a version number that older transformers saved as if they were weights (published GPT-Neo, OPT).
 _LEFTOVERS = re.compile(r"\.attn\.(attention\.)?(masked_)?bias$|decoder\.version$")
+
+
+_PROBES = ("The quick brown fox.", "Grüße, 42 x 7!")
+"""Texts whose ids tell two tokenizers apart."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +88,11 @@ def hub_commit(name_or_path: str, revision: str | None = None) -> str | None:
 
 def load_config(source: Source, *, dropout: float | None = None) -> PretrainedConfig:
     """The model's configuration; ``dropout`` replaces every dropout probability in it (layerdrop becomes 0)."""
+    name, place = source.name_or_path, Path(source.name_or_path)
+    if place.exists() and (reason := fault(place, weights=False)):
+        raise UserError(f"{source.flag} {name}: {reason}")
     with _one_line(
-        f"{source.flag} {source.name_or_path}: no such folder, no such model on the hub, or a damaged config.json"
+        f"{source.flag} {name}: " + ("damaged config.json" if place.exists() else f"no such folder{_on_the_hub(name)}")
     ):
         config = AutoConfig.from_pretrained(source.name_or_path, **source.hub_arguments)
     if dropout is not None:
@@ -136,6 +147,8 @@ def load_model(
     """
     config = load_config(source, dropout=dropout)
     where = f"{source.flag} {source.name_or_path}"
+    if Path(source.name_or_path).is_dir() and (reason := fault(Path(source.name_or_path))):
+        raise UserError(f"{where}: {reason}")
     quantised = quantisation(config) is not None
     if not quantised:
         with _one_line(f"{where}: the model can't be loaded", RuntimeError, UnpicklingError):
@@ -165,6 +178,12 @@ def load_model(
     model, info = loaded
     if quantised:
         audit(info, source)
+    if names := not_finite(model):
+        more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+        raise UserError(
+            f"{where}: NaN or infinity in {len(names)} of its weights ({', '.join(names[:3])}{more}): the model is "
+            "broken, take another"
+        )
     model.train()
     if gradient_checkpointing:
         checkpoint_activations(model)
@@ -208,6 +227,54 @@ def audit(info: Mapping[str, Any], source: Source) -> None:
     logger.warning("%s (allowed by --allow_key_mismatch)", message)
 
 
+def not_finite(model: Any) -> list[str]:
+    """The parameters that hold NaN or infinity, the same on all ranks; of partitioned ones each reads its own part."""
+    own, shared = [], False
+    for name, parameter in model.named_parameters():
+        values = parameter.detach()
+        if hasattr(parameter, "ds_tensor"):
+            shared = True
+            if parameter.ds_tensor.status.name == "NOT_AVAILABLE":  # on NVMe
+                continue
+            # The last rank's part ends in padding that nobody has written.
+            part = parameter.ds_tensor.flatten()
+            start = dist.get_rank(parameter.ds_process_group) * part.numel()
+            values = part[: max(0, parameter.ds_numel - start)]
+        if values.is_floating_point() and not bool(torch.isfinite(values).all()):
+            own.append(name)
+    if shared:
+        parts: list[list[str]] = [[] for _ in range(dist.get_world_size())]
+        dist.all_gather_object(parts, own)
+        found = {name for part in parts for name in part}
+        own = [name for name, _ in model.named_parameters() if name in found]
+    return own
+
+
+def tokenizer_doubt(tokenizer: Any, source: Source, config: PretrainedConfig) -> str:
+    """Why ``tokenizer`` may be another model's, in a line; "" if nothing speaks for it.
+
+    Ids that fit into the model's vocabulary still mean nothing to it if they stand for other texts.
+    """
+    own, name = tokenizer, source.name_or_path
+    if tokenizer.name_or_path != name:
+        with contextlib.suppress(UserError):  # a model without one says nothing
+            own = load_tokenizer(name, source)
+    if any(own(text)["input_ids"] != tokenizer(text)["input_ids"] for text in _PROBES):
+        return (
+            f"--tokenizer_name {tokenizer.name_or_path} reads texts as other ids than {name}'s own tokenizer, by which "
+            "the model learnt to read: leave it out unless that is meant"
+        )
+    for kind in ("bos", "eos"):
+        id_, wanted = getattr(tokenizer, f"{kind}_token_id", None), getattr(config, f"{kind}_token_id", None)
+        known = wanted if isinstance(wanted, list) else [wanted]
+        if id_ is not None and wanted is not None and id_ not in known:
+            return (
+                f"the tokenizer's {kind.upper()} is id {id_}, and {name}'s configuration has {wanted}: is it another "
+                "model's tokenizer?"
+            )
+    return ""
+
+
 def default_attention(config: PretrainedConfig) -> str:
     """The model's own attention: SDPA where the family has it, else eager (GPT-Neo)."""
     return "sdpa" if _has_sdpa(config) else "eager"
@@ -229,6 +296,12 @@ def _has_sdpa(config: PretrainedConfig) -> bool:
 def accepts_packing(model: Any) -> bool:
     """Whether the backbone takes the position ids that packed rows need."""
     return "position_ids" in inspect.signature(model.base_model.forward).parameters
+
+
+def _on_the_hub(name: str) -> str:
+    """What there is to say of a name that may be one on the hub: the nearest of those that are on this machine."""
+    cached = [path.name.removeprefix("models--").replace("--", "/") for path in Path(HF_HUB_CACHE).glob("models--*")]
+    return f", and no such model on the hub or in its cache here{nearest(name, cached)}"
 
 
 @contextlib.contextmanager
