@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import Gemma3Config, OPTConfig
 
 from wpn_ds.config import Config, ObjectiveConfig
 from wpn_ds.demo import embedded_file
-from wpn_ds.engine.setup import _check_harmony, _read_records
+from wpn_ds.engine.setup import _check_harmony, _check_parts, _read_records
 from wpn_ds.errors import UserError
 from wpn_ds.objectives.family import build_objective
 
@@ -34,6 +35,14 @@ def test_gradients_are_harmonised_where_deepspeed_has_both_in_one_place(ds_json,
             _check_harmony(ds_json, objective)
     with pytest.raises(UserError, match="--harmonise goes by the gradient of the retain term, which is off"):
         _check_harmony(ds_json, build_objective(ObjectiveConfig(), retain=False))
+
+
+def test_weight_decay_leaves_alone_what_no_text_trains() -> None:
+    decay = Config.from_flat({"weight_decay": 0.1, "train_file": ["f"], "output_dir": "out"})
+    _check_parts(OPTConfig(), decay)
+    _check_parts(Gemma3Config(), Config.from_flat({"train_file": ["f"], "output_dir": "out"}))
+    with pytest.raises(UserError, match=r"--weight_decay 0\.1: gemma3 models have parts .*pass --weight_decay 0"):
+        _check_parts(Gemma3Config(), decay)
 
 
 @pytest.fixture

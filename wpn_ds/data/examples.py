@@ -47,9 +47,14 @@ class ExampleSet:
         return [answer for example in self.forget for answer in (*example.wanted, *example.unwanted)]
 
     @property
+    def segments(self) -> list[Segment]:
+        """Everything that is read."""
+        return [answer.segment for answer in self.answers] + self.retain
+
+    @property
     def truncation(self) -> Truncation:
         """How many segments lost the start of their prompt, or the end of their answer."""
-        segments = [answer.segment for answer in self.answers] + self.retain
+        segments = self.segments
         return Truncation(sum(s.prompt_truncated for s in segments), sum(s.answer_truncated for s in segments))
 
     def with_unwanted(self, drawn: Mapping[int, Sequence[int]]) -> ExampleSet:

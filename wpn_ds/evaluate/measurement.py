@@ -26,7 +26,7 @@ from wpn_ds.evaluate.tofu.log import TofuLog
 from wpn_ds.evaluate.tofu.task import TofuTask
 from wpn_ds.evaluate.utility import perplexity, retain_nll, run_utility
 from wpn_ds.evaluate.work import Ledger, Unit, identity
-from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer
+from wpn_ds.models.load import Source, length_notes, load_config, load_model, load_tokenizer, max_positions
 
 RETAIN_CHUNK = 128
 """Retain records of one unit of work."""
@@ -73,8 +73,10 @@ class Measurement:
     def __init__(self, label: str, source: Source, plan: Plan) -> None:
         name = source.name_or_path
         self._label, self._source, self._plan = label, source, plan
-        self._tokenizer = load_tokenizer(name, source, source.flag)
-        positions = getattr(load_config(source), "max_position_embeddings", None)
+        config = load_config(source)
+        self._tokenizer = load_tokenizer(name, source, source.flag, config)
+        positions = max_positions(config)
+        self._length_notes = length_notes(config, plan.asking.max_length, name)
         asking = _fitted(plan.asking, positions, name)
         self._suites = [SuiteAnswers(suite, asking, self._tokenizer) for suite in plan.suites]
         self._relearning = Relearning(plan.lessons, asking, self._tokenizer) if plan.lessons else None
@@ -93,7 +95,7 @@ class Measurement:
     @property
     def notes(self) -> list[str]:
         """What a reader of the figures should know beside them."""
-        notes = [note for suite in self._suites for note in suite.notes]
+        notes = [*self._length_notes, *(note for suite in self._suites for note in suite.notes)]
         return notes + (self._tofu.notes if self._tofu else [])
 
     @property
@@ -107,7 +109,7 @@ class Measurement:
 
         def load() -> tuple[Any, Any]:
             dtype = torch.bfloat16 if self._plan.bf16 else torch.float32
-            return load_model(self._source, dtype=dtype).to(device()).eval(), self._tokenizer
+            return load_model(self._source, dtype=dtype, tokenizer=self._tokenizer).to(device()).eval(), self._tokenizer
 
         Ledger(self._folder, rank).run(self._units, load, world=(rank, size), label=self._label)
         gc.collect()  # the model goes before the next one is loaded
