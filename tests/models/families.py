@@ -88,6 +88,8 @@ def make(config: PretrainedConfig, attention: str, dtype: torch.dtype = torch.fl
     config = type(config)(**config.to_dict() | dict.fromkeys(_dropouts(config), 0.0))
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float64)
+    if hasattr(lm.config, "num_local_experts"):  # torch's grouped products have no fp64
+        lm.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
