@@ -18,7 +18,7 @@ from tests.data.made import FORMS
 from tests.models.families import CONFIGS, LLAMA, POSITIONS, WINDOW, make
 from wpn_ds.data.plan import Layout
 from wpn_ds.errors import UserError
-from wpn_ds.models import packed
+from wpn_ds.models import attention, packed
 from wpn_ds.models.attention import KERNELS, per_segment_sdpa
 from wpn_ds.models.check import check_exact_reading
 from wpn_ds.models.load import max_positions
@@ -138,10 +138,6 @@ def test_a_model_whose_logits_are_more_than_we_take_them_for_is_refused(monkeypa
         run_check(lm, form)
 
 
-def forgets_the_extras(query, key, value, pieces, scale, window, dropout, extras):
-    return per_segment_sdpa(query, key, value, pieces, scale, window, dropout)
-
-
 def has_no_gpu(*_):
     raise RuntimeError("no such device\nand more")
 
@@ -149,7 +145,7 @@ def has_no_gpu(*_):
 @pytest.mark.parametrize("family", ["gemma2", "gpt_oss"])
 def test_the_check_reads_alone_by_the_model_s_own_attention(monkeypatch, family) -> None:
     lm = make(CONFIGS[family], "wpn_packed")
-    monkeypatch.setitem(KERNELS, "wpn_packed", forgets_the_extras)
+    monkeypatch.setattr(attention, "Extras", lambda *_: attention.NOTHING)  # ours ignores them in rows and alone
     with pytest.raises(UserError, match=r"packed rows differ .* --packing false"):
         run_check(lm, "flat")
     assert lm.config._attn_implementation == "wpn_packed", "and goes back to ours"
