@@ -42,7 +42,7 @@ def test_random_weights_are_the_same_for_both_ways_under_zero3(name, tmp_path):
 
 @pytest.mark.parametrize("name", ["opt-tiny", "gpt_neo-tiny"])
 def test_a_route_that_leaks_between_texts_is_far_from_plain(name, tmp_path, monkeypatch):
-    def leaking(query, key, value, pieces, scale, window, dropout):
+    def leaking(query, key, value, pieces, scale, *_):
         return F.scaled_dot_product_attention(query, key, value, is_causal=True, scale=scale).transpose(1, 2)
 
     monkeypatch.setitem(KERNELS, "wpn_flex", leaking)

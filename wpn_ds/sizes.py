@@ -155,9 +155,10 @@ def _other(config: Any, name: str) -> Architecture:
     try:
         with torch.device("meta"):
             model = AutoModelForCausalLM.from_config(config)
-        hidden, layers, heads = config.hidden_size, config.num_hidden_layers, config.num_attention_heads
-        ffn = getattr(config, "intermediate_size", None) or getattr(config, "n_inner", None) or 4 * hidden
-        vocab = config.vocab_size
+        text = config.get_text_config()
+        hidden, layers, heads = text.hidden_size, text.num_hidden_layers, text.num_attention_heads
+        ffn = getattr(text, "intermediate_size", None) or getattr(text, "n_inner", None) or 4 * hidden
+        vocab = text.vocab_size
     except (AttributeError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise UserError(f"--model {name}: not a causal language model that can be estimated ({reason})") from error

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
 from tests.engine.gradient_cases import make_examples
 from tests.engine.redraw_worker import DECAY, STEPS
@@ -143,7 +142,7 @@ def test_what_is_asked_for_a_new_answer(tiny) -> None:
 
     def prompts(records=records, length=64, **settings):
         objective = ObjectiveConfig(redraw_steps=1, **settings)
-        config, positions = replace(Config(), objective=objective), SimpleNamespace(max_position_embeddings=128)
+        config, positions = replace(Config(), objective=objective), OPTConfig(max_position_embeddings=128)
         style = PromptStyle.of(config.to_flat())
         requests = _redraw_prompts(config, records, style, tokenizer, positions, length, told.append)
         assert {request.end for request in requests} == {end_of("a", tokenizer, style)}

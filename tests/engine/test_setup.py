@@ -6,10 +6,11 @@ import json
 from pathlib import Path
 
 import pytest
+from transformers import Gemma3Config, OPTConfig
 
 from wpn_ds.config import Config, ObjectiveConfig
 from wpn_ds.demo import embedded_file
-from wpn_ds.engine.setup import _check_harmony, _claim_output, _read_records, cache_folder
+from wpn_ds.engine.setup import _check_harmony, _check_parts, _claim_output, _read_records, cache_folder
 from wpn_ds.errors import UserError
 from wpn_ds.objectives.family import build_objective
 
@@ -49,6 +50,14 @@ def test_gradients_are_not_harmonised_where_nothing_forgets(weights) -> None:
     objective = build_objective(ObjectiveConfig(**weights), retain=True)
     with pytest.raises(UserError, match=r"^--harmonise: nothing forgets, since all weights but --retain_weight are 0"):
         _check_harmony({"zero_optimization": {"stage": 3}}, objective)
+
+
+def test_weight_decay_leaves_alone_what_no_text_trains() -> None:
+    decay = Config.from_flat({"weight_decay": 0.1, "train_file": ["f"], "output_dir": "out"})
+    _check_parts(OPTConfig(), decay)
+    _check_parts(Gemma3Config(), Config.from_flat({"train_file": ["f"], "output_dir": "out"}))
+    with pytest.raises(UserError, match=r"--weight_decay 0\.1: gemma3 models have parts .*pass --weight_decay 0"):
+        _check_parts(Gemma3Config(), decay)
 
 
 @pytest.fixture

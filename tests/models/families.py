@@ -7,9 +7,13 @@ from typing import Any
 import torch
 from transformers import (
     AutoModelForCausalLM,
+    Cohere2Config,
+    Gemma2Config,
     GPT2Config,
     GPTNeoConfig,
     GPTNeoXConfig,
+    GptOssConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     OPTConfig,
@@ -19,6 +23,7 @@ from transformers import (
 )
 
 from wpn_ds.models.attention import KERNELS
+from wpn_ds.models.load import default_attention
 
 VOCABULARY, POSITIONS, WINDOW = 64, 64, 6
 LLAMA = {
@@ -59,6 +64,20 @@ CONFIGS: dict[str, PretrainedConfig] = {
     "mistral": MistralConfig(**LLAMA, sliding_window=WINDOW),
     "qwen2": Qwen2Config(**LLAMA),
     "qwen3": Qwen3Config(**LLAMA, head_dim=8),
+    # Soft caps low enough to bend the scores and logits of random weights.
+    "gemma2": Gemma2Config(
+        **LLAMA, head_dim=8, sliding_window=WINDOW, attn_logit_softcapping=0.5, final_logit_softcapping=0.5
+    ),
+    "gpt_oss": GptOssConfig(
+        **LLAMA,
+        head_dim=8,
+        sliding_window=WINDOW,
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+    ),
+    "cohere2": Cohere2Config(**LLAMA, sliding_window=WINDOW, logit_scale=0.25),
+    "granite": GraniteConfig(**LLAMA, logits_scaling=8.0),
 }
 
 
@@ -69,6 +88,8 @@ def make(config: PretrainedConfig, attention: str, dtype: torch.dtype = torch.fl
     config = type(config)(**config.to_dict() | dict.fromkeys(_dropouts(config), 0.0))
     torch.manual_seed(0)
     lm = AutoModelForCausalLM.from_config(config, attn_implementation=attention, dtype=torch.float64)
+    if hasattr(lm.config, "num_local_experts"):  # torch's grouped products have no fp64
+        lm.set_experts_implementation("eager")
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.1)
@@ -81,4 +102,4 @@ def _dropouts(config: PretrainedConfig) -> list[str]:
 
 def plain_attention(family: str) -> str:
     """What a single sequence is read by to compare with."""
-    return "eager" if family == "gpt_neo" else "sdpa"
+    return default_attention(CONFIGS[family])

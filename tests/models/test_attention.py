@@ -19,7 +19,7 @@ from wpn_ds.data.plan import Item, Role
 from wpn_ds.data.tokens import Segment
 from wpn_ds.evaluate.generate import generate_ids
 from wpn_ds.models import attention
-from wpn_ds.models.attention import KERNELS, Pieces, candidates, fault, per_segment_sdpa, supported
+from wpn_ds.models.attention import KERNELS, Extras, Pieces, candidates, fault, per_segment_sdpa, supported
 from wpn_ds.models.packed import PackedLM
 
 CPU = torch.device("cpu")
@@ -167,6 +167,42 @@ def test_flex_without_its_compiler_gives_masked_attention(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("kernel", [attention.varlen, attention.flex])
+@pytest.mark.parametrize("extras", [Extras(softcap=2.0), Extras(sinks=torch.zeros(2))])
+def test_kernels_without_soft_caps_and_sinks_say_so(kernel, extras) -> None:
+    with pytest.raises(NotImplementedError, match="neither soft caps nor sinks"):
+        kernel(*heads(4), ((0, 4, 0, 0),), 1.0, None, 0.0, extras)
+
+
+@pytest.mark.parametrize("pieces", [None, torch.tensor([[[[0, 9, 0, 0]]]])], ids=["any mask", "pieces"])
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"indices": torch.zeros(1, 9, 3)},
+        {"position_bias": torch.zeros(1, 2, 9, 9)},
+        {"a_name_of_next_year": 1.0},
+        {"is_causal": False},
+    ],
+)
+def test_what_an_attention_is_given_and_would_ignore_is_refused_by_its_name(given, pieces) -> None:
+    module = make(CONFIGS["llama"], "wpn_packed").model.layers[0].self_attn
+    inputs = (x.float() for x in heads(9))
+    reason = "is not causal" if "is_causal" in given else f"is given {next(iter(given))}"
+    with pytest.raises(NotImplementedError, match=rf"LlamaAttention {reason}"):
+        attention._attention(module, *inputs, pieces, **given)
+
+
+@pytest.mark.parametrize("given", [{}, {"position_bias": None, "output_attentions": False, "use_cache": True}])
+def test_what_changes_nothing_is_taken(given) -> None:
+    module = make(CONFIGS["llama"], "wpn_packed").model.layers[0].self_attn
+    query = heads(9)[0].float()
+    key = query[:, :1]  # repeated for the second head
+    out, _ = attention._attention(
+        module, query, key, key, torch.tensor([[[[0, 9, 0, 0]]]]), position_ids=query, **given
+    )
+    assert out.shape == (1, 9, 2, 4)
+
+
+@pytest.mark.parametrize("kernel", [attention.varlen, attention.flex])
 def test_kernels_without_dropout_say_so(kernel) -> None:
     with pytest.raises(NotImplementedError, match="no dropout"):
         kernel(*heads(4), ((0, 4, 0, 0),), 1.0, None, 0.1)
@@ -187,8 +223,8 @@ def test_a_kernel_that_fails_or_gives_wrong_numbers_is_found_out(monkeypatch) ->
     def forgets_the_prefix(query, key, value, pieces, *rest):
         return per_segment_sdpa(query, key, value, tuple((a, b, a, a) for a, b, *_ in pieces), *rest)
 
-    def forgets_the_window(query, key, value, pieces, scale, window, dropout):
-        return per_segment_sdpa(query, key, value, pieces, scale, None, dropout)
+    def forgets_the_window(query, key, value, pieces, scale, window, *rest):
+        return per_segment_sdpa(query, key, value, pieces, scale, None, *rest)
 
     def has_no_gradient(*inputs):
         return per_segment_sdpa(*inputs).detach()

@@ -10,11 +10,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, MptConfig
 
 from tests.models.shapes import Shapes
 from wpn_ds.models import head as head_module
-from wpn_ds.models.head import AnswerHead, Parts
-from wpn_ds.objectives.likelihood import Distribution, Tokens, TopK
+from wpn_ds.models.head import AnswerHead, Parts, finish_of
+from wpn_ds.objectives.likelihood import UNFINISHED, Distribution, Finish, Tokens, TopK
 
 WIDTH, VOCABULARY = 3, 23
 several = settings(max_examples=40, deadline=None)
@@ -31,7 +32,14 @@ class Case:
     plain: list[Callable[[Tensor], Tensor]]
 
     @classmethod
-    def make(cls, kinds: list[tuple[str, int]], bias: bool, seed: int = 0, dtype: torch.dtype = torch.float64) -> Case:
+    def make(
+        cls,
+        kinds: list[tuple[str, int]],
+        bias: bool,
+        seed: int = 0,
+        dtype: torch.dtype = torch.float64,
+        finish: Finish = UNFINISHED,
+    ) -> Case:
         generator = torch.Generator().manual_seed(seed)
 
         def random(*shape: int) -> Tensor:
@@ -56,7 +64,7 @@ class Case:
                 parts.append((own, TopK(best.indices, best.values)))
                 plain.append(lambda logp, t=logp: (t.exp() * (t - logp)).sum(1))
             at += n
-        return cls(AnswerHead(linear), random(at, WIDTH).requires_grad_(), parts, plain)
+        return cls(AnswerHead(linear, finish), random(at, WIDTH).requires_grad_(), parts, plain)
 
     @property
     def leaves(self) -> list[Tensor]:
@@ -64,7 +72,9 @@ class Case:
 
     def expected(self) -> Tensor:
         bias = None if self.head.bias is None else self.head.bias.double()
-        logits = nn.functional.linear(self.hidden.double(), self.head.weight.double(), bias)
+        logits = nn.functional.linear(self.hidden.double(), self.head.weight.double(), bias) * self.head.finish.scale
+        if (cap := self.head.finish.cap) is not None:
+            logits = cap * torch.tanh(logits / cap)
         logp = torch.log_softmax(logits, 1)
         return torch.cat([of(logp[own]) for (own, _), of in zip(self.parts, self.plain, strict=True)])
 
@@ -103,6 +113,43 @@ def test_losses_and_gradients_are_those_of_full_logits_for_any_mixture_of_parts(
         close(list(torch.autograd.grad(3 * loss, case.leaves)), list(plain), 1e-8)
 
     holds()
+
+
+@pytest.mark.parametrize("finish", [Finish(0.25), Finish(cap=2.0), Finish(0.5, 1.5)])
+@pytest.mark.parametrize("fused", [False, True], ids=["recomputed", "fused"])
+def test_what_a_model_makes_of_its_head_s_output_is_in_losses_and_gradients(fused, finish) -> None:
+    case = Case.make([("tokens", 3), ("distribution", 2), ("topk", 4)], bias=True, finish=finish)
+    expected = case.expected()
+    assert not torch.allclose(expected, Case.make([("tokens", 3), ("distribution", 2), ("topk", 4)], True).expected())
+    weights = torch.randn(len(expected), generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    plain = torch.autograd.grad((weights * expected).sum(), case.leaves)
+    losses, total = case.head(case.hidden, case.parts, weights if fused else None)
+    close([losses], [expected], 1e-9)
+    loss = total if fused else (weights * losses).sum()
+    close(list(torch.autograd.grad(loss, case.leaves)), list(plain), 1e-8)
+
+
+def test_a_starting_model_s_distribution_is_that_of_its_finished_logits() -> None:
+    finish = Finish(0.5, 1.5)
+    case = Case.make([("tokens", 4)], bias=False, finish=finish)
+    own = Distribution(case.hidden.detach(), case.head.weight.detach(), finish=finish)
+    losses, _ = case.head(case.hidden, [(slice(0, 4), own)])
+    assert losses.abs().max() < 1e-12
+
+
+@pytest.mark.parametrize(
+    ("config", "finish"),
+    [
+        (LlamaConfig(), UNFINISHED),
+        (Gemma2Config(final_logit_softcapping=30.0), Finish(cap=30.0)),
+        (CohereConfig(logit_scale=0.0625), Finish(0.0625)),
+        (GraniteConfig(logits_scaling=8.0), Finish(0.125)),
+        (MptConfig(), UNFINISHED),
+    ],
+    ids=lambda x: getattr(x, "model_type", ""),
+)
+def test_what_a_family_makes_of_its_head_s_output_is_read_from_its_configuration(config, finish) -> None:
+    assert finish_of(config) == finish
 
 
 @pytest.mark.parametrize("weights", [None, torch.ones(5)], ids=["recomputed", "fused"])

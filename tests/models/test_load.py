@@ -8,20 +8,35 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma3Config,
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    MptConfig,
+    OPTConfig,
+    OPTForCausalLM,
+    Phi3Config,
+)
 
 from wpn_ds.demo.plant import train_tokenizer
+from wpn_ds.engine.export import _write_model
 from wpn_ds.errors import UserError
 from wpn_ds.models import load
 from wpn_ds.models.load import (
     Source,
+    check_ids,
     dropout_fields,
+    length_notes,
     load_config,
     load_model,
     load_tokenizer,
+    max_positions,
     not_finite,
+    pad_token_id,
     tokenizer_doubt,
 )
+from wpn_ds.models.packed import PackedLM
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "max_position_embeddings": 64}
 
@@ -162,3 +177,81 @@ def test_another_models_tokenizer_is_doubted(tiny, tmp_path):
     assert "EOS is id 2, and " in tokenizer_doubt(own, source, config)
     config.eos_token_id = [7, 2]
     assert tokenizer_doubt(own, source, config) == ""
+
+
+LONGROPE = Phi3Config(
+    max_position_embeddings=128,
+    original_max_position_embeddings=32,
+    rope_parameters={
+        "rope_type": "longrope",
+        "rope_theta": 10_000.0,
+        "long_factor": [4.0] * 48,
+        "short_factor": [1.0] * 48,
+        "original_max_position_embeddings": 32,
+    },
+)
+
+
+def test_a_text_is_at_most_as_long_as_its_neighbours_bear():
+    assert max_positions(OPTConfig(max_position_embeddings=64)) == 64
+    assert max_positions(MptConfig(max_seq_len=48)) == 48
+    assert max_positions(Gemma3Config(text_config={"max_position_embeddings": 77})) == 77
+    assert max_positions(LONGROPE) == 32
+    assert length_notes(OPTConfig(max_position_embeddings=64), 100, "opt") == []
+    assert length_notes(LONGROPE, 32, "phi") == []
+    assert "texts end at 32 tokens, not at --max_length 100: a longer one" in length_notes(LONGROPE, 100, "phi")[0]
+
+
+@pytest.fixture
+def grown(tiny):
+    """A tokenizer of the tiny models with a pad token and another one beyond their embedding."""
+    tokenizer = load_tokenizer(str(tiny / "opt"), Source(str(tiny / "opt")))
+    tokenizer.add_special_tokens({"pad_token": "[PAD]"})
+    tokenizer.add_tokens(["<extra>"])
+    return tokenizer
+
+
+def test_eos_stands_in_for_a_pad_token_beyond_the_embedding(tiny, grown, tmp_path, caplog):
+    source = Source(str(tiny / "opt"))
+    grown.save_pretrained(tmp_path)
+    assert pad_token_id(load_tokenizer(str(tmp_path), source)) == grown.pad_token_id
+    assert pad_token_id(load_tokenizer(str(tmp_path), source, config=load_config(source))) == grown.eos_token_id
+    assert f"the pad token [PAD] (id {grown.pad_token_id}) lies beyond the model's" in caplog.text
+
+
+def test_a_token_beyond_the_embedding_is_refused_by_its_name_where_it_occurs(tiny, grown):
+    source = Source(str(tiny / "opt"))
+    lm = load_model(source, dtype=torch.float32, tokenizer=grown)
+    said = rf"--model_name_or_path .*opt has \d+ tokens, and '<extra>' in the texts is number {len(grown) - 1} of"
+    lm(**grown("the cat", return_tensors="pt"))
+    ids = grown("the <extra> cat", return_tensors="pt")
+    for read in (lm, lambda **inputs: lm.generate(**inputs, max_new_tokens=1)):
+        with pytest.raises(UserError, match=said):
+            read(**ids)
+    with pytest.raises(UserError, match=said):
+        check_ids([3, *ids["input_ids"][0].tolist()], grown, lm.config.vocab_size, source)
+    check_ids([], grown, 1, source)
+
+
+def test_a_tokenizer_without_such_tokens_costs_nothing(tiny):
+    source = Source(str(tiny / "opt"))
+    lm = load_model(source, dtype=torch.float32, tokenizer=load_tokenizer(source.name_or_path, source))
+    assert not lm.get_input_embeddings()._forward_pre_hooks
+
+
+def test_a_model_with_a_vision_part_has_its_text_s_dropout_off_and_comes_back_whole(tmp_path):
+    text = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "head_dim": 8}
+    text |= {"num_attention_heads": 4, "num_key_value_heads": 2, "attention_dropout": 0.5}
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = Gemma3Config(text_config=text, vision_config=vision | {"image_size": 28})
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "start")
+    lm = load_model(Source(str(tmp_path / "start")), dtype=torch.float32)
+    assert lm.config.text_config.attention_dropout == 0.0
+    assert dropout_fields(load_config(Source(str(tmp_path / "start"))))["attention_dropout"] == 0.5
+    weights = {name: p.detach().clone() for name, p in PackedLM(lm, packed=True).lm.named_parameters()}
+    (tmp_path / "out").mkdir()
+    tokenizer = SimpleNamespace(save_pretrained=lambda folder: None)
+    _write_model(lm, tokenizer, weights, tmp_path / "out", {"attention_dropout": 0.5})
+    again = load_model(Source(str(tmp_path / "out")), dtype=torch.float32)
+    assert all(torch.equal(p, weights[name]) for name, p in again.named_parameters())
+    assert load_config(Source(str(tmp_path / "out"))).text_config.attention_dropout == 0.5

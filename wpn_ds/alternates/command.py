@@ -26,7 +26,7 @@ from wpn_ds.evaluate.ranks import all_arrived, join_ranks
 from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
 from wpn_ds.flags import above_0, check_place, new_output, positive, share, whole
 from wpn_ds.history import write_atomically
-from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, pinned
+from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pinned
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -98,7 +98,8 @@ def run(argv: Sequence[str] | None = None) -> int:
 def _make(options: argparse.Namespace, rank: int, size: int) -> None:
     questions = read_questions(options.train_file)
     source = pinned(Source(options.model, "--model"))
-    tokenizer = load_tokenizer(options.model, source, source.flag)
+    config = load_config(source)
+    tokenizer = load_tokenizer(options.model, source, source.flag, config)
     what = [identity(source.address), options.bf16, device().type]
     parts = options.output.parent / f"{options.output.name}.parts"
     folder = parts / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
@@ -106,13 +107,13 @@ def _make(options: argparse.Namespace, rank: int, size: int) -> None:
     template = replace(make_template(options.template, options.chat, tokenizer), chat_date=date)
     drawing = Drawing(**{name: getattr(options, name) for name in asdict(Drawing())})
     candidates = [Candidates(question, template, tokenizer, drawing) for question in questions]
-    fitting = _fitting(candidates, load_config(source), options)
+    fitting = _fitting(candidates, config, options)
     folder.mkdir(parents=True, exist_ok=True)
 
     @functools.cache
     def load() -> tuple[Any, Any]:
         dtype = torch.bfloat16 if options.bf16 else torch.float32
-        return load_model(source, dtype=dtype).to(device()).eval(), tokenizer
+        return load_model(source, dtype=dtype, tokenizer=tokenizer).to(device()).eval(), tokenizer
 
     def work(units: list[Unit], label: str) -> Mapping[str, Any]:
         ledger = Ledger(folder, rank)
@@ -150,7 +151,7 @@ def _fitting(candidates: Sequence[Candidates], config: Any, options: argparse.Na
     Raises:
         UserError: none does.
     """
-    positions = getattr(config, "max_position_embeddings", None)
+    positions = max_positions(config)
     if positions is None:
         return list(candidates)
     room = positions - options.max_new_tokens

@@ -35,15 +35,16 @@ def _write_model(
 ) -> None:
     partial = output_dir / "model.tmp"
     shutil.rmtree(partial, ignore_errors=True)
-    trained = {name: getattr(lm.config, name) for name in overrides}
+    config = lm.config.get_text_config()
+    trained = {name: getattr(config, name) for name in overrides}
     try:
         for name, value in overrides.items():
-            setattr(lm.config, name, value)
+            setattr(config, name, value)
         lm.save_pretrained(partial, state_dict=weights)
         tokenizer.save_pretrained(partial)
     finally:
         for name, value in trained.items():
-            setattr(lm.config, name, value)
+            setattr(config, name, value)
     for stale in output_dir.glob("model*.safetensors*"):  # shards of an older export would be loaded along
         stale.unlink()
     for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):

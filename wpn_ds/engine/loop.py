@@ -226,8 +226,8 @@ class Trainer:
         device = job.world.device
         refused: UserError | None = None
         for name in kernels if job.layout.flat else ():
-            head_dim = job.lm_config.hidden_size // job.lm_config.num_attention_heads
-            head_dim = getattr(job.lm_config, "head_dim", None) or head_dim
+            text = job.lm_config.get_text_config()
+            head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
             reason = fault(name, head_dim, lm.dtype, device)
             if max_over_ranks(float(reason is not None), device):
                 short = name.removeprefix("wpn_")
@@ -263,7 +263,8 @@ class Trainer:
         job, objective = self.job, self.job.objective
         answers, bank, scores = job.examples.answers, None, None
         if isinstance(objective, WPN) and objective.frozen and objective.targets == "reference":
-            width = getattr(job.lm_config, "word_embed_proj_dim", job.lm_config.hidden_size)
+            text = job.lm_config.get_text_config()
+            width = getattr(text, "word_embed_proj_dim", text.hidden_size)
             bank = Bank.of(
                 job.examples, bank_vectors(self.reader, objective, answers, width, self._tables(), self._progress)
             )
@@ -279,7 +280,7 @@ class Trainer:
         if kind == "states":
             return cached_states(self.reader, job.examples.retain, self._tables(), self._progress)
         if kind == "topk":
-            k = min(job.config.objective.reference_topk, job.lm_config.vocab_size - 1)
+            k = min(job.config.objective.reference_topk, job.lm_config.get_text_config().vocab_size - 1)
             cached = cached_topk(self.reader, job.examples.retain, k, self._tables(), self._progress)
             mean, worst = cached.unknown_mass()
             say(job.world, f"the {k} likeliest tokens hold all but {mean:.2%} (at worst {worst:.2%}) of a retain label")

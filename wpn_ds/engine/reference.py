@@ -28,7 +28,7 @@ from wpn_ds.engine.tables import Blocks, Tables
 from wpn_ds.errors import UserError
 from wpn_ds.models.head import CHUNK
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.objectives.likelihood import Distribution, Reading, Targets, TopK, head_logits
+from wpn_ds.objectives.likelihood import Distribution, Finish, Reading, Targets, TopK, head_logits
 
 #: Labels whose rows of a table are in memory at the same time while it is built.
 _BLOCK_LABELS = 4096
@@ -74,7 +74,7 @@ class FrozenModel:
         # Gathered here and not by its own forward: the policy's head needs it, chunk by chunk.
         with GatheredParameters(list(self.head.parameters()), enabled=self.sharded):
             bias = None if self.head.bias is None else self.head.bias.detach()
-            yield Distribution(states, self.head.weight.detach(), bias)
+            yield Distribution(states, self.head.weight.detach(), bias, self.head.finish)
 
 
 def frozen_json(ds_json: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -124,13 +124,13 @@ class _Rows:
 class CachedStates:
     """The starting model's states from a table, and its head: exact, without a second model."""
 
-    def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, rows: _Rows) -> None:
-        self.states, self.weight, self.bias, self.rows = states, weight, bias, rows
+    def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, finish: Finish, rows: _Rows) -> None:
+        self.states, self.weight, self.bias, self.finish, self.rows = states, weight, bias, finish, rows
 
     @contextlib.contextmanager
     def targets(self, batch: Batch) -> Iterator[Targets]:
         states = to_device(self.states[self.rows.at(batch.retain_items)], self.weight.device)
-        yield Distribution(states.to(self.weight.dtype), self.weight, self.bias)
+        yield Distribution(states.to(self.weight.dtype), self.weight, self.bias, self.finish)
 
 
 class CachedTopK:
@@ -190,7 +190,7 @@ def cached_states(reader: Reader, retain: Sequence[Segment], tables: Tables, pro
             yield start, {"states": states.float()}
 
     table = tables.load_or_build("states", {}, shapes, reader.world, build)
-    return CachedStates(table["states"], weight, bias, rows)
+    return CachedStates(table["states"], weight, bias, head.finish, rows)
 
 
 def cached_topk(reader: Reader, retain: Sequence[Segment], k: int, tables: Tables, progress: Progress) -> CachedTopK:
@@ -203,7 +203,7 @@ def cached_topk(reader: Reader, retain: Sequence[Segment], k: int, tables: Table
             columns: dict[str, list[Tensor]] = {"ids": [], "logprobs": []}
             with torch.no_grad(), _whole_head(reader) as head:
                 for chunk in states.split(CHUNK):
-                    best = torch.log_softmax(head_logits(chunk, head.weight, head.bias), dim=1).topk(k)
+                    best = torch.log_softmax(head_logits(chunk, head.weight, head.bias, head.finish), dim=1).topk(k)
                     columns["ids"].append(best.indices.int())
                     columns["logprobs"].append(best.values.float())
             yield start, {name: torch.cat(parts) for name, parts in columns.items()}

@@ -9,6 +9,7 @@ import shutil
 import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -45,8 +46,11 @@ from wpn_ds.history import FAILED, REQUEUE, STARTS, STATUS
 from wpn_ds.models.attention import supported
 from wpn_ds.models.load import (
     Source,
+    check_ids,
+    length_notes,
     load_config,
     load_tokenizer,
+    max_positions,
     pad_token_id,
     pinned,
     quantisation,
@@ -151,6 +155,7 @@ def prepare(config: Config) -> Job:
         _check_redraw(config, resolved.json, objective)
     if config.objective.reads_wanted and (note := contradiction_note(forget)):
         say(world, note)
+    _check_parts(lm_config, config)
     for note in resolved.notes:
         say(world, note)
     reference = config.objective.reference
@@ -160,19 +165,16 @@ def prepare(config: Config) -> Job:
         reason = "the retain term is off" if retain else "no retain data: the retain term is off"
         say(world, f"{reason}, and nothing holds the model to what it knows")
 
-    tokenizer = load_tokenizer(config.model.tokenizer_name or model_path, source)
-    if len(tokenizer) > lm_config.vocab_size:
-        raise UserError(
-            f"the tokenizer has {len(tokenizer)} tokens but {model_path} only {lm_config.vocab_size}: give the model's "
-            "own with --tokenizer_name"
-        )
+    tokenizer = load_tokenizer(config.model.tokenizer_name or model_path, source, config=lm_config)
     if doubt := tokenizer_doubt(tokenizer, source, lm_config):
         say(world, doubt)
     if writes_date(tokenizer) and config.data.chat_date is None:
         config = config.replace(chat_date=on_main(world, lambda: _chat_date(config)))
     style = PromptStyle.of(config.to_flat())
     # GPT-Neo's stock attention can't take a row that is longer than the model has positions.
-    row_length = min(config.data.max_length, getattr(lm_config, "max_position_embeddings", config.data.max_length))
+    row_length = min(config.data.max_length, max_positions(lm_config) or config.data.max_length)
+    for note in length_notes(lm_config, config.data.max_length, model_path):
+        say(world, note)
 
     def tokenise(forget: Sequence[ForgetRecord], retain: Sequence[RetainRecord]) -> ExampleSet:
         return build_examples(forget, retain, tokenizer, style, row_length, lambda i, what: progress(world, i, what))
@@ -184,6 +186,10 @@ def prepare(config: Config) -> Job:
     redraw_prompts = _redraw_prompts(
         config, forget, style, tokenizer, lm_config, row_length, lambda line: say(world, line)
     )
+    segments = (segment.ids for split in (examples, held_out) for segment in split.segments)
+    drawn_for = (request.ids for request in redraw_prompts)
+    occurring = chain([tokenizer.eos_token_id], *segments, *probe.prompts, *drawn_for)
+    check_ids(occurring, tokenizer, lm_config.get_text_config().vocab_size, source)
     start = checkpoint.TrainerState(
         step=0,
         world_size=world.size,
@@ -217,6 +223,15 @@ def prepare(config: Config) -> Job:
         start=start,
         resume_from=resume_from,
     )
+
+
+def _check_parts(lm_config: Any, config: Config) -> None:
+    """Raises UserError where weight decay would change what no text trains."""
+    if lm_config.get_text_config() is not lm_config and config.training.weight_decay:
+        raise UserError(
+            f"--weight_decay {config.training.weight_decay}: {lm_config.model_type} models have parts that texts don't "
+            "train, such as a vision tower, and it would shrink them: pass --weight_decay 0"
+        )
 
 
 def _check_harmony(ds_json: Mapping[str, Any], objective: Objective) -> None:
@@ -290,10 +305,7 @@ def _redraw_prompts(
             f"--redraw_template: {cut} of {len(requests)} prompts lose their start, the template's own first words "
             f"among it: they keep half of --max_length {row_length}"
         )
-    longest, positions = (
-        max(len(request.ids) for request in requests),
-        getattr(lm_config, "max_position_embeddings", None),
-    )
+    longest, positions = max(len(request.ids) for request in requests), max_positions(lm_config)
     if positions is not None and longest + o.redraw_tokens > positions:
         raise UserError(
             f"--redraw_tokens {o.redraw_tokens}: the longest prompt has {longest} tokens and the model only "
@@ -369,7 +381,7 @@ def _probe(
         size=logging.probe_prompts,
         max_length=row_length,
         tokens=logging.sample_tokens,
-        positions=getattr(lm_config, "max_position_embeddings", None) or 1 << 30,
+        positions=max_positions(lm_config) or 1 << 30,
     )
     if probe.prompts and probe.judge is None:
         reason = "no harmless rate: the wanted or the unwanted answers have no Latin letter or digit to compare"
@@ -468,7 +480,7 @@ def _resolve(config: Config, lm_config: Any, world: World, examples: int) -> tup
             path,
             config,
             world_size=world.size,
-            hidden_size=lm_config.hidden_size,
+            hidden_size=lm_config.get_text_config().hidden_size,
             device=world.device.type,
             total_steps=steps,
         )

@@ -50,7 +50,7 @@ class ModelShape:
         embeddings = {id(p) for m in lm.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
         head = lm.get_output_embeddings().weight
         body = sum(size(p) for p in lm.parameters() if id(p) not in embeddings and p is not head)
-        config = lm.config
+        config = lm.config.get_text_config()
         return cls(body, size(head), config.num_hidden_layers, config.hidden_size)
 
 

@@ -27,6 +27,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.generate import evaluation_mode
 from wpn_ds.evaluate.items import TaskUnavailable, drawn, find_file, place, sample
 from wpn_ds.evaluate.results import Task
+from wpn_ds.models.load import max_positions
 
 HUB_TIMEOUT = 5.0
 """Seconds that the hub has to answer. Its own client would try for 20 seconds a task."""
@@ -337,7 +338,7 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),
         batch_size=batch_size,
-        max_length=min(max_length, getattr(model.config, "max_position_embeddings", max_length)),
+        max_length=min(max_length, max_positions(model.config) or max_length),
         softmax_dtype="float32",
     )
 

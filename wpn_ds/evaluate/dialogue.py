@@ -19,6 +19,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.generate import generate_ids
 from wpn_ds.evaluate.items import TaskUnavailable, drawn, find_file, place, sample
 from wpn_ds.evaluate.results import Task
+from wpn_ds.models.load import max_positions
 
 DIALOGUES = ("wizard_of_wikipedia", "empathetic_dialogues", "blended_skill_talk", "wizard_of_internet")
 """The four, in the order of that validation; each has a file NAME.json."""
@@ -120,7 +121,7 @@ def run_dialogue(
     """
     dialogues, source = load_dialogue_set(name, data_dir)
     pairs = [dialogue_prompt(dialogues[i]) for i in sample(len(dialogues), limit)]
-    room = min(max_length, getattr(model.config, "max_position_embeddings", max_length)) - REPLY_TOKENS
+    room = min(max_length, max_positions(model.config) or max_length) - REPLY_TOKENS
     ids = generate_ids(
         model,
         tokenizer,

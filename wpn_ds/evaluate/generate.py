@@ -21,7 +21,7 @@ from transformers import (
 
 from wpn_ds.data.tokens import turn_end
 from wpn_ds.errors import UserError
-from wpn_ds.models.load import pad_token_id
+from wpn_ds.models.load import max_positions, pad_token_id
 
 
 @dataclass(frozen=True)
@@ -215,7 +215,7 @@ def _only(model: Any, config: GenerationConfig) -> Iterator[None]:
 
 
 def _check_room(model: Any, longest: int, max_new_tokens: int) -> None:
-    room = getattr(model.config, "max_position_embeddings", None)
+    room = max_positions(model.config)
     if room is not None and longest + max_new_tokens > room:
         raise UserError(
             f"--max_new_tokens {max_new_tokens}: the longest prompt has {longest} tokens and the model only {room}"

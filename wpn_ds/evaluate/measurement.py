@@ -26,7 +26,7 @@ from wpn_ds.evaluate.tofu.log import TofuLog
 from wpn_ds.evaluate.tofu.task import TofuTask
 from wpn_ds.evaluate.utility import perplexity, retain_nll, run_utility
 from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
-from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, pinned
+from wpn_ds.models.load import Source, length_notes, load_config, load_model, load_tokenizer, max_positions, pinned
 
 RETAIN_CHUNK = 128
 """Retain records of one unit of work."""
@@ -78,8 +78,10 @@ class Measurement:
         source = pinned(source)  # an updated model is another one: it has its own folder of answers
         self.address = source.address
         self._label, self._source, self._plan = label, source, plan
-        self._tokenizer = load_tokenizer(name, source, source.flag)
-        positions = getattr(load_config(source), "max_position_embeddings", None)
+        config = load_config(source)
+        self._tokenizer = load_tokenizer(name, source, source.flag, config)
+        positions = max_positions(config)
+        self._length_notes = length_notes(config, plan.asking.max_length, name)
         what = [identity(self.address), plan.bf16, device().type]
         digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
         self._folder = plan.answers / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}-{digest}"
@@ -104,7 +106,7 @@ class Measurement:
     @property
     def notes(self) -> list[str]:
         """What a reader of the figures should know beside them."""
-        notes = [note for suite in self._suites for note in suite.notes]
+        notes = [*self._length_notes, *(note for suite in self._suites for note in suite.notes)]
         return notes + (self._tofu.notes if self._tofu else [])
 
     @property
@@ -118,7 +120,7 @@ class Measurement:
 
         def load() -> tuple[Any, Any]:
             dtype = torch.bfloat16 if self._plan.bf16 else torch.float32
-            return load_model(self._source, dtype=dtype).to(device()).eval(), self._tokenizer
+            return load_model(self._source, dtype=dtype, tokenizer=self._tokenizer).to(device()).eval(), self._tokenizer
 
         Ledger(self._folder, rank).run(self._units, load, world=(rank, size), label=self._label)
         gc.collect()  # the model goes before the next one is loaded

@@ -5,13 +5,16 @@ does not use that registry, gets an attention class. What attends to what comes 
 the ``pieces`` of :class:`wpn_ds.data.batch.Batch`, an integer table in the host's memory. It is the one argument that
 every family hands through to its attention untouched (a 4-D mask counts as prepared), in activation checkpointing's
 second forward too. Any other mask, as ``generate`` makes it, goes to plain SDPA (GPT-Neo: its own).
+
+Some families hand more to their attention than that: soft caps (Gemma-2) and sinks (gpt-oss) are computed, whatever
+else is given is refused by its name, since an attention that ignores it is another model's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import lru_cache
-from typing import Any
+from collections.abc import Callable, Mapping
+from functools import lru_cache, partial
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -26,14 +29,40 @@ from wpn_ds.data.batch import to_device
 #: ``start, stop, prefix_start, prefix_stop`` of every piece of a row, see :class:`wpn_ds.data.batch.Batch`.
 Pieces = tuple[tuple[int, int, int, int], ...]
 
-#: (query, key, value [1, H, T, D], pieces, scale, window or None, dropout) -> [1, T, H, D]
-Kernel = Callable[[Tensor, Tensor, Tensor, Pieces, float, int | None, float], Tensor]
+
+class Extras(NamedTuple):
+    """What some families' attention takes beside queries, keys and values.
+
+    Attributes:
+        softcap: scores are ``softcap * tanh(score / softcap)``.
+        sinks: [H] scores of a token that every token sees and that has nothing to say.
+    """
+
+    softcap: float | None = None
+    sinks: Tensor | None = None
+
+    def __bool__(self) -> bool:
+        return self.softcap is not None or self.sinks is not None
+
+
+NOTHING = Extras()
+
+#: (query, key, value [1, H, T, D], pieces, scale, window or None, dropout, extras) -> [1, T, H, D]
+Kernel = Callable[..., Tensor]
 
 
 def per_segment_sdpa(
-    query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float, window: int | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pieces: Pieces,
+    scale: float,
+    window: int | None,
+    dropout: float,
+    extras: Extras = NOTHING,
 ) -> Tensor:
     """One SDPA call a piece; the route of a CPU, where a call costs little and a masked-out score as much as any."""
+    attend = partial(_capped, extras=extras) if extras else F.scaled_dot_product_attention
     lengths = [stop - start for start, stop, _, _ in pieces]
     queries, keys, values = (list(x.split(lengths, dim=2)) for x in (query, key, value))
     number_at = {start: number for number, (start, _, _, _) in enumerate(pieces)}
@@ -45,26 +74,60 @@ def per_segment_sdpa(
             holder = number_at[prefix_start]
             k = torch.cat([keys[holder][:, :, :prefix], k], dim=2)
             v = torch.cat([values[holder][:, :, :prefix], v], dim=2)
-        outputs.append(_lower_right_causal(q, k, v, scale, window, dropout).transpose(1, 2))
+        outputs.append(_lower_right_causal(q, k, v, scale, window, dropout, attend).transpose(1, 2))
     return torch.cat(outputs, dim=1)
 
 
-def _lower_right_causal(q: Tensor, k: Tensor, v: Tensor, scale: float, window: int | None, dropout: float) -> Tensor:
+def _lower_right_causal(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    window: int | None,
+    dropout: float,
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention,
+) -> Tensor:
     """Attention of the last ``n`` of ``m`` tokens to those before them, within ``window``: [1, H, n, D]."""
     n, m = q.shape[2], k.shape[2]
     if window is None or m <= window:
         if n == m:
-            return F.scaled_dot_product_attention(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
-        mask = _band(n, m, m, q.device)
-        return F.scaled_dot_product_attention(q, k, v, mask, dropout_p=dropout, scale=scale)
+            return attend(q, k, v, dropout_p=dropout, is_causal=True, scale=scale)
+        return attend(q, k, v, _band(n, m, m, q.device), dropout_p=dropout, scale=scale)
     blocks = []  # a block of queries sees one window before it, so the cost grows with the window and not with m
     for start in range(0, n, window):
         stop = min(start + window, n)
         low, high = max(0, m - n + start - window + 1), m - n + stop
         mask = _band(stop - start, high - low, window, q.device)
         parts = q[:, :, start:stop], k[:, :, low:high], v[:, :, low:high]
-        blocks.append(F.scaled_dot_product_attention(*parts, mask, dropout_p=dropout, scale=scale))
+        blocks.append(attend(*parts, mask, dropout_p=dropout, scale=scale))
     return torch.cat(blocks, dim=2)
+
+
+def _capped(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    *,
+    extras: Extras,
+    scale: float,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+) -> Tensor:
+    """``F.scaled_dot_product_attention`` with soft caps and sinks; the scores are made, in at least fp32."""
+    scores = (q @ k.mT).to(torch.promote_types(q.dtype, torch.float32)) * scale
+    if extras.softcap is not None:
+        scores = (scores / extras.softcap).tanh() * extras.softcap
+    if is_causal:
+        mask = _band(q.shape[2], k.shape[2], k.shape[2], q.device)
+    if mask is not None:
+        lowest = torch.finfo(scores.dtype).min  # not -inf: a row of pads that sees nothing would be NaN
+        scores = scores.masked_fill(~mask, lowest) if mask.dtype == torch.bool else scores + mask
+    if extras.sinks is not None:
+        sinks = extras.sinks.to(scores)[None, :, None, None].expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, sinks], dim=-1)
+    shares = scores.softmax(-1)[..., : k.shape[2]]
+    return F.dropout(shares, dropout_p).to(v.dtype) @ v
 
 
 @lru_cache(maxsize=16)
@@ -75,13 +138,22 @@ def _band(n: int, m: int, window: int, device: torch.device) -> Tensor:
 
 
 def varlen(
-    query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float, window: int | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pieces: Pieces,
+    scale: float,
+    window: int | None,
+    dropout: float,
+    extras: Extras = NOTHING,
 ) -> Tensor:
     """torch's variable-length attention (CUDA, bf16): all pieces in one launch."""
     from torch.nn.attention.varlen import varlen_attn
 
     if dropout:
         raise NotImplementedError("varlen attention has no dropout")
+    if extras:
+        raise NotImplementedError("varlen attention has neither soft caps nor sinks")
     index, starts_q, starts_k, longest_q, longest_k = _varlen_layout(pieces, query.device)
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     if index is not None:
@@ -107,11 +179,20 @@ def _varlen_layout(pieces: Pieces, device: torch.device) -> tuple[Tensor | None,
 
 
 def flex(
-    query: Tensor, key: Tensor, value: Tensor, pieces: Pieces, scale: float, window: int | None, dropout: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    pieces: Pieces,
+    scale: float,
+    window: int | None,
+    dropout: float,
+    extras: Extras = NOTHING,
 ) -> Tensor:
     """flex_attention, compiled, with a block mask that is kept per layout (CUDA: on a CPU it has no backward)."""
     if dropout:
         raise NotImplementedError("flex attention has no dropout")
+    if extras:
+        raise NotImplementedError("flex attention has neither soft caps nor sinks")
     mask = _block_mask(pieces, window, query.device)
     return _compiled_flex()(query, key, value, block_mask=mask, scale=scale).transpose(1, 2)
 
@@ -207,18 +288,49 @@ def _attention(
     scaling: float | None = None,
     dropout: float = 0.0,
     sliding_window: int | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """The kernel that the model's configuration names, as transformers calls an attention."""
-    if attention_mask is None or not _is_pieces(attention_mask):
+    """The kernel that the model's configuration names, as transformers calls an attention.
+
+    Raises:
+        NotImplementedError: the family gives its attention something that would be ignored here.
+    """
+    _refuse_unknown(module, kwargs)
+    extras = Extras(softcap, s_aux if sinks is None else sinks)
+    packed = attention_mask is not None and _is_pieces(attention_mask)
+    if not packed and not extras:
         return sdpa_attention_forward(
             module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
         )
     groups = getattr(module, "num_key_value_groups", 1)
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    kernel = KERNELS[module.config._attn_implementation]
-    return kernel(query, key, value, _as_pieces(attention_mask), scale, sliding_window, dropout), None
+    if packed:
+        kernel = KERNELS[module.config._attn_implementation]
+        assert attention_mask is not None
+        return kernel(query, key, value, _as_pieces(attention_mask), scale, sliding_window, dropout, extras), None
+    causal = attention_mask is None and query.shape[2] > 1  # transformers makes no mask where plain causality will do
+    out = _capped(query, key, value, attention_mask, extras=extras, scale=scale, dropout_p=dropout, is_causal=causal)
+    return out.transpose(1, 2).contiguous(), None
+
+
+#: What transformers' attentions are told that changes nothing here.
+_HARMLESS = frozenset(
+    {"position_ids", "use_cache", "cache_position", "output_attentions", "output_hidden_states", "output_router_logits"}
+)
+
+
+def _refuse_unknown(module: Any, given: Mapping[str, Any]) -> None:
+    """Raises NotImplementedError for what an attention is given that none of :data:`KERNELS` would heed."""
+    causal = given.get("is_causal")
+    if (getattr(module, "is_causal", True) if causal is None else causal) is False:
+        raise NotImplementedError(f"{type(module).__name__} is not causal")
+    for name, value in given.items():
+        if name not in _HARMLESS and name != "is_causal" and value is not None and value is not False:
+            raise NotImplementedError(f"{type(module).__name__} is given {name}, which it doesn't know")
 
 
 class PackedGPTNeoAttention(GPTNeoSelfAttention):

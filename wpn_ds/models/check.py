@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from wpn_ds.data.batch import Batch, collate
 from wpn_ds.data.plan import Item, Layout, Role
 from wpn_ds.data.tokens import Segment
 from wpn_ds.errors import UserError
-from wpn_ds.models.load import accepts_packing
+from wpn_ds.models.load import accepts_packing, default_attention, max_positions
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.likelihood import Reading
 
@@ -23,15 +24,17 @@ TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 8e-2}
 def check_exact_reading(
     model: PackedLM, forward: Callable[[Batch], Reading], device: torch.device, layout: Layout
 ) -> None:
-    """Compare rows through ``forward`` (the engine) with each of their segments alone through the model's own code.
+    """Compare rows through ``forward`` (the engine) with each of their segments alone through the model's own code
+    and its own default attention.
 
-    Every rank must call it. A few short random texts, one of them longer than the model's attention window where rows
-    may be; where layout shares prompts, two of them do.
+    Every rank must call it. A few short random texts, one of them longer than the model's attention window and than
+    the border of a rope that goes by length, where rows may be; where layout shares prompts, two of them do.
 
     Raises:
-        UserError: they differ; the message names the flag that turns packing off, or says that it doesn't help.
+        UserError: they differ, or the model fails on them; the message names the flag that turns packing off, or says
+            that it doesn't help.
     """
-    name, config = type(model.lm).__name__, model.lm.config
+    name, config = type(model.lm).__name__, model.lm.config.get_text_config()
     if layout.packed and not accepts_packing(model.lm):
         raise UserError(f"{name} takes no position ids, so rows can't be packed: pass --packing false")
     window = _window(config)
@@ -40,31 +43,79 @@ def check_exact_reading(
             f"{name} attends within {window} tokens only, which packed rows of {layout.row_length} would undo: pass "
             f"--packing false, or --max_length {window}"
         )
-    longest = min(window + 9, layout.row_length) if window < layout.row_length else 12
+    borders = [border for border in (window, max_positions(config) or 0) if border < layout.row_length]
+    longest = min(max(borders, default=3) + 9, layout.row_length)
     items = _items(model.lm.get_input_embeddings().num_embeddings, longest, layout.share_prefix)
-    rows = (tuple(items),) if layout.packed else tuple((item,) for item in items)
+    kind = "packed" if layout.packed else "padded"
+    advice = "pass --packing false" if layout.packed else "this model can't be trained here exactly"
     was_training = model.training
     model.eval()
-    with torch.no_grad():
-        batch = collate(rows, pad_id=0, roles=frozenset({Role.RETAIN}), flat=layout.flat).to(device)
-        reading = forward(batch)
-        real = (batch.segment_ids >= 0).flatten()
-        alone = [_alone(model, item.segment, device) for item in items]
-        expected_hidden = torch.cat([states[i.shared :] for (states, _), i in zip(alone, items, strict=True)])
-        expected_losses = torch.cat([losses for _, losses in alone])
-        pairs = ((reading.hidden[real], expected_hidden), (reading.losses, expected_losses))
-        differences = [float((got - plain).abs().max() / plain.abs().max().clamp(min=1e-6)) for got, plain in pairs]
-    model.train(was_training)
-    if not all(bool(plain.isfinite().all()) for _, plain in pairs):
-        raise UserError(
-            f"{name}: reads a text alone as NaN or infinity, packed or not: its weights are broken, or too large for "
-            f"{str(model.lm.dtype).removeprefix('torch.')}"
-        )
+    try:
+        with torch.no_grad():
+            differences = _differences(model, forward, device, layout, items)
+    except UserError:
+        raise
+    except Exception as error:  # whatever a family's code says of a mask or a keyword, it can't be read in this way
+        reason = (str(error).strip().splitlines() or [""])[0] or type(error).__name__
+        raise UserError(f"{name}: {kind} rows can't be read ({reason}): {advice}") from error
+    finally:
+        model.train(was_training)
     if not all(difference <= TOLERANCE[model.lm.dtype] for difference in differences):  # so NaN is refused as well
         worst = max(differences, key=lambda d: (d != d, d))
-        advice = "pass --packing false" if layout.packed else "this model can't be trained here exactly"
-        kind = "packed" if layout.packed else "padded"
         raise UserError(f"{name}: {kind} rows differ from single sequences (by {worst:.1e}, relative): {advice}")
+
+
+def _differences(
+    model: PackedLM, forward: Callable[[Batch], Reading], device: torch.device, layout: Layout, items: list[Item]
+) -> list[float]:
+    """Of the states, the labels' losses and the finished logits, relative to the largest entry."""
+    rows = (tuple(items),) if layout.packed else tuple((item,) for item in items)
+    batch = collate(rows, pad_id=0, roles=frozenset({Role.RETAIN}), flat=layout.flat).to(device)
+    reading = forward(batch)
+    real = (batch.segment_ids >= 0).flatten()
+    with _own_attention(model.lm):
+        alone = [_alone(model, item.segment, device) for item in items]
+        finished = _finished(model, items[0].segment, device)
+    expected_hidden = torch.cat([states[i.shared :] for (states, _), i in zip(alone, items, strict=True)])
+    expected_losses = torch.cat([losses for _, losses in alone])
+    pairs = ((reading.hidden[real], expected_hidden), (reading.losses, expected_losses), finished)
+    if not all(bool(plain.isfinite().all()) for _, plain in pairs):
+        raise UserError(
+            f"{type(model.lm).__name__}: reads a text alone as NaN or infinity, packed or not: its weights are broken, "
+            f"or too large for {str(model.lm.dtype).removeprefix('torch.')}"
+        )
+    return [float((got - plain).abs().max() / plain.abs().max().clamp(min=1e-6)) for got, plain in pairs]
+
+
+@contextlib.contextmanager
+def _own_attention(lm: Any) -> Iterator[None]:
+    """The model reads by the attention that its family has by default: ours would agree with itself."""
+    ours = lm.config._attn_implementation
+    lm.config._attn_implementation = default_attention(lm.config)
+    try:
+        yield
+    finally:
+        lm.config._attn_implementation = ours
+
+
+def _finished(model: PackedLM, segment: Segment, device: torch.device) -> tuple[Tensor, Tensor]:
+    """What our head takes for the logits of head outputs of up to a hundred, and what the model makes of them.
+
+    A random or a small model's logits are too small to show a soft cap, under which a trained one's lie.
+    """
+    head = model.lm.get_output_embeddings()
+    outputs: list[Tensor] = []
+
+    def enlarge(module: Any, inputs: Any, output: Tensor) -> Tensor:
+        outputs.append(output * (100 / output.abs().max().clamp(min=1e-6)))
+        return outputs[0]
+
+    handle = head.register_forward_hook(enlarge)
+    try:
+        logits = model.lm(input_ids=torch.tensor([segment.ids], device=device), use_cache=False).logits
+    finally:
+        handle.remove()
+    return head.finish(outputs[0]).to(logits), logits
 
 
 def _window(config: Any) -> int:

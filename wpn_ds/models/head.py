@@ -11,8 +11,9 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
-from wpn_ds.objectives.likelihood import Targets, head_logits
+from wpn_ds.objectives.likelihood import UNFINISHED, Finish, Targets, head_logits
 
 #: Labels whose logits exist at the same time.
 CHUNK = 256
@@ -22,20 +23,38 @@ CHUNK = 256
 Parts = Sequence[tuple[slice, Targets]]
 
 
+def finish_of(config: PretrainedConfig) -> Finish:
+    """What a family makes of its head's output, by the names that it has in configurations: soft caps of Gemma's kin,
+    scales of Cohere's, Granite's and Falcon-H1's. The start-up check finds out if that is all."""
+    text = config.get_text_config()
+
+    def number(*names: str) -> float | None:
+        found = (getattr(text, name, None) for name in names)
+        return next((value for value in found if isinstance(value, int | float) and value), None)
+
+    scale = (number("logit_scale") or 1.0) * (number("lm_head_multiplier") or 1.0) / (number("logits_scaling") or 1.0)
+    return Finish(scale, number("final_logit_softcapping", "logits_soft_cap"))
+
+
 class AnswerHead(nn.Module):
     """A model's output layer, which also computes losses itself.
 
     It must: ZeRO-3 gathers a weight while the module that owns it runs, and nowhere else.
     """
 
-    def __init__(self, head: Any) -> None:
-        """Takes over the parameters of ``head``, an ``nn.Linear``; tied weights stay tied."""
+    def __init__(self, head: Any, finish: Finish = UNFINISHED) -> None:
+        """Takes over the parameters of ``head``, an ``nn.Linear``; tied weights stay tied.
+
+        ``finish``: what the model makes of the logits afterwards, which losses have to know.
+        """
         super().__init__()
+        self.finish = finish
         self.weight = head.weight
         self.bias = getattr(head, "bias", None)
 
     def forward(self, hidden: Tensor, parts: Parts | None = None, weights: Tensor | None = None) -> Any:
-        """``[..., d]`` to logits ``[..., V]``; with ``parts``, ``[n, d]`` to ``([n] losses, weighted sum)``.
+        """``[..., d]`` to outputs ``[..., V]``, which the model itself finishes; with ``parts``, ``[n, d]`` to
+        ``([n] losses, weighted sum)``.
 
         ``weights`` [n]: the coefficients of the losses in the scalar that will be minimised. With them the gradient is
         made in the forward, while a chunk's logits exist, and it is the sum that carries it; without them the losses
@@ -43,23 +62,29 @@ class AnswerHead(nn.Module):
         """
         if parts is None:
             return F.linear(hidden, self.weight, self.bias)
-        return _ChunkedLoss.apply(hidden, self.weight, self.bias, parts, weights)
+        return _ChunkedLoss.apply(hidden, self.weight, self.bias, self.finish, parts, weights)
 
 
 class _ChunkedLoss(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, weights: Tensor | None
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        finish: Finish,
+        parts: Parts,
+        weights: Tensor | None,
     ) -> tuple[Tensor, Tensor]:
-        ctx.fused, ctx.parts = weights is not None, parts
+        ctx.fused, ctx.finish, ctx.parts = weights is not None, finish, parts
         trained = any(ctx.needs_input_grad)
         if weights is None or not trained:
-            losses, *_ = _chunks(hidden, weight, bias, parts, None)
+            losses, *_ = _chunks(hidden, weight, bias, finish, parts, None)
             ctx.save_for_backward(hidden, weight, bias)
             total = losses.new_zeros(())
             ctx.mark_non_differentiable(total)
         else:
-            losses, *gradients = _chunks(hidden, weight, bias, parts, weights)
+            losses, *gradients = _chunks(hidden, weight, bias, finish, parts, weights)
             ctx.save_for_backward(*gradients)
             total = (weights * losses).sum()
             ctx.mark_non_differentiable(losses)
@@ -72,22 +97,31 @@ class _ChunkedLoss(torch.autograd.Function):
             gradients = [None if g is None else g.mul_(of_total.to(g.dtype)) for g in ctx.saved_tensors]
         else:
             hidden, weight, bias = ctx.saved_tensors
-            gradients = list(_chunks(hidden, weight, bias, ctx.parts, of_losses)[1:])
-        return (*gradients, None, None)
+            gradients = list(_chunks(hidden, weight, bias, ctx.finish, ctx.parts, of_losses)[1:])
+        return (*gradients, None, None, None)
 
 
 def _chunks(
-    hidden: Tensor, weight: Tensor, bias: Tensor | None, parts: Parts, coefficients: Tensor | None
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    finish: Finish,
+    parts: Parts,
+    coefficients: Tensor | None,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
     """Losses [n], and with ``coefficients`` [n] the gradients of their weighted sum: hidden's, weight's, bias's."""
     losses, of_hidden = [], []
     of_weight = of_bias = None
     for labels, targets, own in _in_chunks(parts):
         states = hidden[labels]
-        loss, delta = targets.losses(head_logits(states, weight, bias), own)
+        logits = head_logits(states, weight, bias, finish)
+        slope = finish.slope(logits) if finish and coefficients is not None else None  # the losses overwrite the logits
+        loss, delta = targets.losses(logits, own)
         losses.append(loss)
         if coefficients is None:
             continue
+        if slope is not None:
+            delta.mul_(slope)
         scale = coefficients[labels, None].to(delta.dtype)
         if bias is not None:
             share = (delta * scale).sum(0)

@@ -6,7 +6,7 @@ import contextlib
 import inspect
 import logging
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from pickle import UnpicklingError
@@ -97,18 +97,53 @@ def load_config(source: Source, *, dropout: float | None = None) -> PretrainedCo
         config = AutoConfig.from_pretrained(source.name_or_path, **source.hub_arguments)
     if dropout is not None:
         for name in dropout_fields(config):
-            setattr(config, name, 0.0 if name == "layerdrop" else dropout)
+            setattr(config.get_text_config(), name, 0.0 if name == "layerdrop" else dropout)
     return config
 
 
+def max_positions(config: PretrainedConfig) -> int | None:
+    """The longest text, in tokens, that is read the same whatever is read beside it; None without a limit.
+
+    That is the model's positions, or less: where a longest text beyond a border changes the rope's frequencies for all
+    (longrope), its neighbours would be read otherwise than alone.
+    """
+    text = config.get_text_config()
+    ropes = getattr(text, "rope_parameters", None) or {}
+    borders = [
+        rope.get("original_max_position_embeddings") or getattr(text, "original_max_position_embeddings", None)
+        for rope in (ropes, *ropes.values())
+        if isinstance(rope, dict) and rope.get("rope_type") == "longrope"
+    ]
+    own = getattr(text, "max_position_embeddings", None) or getattr(text, "max_seq_len", None)  # MPT's name
+    return min((limit for limit in (own, *borders) if limit), default=None)
+
+
+def length_notes(config: PretrainedConfig, asked: int, name: str) -> list[str]:
+    """A line if texts end before ``asked`` tokens and before the model's positions, see :func:`max_positions`."""
+    positions = getattr(config.get_text_config(), "max_position_embeddings", None) or asked
+    room = max_positions(config) or asked
+    if room >= min(asked, positions):
+        return []
+    return [
+        f"texts end at {room} tokens, not at --max_length {asked}: a longer one would change how {name} reads those "
+        "beside it (longrope)"
+    ]
+
+
 def dropout_fields(config: PretrainedConfig) -> dict[str, float]:
-    """The configuration's dropout probabilities by name (OPT's default is 0.1 for ``dropout``)."""
-    return {name: value for name, value in vars(config).items() if "drop" in name and isinstance(value, int | float)}
+    """The dropout probabilities of what reads texts, by name (OPT's default is 0.1 for ``dropout``)."""
+    values = vars(config.get_text_config()).items()
+    return {name: value for name, value in values if "drop" in name and isinstance(value, int | float)}
 
 
-def load_tokenizer(name_or_path: str, source: Source, flag: str = "--tokenizer_name") -> Any:
-    """The tokenizer; one without an EOS token is refused, since an answer's end would be unknown. The revision is the
-    model's: a tokenizer from elsewhere is that of "main"."""
+def load_tokenizer(
+    name_or_path: str, source: Source, flag: str = "--tokenizer_name", config: PretrainedConfig | None = None
+) -> Any:
+    """The tokenizer; one without an EOS token is refused, since an answer's end would be unknown.
+
+    ``config``: of the model that reads what it makes. EOS stands in for a pad token that this model lacks. The revision
+    is the model's: a tokenizer from elsewhere is that of "main".
+    """
     of_model = name_or_path == source.name_or_path
     arguments = (source if of_model else replace(source, revision=None)).hub_arguments
     with _one_line(f"{flag} {name_or_path}: no tokenizer there"):
@@ -117,7 +152,46 @@ def load_tokenizer(name_or_path: str, source: Source, flag: str = "--tokenizer_n
         raise UserError(f"{flag} {name_or_path}: no tokenizer there (its vocabulary is empty)")
     if tokenizer.eos_token_id is None:
         raise UserError(f"{flag} {name_or_path}: the tokenizer has no EOS token, so answers would never end")
+    if config is not None:
+        fit_pad(tokenizer, config.get_text_config().vocab_size)
     return tokenizer
+
+
+def fit_pad(tokenizer: Any, rows: int) -> None:
+    """EOS in place of a pad token beyond an embedding of ``rows`` rows: pads are masked, but they are looked up."""
+    if tokenizer.pad_token_id is not None and tokenizer.pad_token_id >= rows:
+        logger.warning(
+            "the pad token %s (id %d) lies beyond the model's %d tokens, so %s pads texts (pads are masked)",
+            tokenizer.pad_token, tokenizer.pad_token_id, rows, tokenizer.eos_token,
+        )  # fmt: skip
+        tokenizer.pad_token = tokenizer.eos_token
+
+
+def check_ids(ids: Iterable[int], tokenizer: Any, rows: int, source: Source) -> None:
+    """Raises UserError for a token that an embedding of ``rows`` rows lacks."""
+    largest = max(ids, default=-1)
+    if largest >= rows:
+        raise UserError(
+            f"{source.flag} {source.name_or_path} has {rows} tokens, and {tokenizer.convert_ids_to_tokens(largest)!r} "
+            f"in the texts is number {largest} of the tokenizer's: use the model's own tokenizer, take the token out "
+            "of the texts, or resize the model (resize_token_embeddings)"
+        )
+
+
+def refuse_unknown_ids(model: Any, tokenizer: Any, source: Source) -> None:
+    """Makes ``model`` refuse, as :func:`check_ids` does, what a tokenizer of more tokens may give it to read.
+
+    A tokenizer that has no such token costs nothing.
+    """
+    embedding = model.get_input_embeddings()
+    rows = getattr(embedding, "num_embeddings", None)
+    if rows is None or max(tokenizer.get_vocab().values()) < rows:
+        return
+
+    def check(_: Any, inputs: tuple[torch.Tensor, ...]) -> None:
+        check_ids((int(ids.max()) for ids in inputs if ids.numel()), tokenizer, rows, source)
+
+    embedding.register_forward_pre_hook(check)
 
 
 def pad_token_id(tokenizer: Any) -> int:
@@ -133,6 +207,7 @@ def load_model(
     attention: str = "auto",
     gradient_checkpointing: bool = False,
     zero3: Mapping[str, Any] | None = None,
+    tokenizer: Any = None,
 ) -> Any:
     """A transformers causal LM in training mode, audited.
 
@@ -140,6 +215,7 @@ def load_model(
         attention: "auto", "sdpa", "eager", or one of :data:`wpn_ds.models.attention.KERNELS`.
         zero3: a DeepSpeed configuration of stage 3 without batch sizes: the weights are then partitioned as they are
             read, and no rank ever holds the whole model.
+        tokenizer: whose ids it reads; those that it lacks are then refused when they come.
 
     Raises:
         UserError: the model is missing, isn't a causal LM, doesn't support ``attention``, or its weights and its
@@ -187,6 +263,8 @@ def load_model(
     model.train()
     if gradient_checkpointing:
         checkpoint_activations(model)
+    if tokenizer is not None:
+        refuse_unknown_ids(model, tokenizer, source)
     return model
 
 

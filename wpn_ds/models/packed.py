@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from wpn_ds.data.batch import Batch
 from wpn_ds.data.plan import Role
-from wpn_ds.models.head import AnswerHead, Parts
+from wpn_ds.models.head import AnswerHead, Parts, finish_of
 from wpn_ds.objectives.likelihood import Reading, Targets, Tokens
 
 
@@ -27,7 +27,7 @@ class PackedLM(nn.Module):
         self.lm = lm
         self.packed = packed
         if not isinstance(lm.get_output_embeddings(), AnswerHead):
-            lm.set_output_embeddings(AnswerHead(lm.get_output_embeddings()))
+            lm.set_output_embeddings(AnswerHead(lm.get_output_embeddings(), finish_of(lm.config)))
 
     def forward(
         self, batch: Batch, weights: Tensor | None = None, targets: Mapping[Role, Targets] = MappingProxyType({})

@@ -32,10 +32,35 @@ class Reading(NamedTuple):
     weighted: Tensor
 
 
-def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+class Finish(NamedTuple):
+    """What a model makes of its head's output: ``cap * tanh(scale * output / cap)``, without a cap only scaled."""
+
+    scale: float = 1.0
+    cap: float | None = None
+
+    def __bool__(self) -> bool:
+        return self != UNFINISHED
+
+    def __call__(self, outputs: Tensor) -> Tensor:
+        """Logits."""
+        scaled = outputs * self.scale
+        return scaled if self.cap is None else (scaled / self.cap).tanh() * self.cap
+
+    def slope(self, logits: Tensor) -> Tensor:
+        """The derivative of finished ``logits`` by the head's output."""
+        if self.cap is None:
+            return torch.full_like(logits[..., :1], self.scale)
+        return (logits / self.cap).square_().neg_().add_(1).mul_(self.scale)
+
+
+UNFINISHED = Finish()
+
+
+def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, finish: Finish = UNFINISHED) -> Tensor:
     """``[n, d]`` states and a head's ``[V, d]`` weight to ``[n, V]`` logits, at least fp32."""
     logits = F.linear(hidden, weight, bias)
-    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    return finish(logits) if finish else logits
 
 
 class Targets(Protocol):
@@ -93,15 +118,17 @@ class Distribution:
     Attributes:
         hidden: [n, d] what that head receives.
         weight, bias: [V, d] and [V], or None.
+        finish: what its model makes of its output.
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
+    finish: Finish = UNFINISHED
 
     def losses(self, logits: Tensor, labels: slice) -> tuple[Tensor, Tensor]:
         logits = _log_softmax(logits)
-        target = _log_softmax(head_logits(self.hidden[labels], self.weight, self.bias)).to(logits.dtype)
+        target = _log_softmax(head_logits(self.hidden[labels], self.weight, self.bias, self.finish)).to(logits.dtype)
         gap = target - logits  # exactly 0 at the start, which a difference of two sums would not be
         target.exp_()
         return gap.mul_(target).sum(1), logits.exp_().sub_(target)

@@ -18,7 +18,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.generate import batches, evaluation_mode
 from wpn_ds.evaluate.measurement import device
 from wpn_ds.evaluate.utility import answer_losses
-from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, pad_token_id
+from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pad_token_id
 from wpn_ds.objectives.pooling import Pooling, pool, pooling_matrix
 
 
@@ -55,8 +55,9 @@ class Reader:
 
     def __init__(self, flag: str, name: str, settings: Settings) -> None:
         self._source, self._settings = Source(name, flag), settings
-        self._tokenizer = load_tokenizer(name, self._source, flag)
-        positions = getattr(load_config(self._source), "max_position_embeddings", None)
+        config = load_config(self._source)
+        self._tokenizer = load_tokenizer(name, self._source, flag, config)
+        positions = max_positions(config)
         self._max_length = min(settings.max_length, positions or settings.max_length)
 
     def prompt(self, record: ForgetRecord) -> Text:
@@ -132,7 +133,7 @@ class Reader:
     @contextlib.contextmanager
     def _model(self) -> Iterator[Any]:
         dtype = torch.bfloat16 if self._settings.bf16 else torch.float32
-        model = load_model(self._source, dtype=dtype).to(device())
+        model = load_model(self._source, dtype=dtype, tokenizer=self._tokenizer).to(device())
         with evaluation_mode(model):
             yield model
         del model  # before another one is loaded

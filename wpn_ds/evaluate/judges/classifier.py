@@ -15,7 +15,15 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.base import Case, Input, Judge, Judgement, by_threshold
-from wpn_ds.models.load import Source, audit, hub_commit, pad_token_id
+from wpn_ds.models.load import (
+    Source,
+    audit,
+    fit_pad,
+    hub_commit,
+    max_positions,
+    pad_token_id,
+    refuse_unknown_ids,
+)
 
 BATCH = 16
 """Answers in one forward pass; of no influence on the verdicts."""
@@ -138,8 +146,9 @@ def _load(source: Source, name: str) -> tuple[Any, Any]:
     audit(info, Source(name, source.flag))
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
-    if classifier.config.pad_token_id is None:  # by which decoders find a text's last token
-        classifier.config.pad_token_id = pad_token_id(tokenizer)
+    fit_pad(tokenizer, classifier.config.get_text_config().vocab_size)
+    refuse_unknown_ids(classifier, tokenizer, Source(name, "--judge"))
+    classifier.config.pad_token_id = pad_token_id(tokenizer)  # by which decoders find a text's last token
     return tokenizer, classifier.eval()
 
 
@@ -168,7 +177,7 @@ def _is_safe(label: str) -> bool:
 
 def _max_tokens(tokenizer: Any, model: Any) -> int | None:
     """Tokens that the model reads at most; None without a limit."""
-    positions = getattr(model.config, "max_position_embeddings", None)
+    positions = max_positions(model.config)
     padding = getattr(getattr(model.base_model, "embeddings", None), "padding_idx", None)
     if positions and padding is not None:
         positions -= padding + 1  # RoBERTa's kin count positions from there
