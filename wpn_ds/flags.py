@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from wpn_ds.errors import UserError
+from wpn_ds.files import cause
 
 
 def whole(text: str) -> int:
@@ -72,4 +73,9 @@ def new_output(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        raise UserError(f"--output {path}: {error.filename or 'it'} can't be used ({error.strerror})") from error
+        raise UserError(f"--output {path}: {error.filename or 'it'} can't be used ({cause(error)})") from error
+
+
+def lock_beside(path: Path) -> Path:
+    """Where the lock of an output file, or of a folder that is yet to be made, lies."""
+    return path.parent / f".{path.name}.lock"

@@ -55,14 +55,16 @@ def made(folder: Path, step: int) -> None:
     saver._output_dir, saver._keep = folder, 9
     partial = folder / f"checkpoint-{step}.tmp"
     (partial / "state").mkdir(parents=True)
-    torch.save({"weights": torch.arange(3.0)}, partial / "state" / "part.pt")
-    saver._commit(state(step), partial, {})
+    writer = Writer(background=False)
+    writer.save({"weights": torch.arange(3.0)}, partial / "state" / "part.pt")
+    saver._commit(state(step), partial, checkpoint._told(partial, writer.collect(), 0))
 
 
-def test_a_checksum_is_that_of_the_file(tmp_path) -> None:
+def test_size_and_checksum_are_those_of_the_file(tmp_path) -> None:
     writer = Writer(background=False)
     writer.save({"a": torch.arange(1000)}, tmp_path / "a.pt")
-    assert writer.collect() == {tmp_path / "a.pt": sha256(tmp_path / "a.pt")}
+    file = tmp_path / "a.pt"
+    assert writer.collect() == {file: (file.stat().st_size, sha256(file))}
     assert torch.equal(torch.load(tmp_path / "a.pt", weights_only=True)["a"], torch.arange(1000))
 
 

@@ -20,7 +20,7 @@ from wpn_ds.evaluate.answering import Asking, can_judge
 from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
 from wpn_ds.evaluate.judges.base import Judge
 from wpn_ds.evaluate.measurement import Measurement, Plan, device
-from wpn_ds.evaluate.ranks import all_arrived, join_ranks
+from wpn_ds.evaluate.ranks import all_arrived, alone_in, join_ranks
 from wpn_ds.evaluate.relearning import Lessons
 from wpn_ds.evaluate.report.files import write_report
 from wpn_ds.evaluate.report.table import format_table
@@ -37,6 +37,7 @@ from wpn_ds.evaluate.suites import (
 from wpn_ds.evaluate.tofu.log import write_log
 from wpn_ds.evaluate.tofu.task import ANSWER_TOKENS, add_tofu_flags, tofu_task
 from wpn_ds.evaluate.utility import available_utility
+from wpn_ds.files import cause
 from wpn_ds.flags import above_0, check_place, positive, share
 from wpn_ds.models.load import Source
 
@@ -138,6 +139,11 @@ def run(argv: Sequence[str] | None = None) -> int:
         if name:
             check_place(flag, name)
     rank, size = join_ranks()
+    with alone_in(options.output_dir / ".evaluate.lock", f"--output_dir {options.output_dir}", rank, size):
+        return _evaluate(options, models, rank, size)
+
+
+def _evaluate(options: argparse.Namespace, models: Mapping[str, tuple[str, str | None]], rank: int, size: int) -> int:
     try:
         plan, notes, settings, judges = _prepare(options, rank, size)
         parts = {label: Measurement(label, Source(name, flag), plan) for label, (flag, name) in models.items() if name}
@@ -167,7 +173,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         if error.filename is None and error.errno is None:
             raise
         where = error.filename or options.output_dir
-        raise UserError(f"{where} can't be used ({error.strerror}): what is done so far is kept") from error
+        raise UserError(f"{where} can't be used ({cause(error)}): what is done so far is kept") from error
     print(format_table(evaluations.get("before"), evaluations["after"]))
     print(f"\n{page}")
     return 0
