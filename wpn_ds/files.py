@@ -116,34 +116,33 @@ def cache_folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or home() / ".cache") / "wpn_ds"
 
 
-_FULL = {errno.ENOSPC: "the disk is full: make room", errno.EDQUOT: "the quota is used up: make room"}
-_REFUSED = {
-    errno.EACCES: "there is no right to it: mend its permissions, or name another place",
-    errno.EPERM: "it is not permitted: mend its permissions, or name another place",
-    errno.EROFS: "it is mounted read-only: name another place",
-    errno.ENOTDIR: "a file is where a folder should be: remove it, or name another place",
-    errno.EEXIST: "something else is there: remove it, or name another place",
-    errno.EISDIR: "a folder is where a file should be: remove it, or name another place",
-    errno.ENAMETOOLONG: "the name is too long: name another place",
-    errno.ELOOP: "its links go in a circle: name another place",
-    errno.EFBIG: "no file there may be that large: raise the limit (ulimit -f), or name another place",
-    errno.EIO: "the disk can't be read or written: look at the system's log, or name another place",
-    errno.ESTALE: "the network file system lost it: start again",
+_FULL = {errno.ENOSPC, errno.EDQUOT}
+_ELSEWHERE = "or name another place"
+#: What to do about an error that is about a disk, a folder or the right to it.
+_ADVICE = {
+    **dict.fromkeys(_FULL, "make room"),
+    **dict.fromkeys((errno.EACCES, errno.EPERM), f"mend its permissions, {_ELSEWHERE}"),
+    **dict.fromkeys((errno.EEXIST, errno.ENOTDIR), f"remove what is in the place of a folder, {_ELSEWHERE}"),
+    errno.EROFS: "name another place",
+    errno.EISDIR: f"remove the folder in the place of a file, {_ELSEWHERE}",
+    errno.ENAMETOOLONG: "name another place",
+    errno.ELOOP: f"mend its links, {_ELSEWHERE}",
+    errno.EFBIG: f"raise the limit (ulimit -f), {_ELSEWHERE}",
+    errno.EIO: f"look at the system's log, {_ELSEWHERE}",
+    errno.ESTALE: "start again",
 }
 
 
 def cause(error: BaseException) -> str:
-    """Why a file can't be used and what to do, as far as that is known; else the error's own first line."""
+    """Why a file can't be used, in the system's words, and what to do as far as that is known."""
     number = error.errno if isinstance(error, OSError) else None
-    if number in _FULL or number in _REFUSED:
-        return (_FULL | _REFUSED)[number]
-    text = (error.strerror if isinstance(error, OSError) else None) or str(error) or type(error).__name__
-    return str(text).strip().splitlines()[0]
+    said = (error.strerror if isinstance(error, OSError) else None) or str(error).strip() or type(error).__name__
+    return ": ".join([str(said).splitlines()[0], *([_ADVICE[number]] if number in _ADVICE else [])])
 
 
 def refusal(error: OSError) -> UserError | None:
     """``error`` for the user, in one line, if it is about a disk, a folder or the right to it; else it is a defect."""
-    if error.errno not in _FULL | _REFUSED:
+    if error.errno not in _ADVICE:
         return None
-    line = ": ".join([*([str(error.filename)] if error.filename else []), cause(error)])
+    line = f"{error.filename}: {cause(error)}" if error.filename else cause(error)
     return NoRoom(line) if error.errno in _FULL else UserError(line)
