@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import errno
 import os
+import re
 import stat
 import time
 from pathlib import Path
@@ -122,30 +123,27 @@ def test_somebody_elses_folder_is_no_home(homeless, tmp_path) -> None:
         home()
 
 
-#: Calls that open a text file, with the position of their encoding, and that of their mode.
-_TEXT = {"read_text": (0, None), "write_text": (1, None), "open": (None, 0), "fdopen": (None, 1)}
-
-
 def without_encoding(source: str) -> list[int]:
     """Lines that open a text file in whatever encoding the locale has."""
     lines = []
     for node in ast.walk(ast.parse(source)):
-        if not isinstance(node, ast.Call):
+        called = ast.unparse(node.func) if isinstance(node, ast.Call) else ""
+        name = called.rpartition(".")[2]
+        if not isinstance(node, ast.Call) or called in ("os.open", "_OPENER.open", "socket.fdopen"):
             continue
-        name = node.func.attr if isinstance(node.func, ast.Attribute) else getattr(node.func, "id", "")
-        if name == "FileHandler" or name in _TEXT or name.endswith("TemporaryFile"):
-            strings = [a.value for a in (*node.args, *(k.value for k in node.keywords)) if isinstance(a, ast.Constant)]
-            binary = any(isinstance(s, str) and "b" in s and len(s) <= 3 for s in strings) or not strings
-            textual = name in ("read_text", "write_text", "FileHandler")
-            owner = ast.unparse(node.func)
-            no_file = owner in ("os.open", "_OPENER.open")
-            if not no_file and (textual or not binary) and all(k.arg != "encoding" for k in node.keywords):
-                lines.append(node.lineno)
-    return lines
+        values = (*node.args, *(keyword.value for keyword in node.keywords))
+        told = [value.value for value in values if isinstance(value, ast.Constant)]
+        modes = [value for value in told if isinstance(value, str) and re.fullmatch(r"[rwaxbt+]{1,3}", value)]
+        binary = any("b" in mode for mode in modes) or (name.endswith("TemporaryFile") and not modes)
+        opens = name in ("open", "fdopen", "read_text", "write_text", "FileHandler") or name.endswith("TemporaryFile")
+        if opens and not binary and all(keyword.arg != "encoding" for keyword in node.keywords):
+            lines.append(node.lineno)
+    return sorted(lines)
 
 
 def test_text_files_are_utf8_whatever_the_locale() -> None:
-    assert without_encoding("p.open('a')\np.read_text()\nopen('x', 'rb')\nopen(p, encoding='utf-8')") == [1, 2]
+    source = "p.open('a')\np.read_text()\nopen(p)\nopen('x', 'rb')\nopen(p, encoding='utf-8')\nTemporaryFile('w+')"
+    assert without_encoding(source) == [1, 2, 3, 6]
     found = {
         str(path.relative_to(ROOT)): lines
         for folder in ("wpn_ds", "launch")
