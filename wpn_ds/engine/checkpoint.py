@@ -184,10 +184,13 @@ class Saver:
         self.rotate(state)
 
     def rotate(self, state: TrainerState) -> None:
-        """Delete all but the newest checkpoints and the best one, on rank 0; others of ``state``'s future go too."""
+        """Delete all but the newest checkpoints and the best one, on rank 0; others of ``state``'s future go too.
+
+        That of ``state`` itself stays, even if this node doesn't see all of its files yet.
+        """
         kept = [path for step, path in complete(self._output_dir) if step <= state.step][-self._keep :]
         for _, path in list(_checkpoints(self._output_dir)):
-            if path not in [*kept, path_of(self._output_dir, state.best_step)]:
+            if path not in [*kept, path_of(self._output_dir, state.step), path_of(self._output_dir, state.best_step)]:
                 _remove(path)
 
     def _partial(self, state: TrainerState) -> Path:
