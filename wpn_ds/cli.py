@@ -61,6 +61,7 @@ def train(argv: Sequence[str]) -> int:
         _make_ready()
         launcher = launchers.join()
         _quieten()
+        _refuse_unreadable(argv)
         config = parse_args(argv)
         if config.model.model_name_or_path is None:
             from wpn_ds.demo import recipe
@@ -73,6 +74,17 @@ def train(argv: Sequence[str]) -> int:
     if launcher not in ("none", "environment") and os.environ["RANK"] == "0":
         print(f"started by {launcher}: {os.environ['WORLD_SIZE']} ranks", file=sys.stderr)
     return run_guarded(lambda: train(config))
+
+
+def _refuse_unreadable(argv: Sequence[str]) -> None:
+    """Raises UserError where the locale can't read an argument: TensorBoard can't write to such a path."""
+    for text in argv:
+        shown = text.encode("utf-8", "backslashreplace").decode()
+        if shown != text:
+            raise UserError(
+                f"{shown}: not to be read as {sys.getfilesystemencoding()}: set PYTHONUTF8=1, or give a name without "
+                "such letters"
+            )
 
 
 def _make_ready() -> None:
