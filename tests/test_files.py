@@ -60,21 +60,23 @@ def test_a_text_is_written_whole_or_not_at_all(tmp_path, monkeypatch) -> None:
     assert path.read_text(encoding="utf-8") == "é\\udc80" and list(tmp_path.iterdir()) == [path]
 
 
-def test_what_a_killed_process_left_goes_after_a_day(tmp_path) -> None:
-    for name, hours in (("old", 25), ("young", 1)):
-        folder = tmp_path / f"{name}.host.1.tmp"
+def test_what_a_killed_process_left_goes_after_a_day_and_nothing_else(tmp_path) -> None:
+    def old(path: Path, hours: float = 25) -> None:
+        os.utime(path, (time.time() - hours * 3600,) * 2)
+
+    for name, file_hours, hours in (("a0", 25, 25), ("a1", 1, 1), ("a2", 1, 25)):  # the last is still written to
+        folder = tmp_path / f"bank-{name}.host.1.tmp"
         folder.mkdir()
         (folder / "rows.npy").touch()
-        for path in (folder / "rows.npy", folder):
-            os.utime(path, (time.time() - hours * 3600,) * 2)
-    (tmp_path / ".status.json.ab.tmp").touch()
-    os.utime(tmp_path / ".status.json.ab.tmp", (0, 0))
-    growing = tmp_path / "growing.host.2.tmp"
-    growing.mkdir()
-    (growing / "rows.npy").touch()  # still written to
-    os.utime(growing, (0, 0))
-    assert {path.name for path in remove_abandoned(tmp_path)} == {"old.host.1.tmp", ".status.json.ab.tmp"}
-    assert {path.name for path in tmp_path.iterdir()} == {"young.host.1.tmp", "growing.host.2.tmp"}
+        old(folder / "rows.npy", file_hours)
+        old(folder, hours)
+    for name in (".status.json.0123abcd.tmp", "thesis.tmp", ".thesis.tmp"):
+        (tmp_path / name).touch()
+        old(tmp_path / name)
+    assert [path.name for path in remove_abandoned(tmp_path)] == [".status.json.0123abcd.tmp"]
+    assert [path.name for path in remove_abandoned(tmp_path, r"bank-.*tmp")] == ["bank-a0.host.1.tmp"]
+    left = {"bank-a1.host.1.tmp", "bank-a2.host.1.tmp", "thesis.tmp", ".thesis.tmp"}
+    assert {path.name for path in tmp_path.iterdir()} == left
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import re
 import secrets
 import shutil
 import tempfile
@@ -71,10 +72,13 @@ def holds_anything(folder: Path) -> bool:
     return any(path.name != PARTIAL and not path.name.startswith(".") for path in folder.iterdir())
 
 
-def remove_abandoned(folder: Path) -> list[Path]:
-    """Delete each ``*.tmp`` in ``folder`` in which nothing was touched for a day: a killed process left it."""
+def remove_abandoned(folder: Path, name: str = r"\..+\.[0-9a-f]{8}\.tmp") -> list[Path]:
+    """Delete what a killed process left in ``folder``: what has such a name (a pattern; by default, the names of
+    :func:`write_atomically`), and nothing in it was touched for a day."""
     gone = []
     for path in folder.glob("*.tmp"):
+        if not re.fullmatch(name, path.name):
+            continue
         with contextlib.suppress(OSError):  # another process was faster, or it is another user's
             touched = max(file.stat().st_mtime for file in (path, *path.rglob("*")))
             if time.time() - touched > _ABANDONED:

@@ -281,7 +281,7 @@ class _Conversion:
         # Its own: another run may convert the same checkpoint meanwhile.
         self._path, self._partial = path, path / f"{UNIVERSAL}.{socket.gethostname()}.{os.getpid()}.tmp"
         shutil.rmtree(self._partial, ignore_errors=True)
-        remove_abandoned(path)
+        remove_abandoned(path, rf"{UNIVERSAL}\..*tmp")
         # One worker: each may hold a whole layer.
         options = ["--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"]
         program = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options]

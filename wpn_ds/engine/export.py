@@ -11,7 +11,7 @@ from torch import Tensor
 
 from wpn_ds.engine.build import full_weights
 from wpn_ds.engine.checkpoint import STATE, TrainerState, is_partitioned
-from wpn_ds.engine.distributed import World, on_main
+from wpn_ds.engine.distributed import World, patiently
 from wpn_ds.errors import UserError
 from wpn_ds.files import filled
 from wpn_ds.models.load import Source, load_model, load_tokenizer
@@ -26,7 +26,10 @@ def export(lm: Any, tokenizer: Any, output_dir: Path, world: World, config_overr
         config_overrides: configuration values to write in place of the training ones (the original dropout).
     """
     weights = full_weights(lm, world)
-    on_main(world, lambda: _write_model(lm, tokenizer, weights or {}, output_dir, config_overrides))
+    if world.is_main:
+        patiently(lambda: _write_model(lm, tokenizer, weights or {}, output_dir, config_overrides))
+    else:
+        patiently(lambda: None)
 
 
 def _write_model(

@@ -435,7 +435,6 @@ def _lock_output(config: Config, world: World) -> None:
         with _usable(output_dir):
             _check_place(config)
             output_dir.mkdir(parents=True, exist_ok=True)
-            remove_abandoned(output_dir)
 
     def attempt() -> bool:
         with _usable(output_dir):
@@ -471,6 +470,7 @@ def _claim_output(config: Config) -> None:
     """
     with _usable(_output_dir(config)):
         _claim(config)
+        remove_abandoned(_output_dir(config))
 
 
 def _claim(config: Config) -> None:

@@ -57,7 +57,7 @@ class Tables:
             return found
         writer = world.local_rank == 0
         if writer:
-            remove_abandoned(self.directory)
+            remove_abandoned(self.directory, r"[a-z_]+-[0-9a-f]+\..*tmp")
         partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         columns: dict[str, np.ndarray] | None = None
         if writer:
