@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 
@@ -68,3 +70,44 @@ def test_a_tilde_after_an_equals_sign_is_the_home_folder_for_every_command(monke
     assert cli.main(["evaluate", *given]) == 0
     home = ["--model=/home/me/m", "/home/me/a b", "--judge", "local:/home/me/j", "--judge=local:/home/me/j"]
     assert seen == [*home, "a~/b", "about ~/x", "--template=~x"]
+
+
+#: A terminal that takes ASCII alone, under a locale that has nothing else.
+ASCII = {"PYTHONIOENCODING": "ascii", "LC_ALL": "C", "PYTHONCOERCECLOCALE": "0", "PYTHONUTF8": "0"}
+
+
+def test_a_terminal_that_is_not_utf8_shows_what_it_can_and_files_are_read_as_they_were_written(tmp_path) -> None:
+    (tmp_path / "starts.jsonl").write_text('{"time": 1.0, "step": 0, "ranks": 1, "job": "", "host": "vm"}\n')
+    (tmp_path / "FAILED").write_text("no room in /données\n", encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, "-m", "wpn_ds.cli", "status", str(tmp_path)],
+        cwd=ROOT, env=environment(ASCII), capture_output=True, text=True, timeout=120, check=False,
+    )  # fmt: skip
+    assert "failed: no room in /donn\\xe9es" in run.stdout and not run.stderr, run.stderr
+
+
+def test_a_path_that_the_locale_cannot_read_is_one_line_before_anything_is_trained(capsys, monkeypatch) -> None:
+    monkeypatch.setattr("wpn_ds.signals.install", lambda: None)
+    assert cli.train(["--output_dir", "runs/donn\udcc3\udca9es"]) == 2
+    assert "error: runs/donn\\udcc3\\udca9es: not to be read as" in capsys.readouterr().err
+
+
+def test_a_folder_without_the_right_to_it_is_one_line(tmp_path, monkeypatch, capsys) -> None:
+    def refused(argv) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied", "/runs/demo")
+
+    monkeypatch.setitem(cli._COMMAND_FUNCTIONS, "plant", cli._guarded(refused))
+    assert cli.main(["plant"]) == 2
+    assert capsys.readouterr().err == (
+        "error: /runs/demo: Permission denied: mend its permissions, or name another place\n"
+    )
+
+
+def test_a_user_without_a_name_gets_one(monkeypatch) -> None:
+    def none() -> str:
+        raise KeyError("getpwuid(): uid not found: 54321")
+
+    monkeypatch.setattr(cli.getpass, "getuser", none)
+    monkeypatch.setenv("USER", "")
+    cli._make_ready()
+    assert os.environ["USER"] == str(os.getuid())

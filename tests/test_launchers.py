@@ -1,11 +1,16 @@
-"""Who started this process, from its environment alone."""
+"""Who started this process, from its environment alone; and where its ranks meet."""
 
 from __future__ import annotations
 
-import pytest
+import socket
+from datetime import timedelta
 
+import pytest
+import torch.distributed as dist
+
+from tests.launching import free_port
 from wpn_ds.errors import UserError
-from wpn_ds.launchers import discover
+from wpn_ds.launchers import discover, meeting
 
 SIX = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "12345"}
@@ -75,3 +80,37 @@ def test_half_set_and_split_jobs_are_refused(env, said) -> None:
     with pytest.raises(UserError, match=None) as refused:
         discover(env)
     assert said in str(refused.value)
+
+
+def meet(monkeypatch, port: str, rank: int = 0) -> None:
+    monkeypatch.setenv("MASTER_ADDR", "127.0.0.1")
+    monkeypatch.setenv("MASTER_PORT", port)
+    with meeting():
+        dist.init_process_group(
+            "gloo", init_method="env://", rank=rank, world_size=2, timeout=timedelta(milliseconds=500)
+        )
+
+
+def test_a_port_in_use_is_one_line(monkeypatch) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        with pytest.raises(
+            UserError, match=rf"^port {port} of .* is in use, .*--master_port to deepspeed.*MASTER_PORT$"
+        ):
+            meet(monkeypatch, str(port))
+
+
+@pytest.mark.parametrize("port", ["", "abc", "70000", "-1"])
+def test_what_is_no_port_is_one_line(monkeypatch, port) -> None:
+    with pytest.raises(UserError, match=r"MASTER_PORT=.* is no port"):
+        meet(monkeypatch, port)
+
+
+def test_a_rank_that_meets_nobody_says_where(monkeypatch) -> None:
+    port = free_port()
+    with pytest.raises(
+        UserError, match=rf"^the ranks can't meet at 127\.0\.0\.1:{port} \(MASTER_ADDR, MASTER_PORT\): .+$"
+    ):
+        meet(monkeypatch, str(port), rank=1)

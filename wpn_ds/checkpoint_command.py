@@ -10,6 +10,9 @@ from pathlib import Path
 from types import ModuleType
 
 from wpn_ds.errors import UserError
+from wpn_ds.files import holds_anything
+from wpn_ds.flags import lock_beside
+from wpn_ds.lock import locked
 
 
 def run(argv: Sequence[str]) -> int:
@@ -68,11 +71,12 @@ def _export(args: argparse.Namespace) -> int:
     state = _checkpoint().read_state(path)
     if state is None:
         raise UserError(f"{path} is not a whole checkpoint: wpn-ds checkpoint verify {path} says why")
-    if args.output_dir.exists() and any(args.output_dir.iterdir()):
+    if args.output_dir.exists() and holds_anything(args.output_dir):
         raise UserError(f"--output_dir {args.output_dir} is not empty: name a new folder")
     from wpn_ds.engine.export import export_checkpoint
 
-    export_checkpoint(path, state, args.output_dir, trust_remote_code=args.trust_remote_code)
+    with locked(lock_beside(args.output_dir), f"--output_dir {args.output_dir}"):
+        export_checkpoint(path, state, args.output_dir, trust_remote_code=args.trust_remote_code)
     print(args.output_dir)
     return 0
 

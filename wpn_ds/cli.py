@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import getpass
 import importlib
+import io
 import os
 import re
 import sys
@@ -10,6 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from wpn_ds.errors import UserError
+from wpn_ds.files import home, refusal
 
 _COMMANDS = {
     "train": "unlearn a model (under `deepspeed`: launch/train.py, the same flags)",
@@ -30,7 +33,7 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` names; a user's mistake is one line and exit code 2."""
-    _quieten()
+    _make_ready()
     args = [_HOME.sub(_at_home, argument) for argument in (sys.argv[1:] if argv is None else argv)]
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, _COMMANDS))
@@ -64,8 +67,10 @@ def train(argv: Sequence[str]) -> int:
 
     signals.install()
     try:
+        _make_ready()
         launcher = launchers.join()
         _quieten()
+        _refuse_unreadable(argv)
         config = parse_args(argv)
         if config.model.model_name_or_path is None:
             from wpn_ds.demo import recipe
@@ -80,6 +85,31 @@ def train(argv: Sequence[str]) -> int:
     return run_guarded(lambda: train(config))
 
 
+def _refuse_unreadable(argv: Sequence[str]) -> None:
+    """Raises UserError where the locale can't read an argument: TensorBoard can't write to such a path."""
+    for text in argv:
+        shown = text.encode("utf-8", "backslashreplace").decode()
+        if shown != text:
+            raise UserError(
+                f"{shown}: not to be read as {sys.getfilesystemencoding()}: set PYTHONUTF8=1, or give a name without "
+                "such letters"
+            )
+
+
+def _make_ready() -> None:
+    """The terminal takes every text, and there is a home and a user's name, whatever the environment lacks: libraries
+    stumble over each."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+    home()
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        os.environ["USER"] = str(os.getuid())
+    _quieten()
+
+
 def _quieten() -> None:
     """No progress bars of the libraries' own in logs, nor one from every rank. Before they are imported."""
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
@@ -92,6 +122,10 @@ def _guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], 
             return work(argv)
         except UserError as error:
             return _fail(error, alone=True)
+        except OSError as error:
+            if (told := refusal(error)) is None:
+                raise
+            return _fail(told, alone=True)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130

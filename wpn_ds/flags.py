@@ -14,6 +14,7 @@ from typing import Any
 from wpn_ds.config import DataConfig
 from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.errors import UserError
+from wpn_ds.files import cause
 from wpn_ds.model_folder import fault
 
 
@@ -101,4 +102,9 @@ def new_output(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        raise UserError(f"--output {path}: {error.filename or 'it'} can't be used ({error.strerror})") from error
+        raise UserError(f"--output {path}: {error.filename or 'it'} can't be used ({cause(error)})") from error
+
+
+def lock_beside(path: Path) -> Path:
+    """Where the lock of an output file, or of a folder that is yet to be made, lies."""
+    return path.parent / f".{path.name}.lock"

@@ -7,9 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import socket
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,6 +16,8 @@ from typing import Any
 
 from wpn_ds.config import DONE
 from wpn_ds.errors import UserError
+from wpn_ds.files import write_atomically
+from wpn_ds.lock import job
 
 STARTS, STATUS = "starts.jsonl", "status.json"
 REQUEUE = "REQUEUE"
@@ -50,25 +50,20 @@ def record_start(output_dir: Path, step: int, ranks: int) -> list[Start]:
     Raises:
         UserError: Slurm has started this job several times and none has brought it further.
     """
-    job = _job()
-    starts = [*read_starts(output_dir), Start(time.time(), step, ranks, job, socket.gethostname())]
-    if job:
-        refuse_idle_starts([start.step for start in starts if start.job == job])
-    with (output_dir / STARTS).open("a") as stream:
+    own = job()
+    starts = [*read_starts(output_dir), Start(time.time(), step, ranks, own, socket.gethostname())]
+    if own:
+        refuse_idle_starts([start.step for start in starts if start.job == own])
+    with (output_dir / STARTS).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(asdict(starts[-1])) + "\n")
     return starts
 
 
 def note_failure(output_dir: Path, error: Exception) -> None:
     """Leave ``FAILED``, in the folder of a run that this job has started."""
-    if any(start.job == _job() for start in read_starts(output_dir)):
+    if any(start.job == job() for start in read_starts(output_dir)):
         with contextlib.suppress(OSError):  # the disk may be what failed, or another rank was faster
             write_atomically(output_dir / FAILED, f"{error}\n")
-
-
-def _job() -> str:
-    """Slurm's number of this job, or ""; the job scripts' own variable tells the tasks of an array apart."""
-    return os.environ.get("WPN_JOB") or os.environ.get("SLURM_JOB_ID", "")
 
 
 def refuse_idle_starts(steps: Sequence[int]) -> None:
@@ -87,7 +82,7 @@ def refuse_idle_starts(steps: Sequence[int]) -> None:
 
 def read_starts(output_dir: Path) -> list[Start]:
     try:
-        lines = (output_dir / STARTS).read_text().splitlines()
+        lines = (output_dir / STARTS).read_text(encoding="utf-8").splitlines()
     except OSError:
         return []
     starts = []
@@ -107,26 +102,9 @@ def write_status(output_dir: Path, **values: Any) -> None:
 
 def read_status(output_dir: Path) -> Mapping[str, Any]:
     try:
-        return json.loads((output_dir / STATUS).read_text())
+        return json.loads((output_dir / STATUS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def write_atomically(path: Path, text: str) -> Path:
-    """Writes beside the place, then moves: a reader sees the old text or the new one, never half of it.
-
-    A lone surrogate, which UTF-8 can't hold, is written as the escape that JSON has for it.
-    """
-    handle, partial = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8", errors="backslashreplace") as file:
-            file.write(text)
-        os.chmod(partial, 0o644)  # mkstemp's files are for their owner alone
-        os.replace(partial, path)
-    except BaseException:
-        os.unlink(partial)
-        raise
-    return path
 
 
 def summary(starts: Sequence[Start], tokens: int, train_seconds: float, joules: float = 0.0) -> str:

@@ -7,12 +7,13 @@ is before it says anything.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import os
 import shutil
 import socket
 import subprocess
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 
 from wpn_ds.errors import UserError
 
@@ -39,6 +40,30 @@ def join() -> str:
     name, found = discover(os.environ)
     os.environ.update(found)
     return name
+
+
+@contextlib.contextmanager
+def meeting() -> Iterator[None]:
+    """Around the ranks' first meeting, at MASTER_ADDR:MASTER_PORT.
+
+    Raises:
+        UserError: that port is in use, or can't be reached.
+    """
+    address, port = os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    if not (port.isdecimal() and int(port) < 2**16):
+        raise UserError(f"MASTER_PORT={port!r} in the environment is no port: give one from 1024 to 65535")
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ not in ("DistNetworkError", "DistStoreError"):  # torch's, which isn't imported here
+            raise
+        if "EADDRINUSE" in str(error):
+            raise UserError(
+                f"port {port} of {socket.gethostname()} is in use, perhaps by another job: give another one, with "
+                "--master_port to deepspeed or in MASTER_PORT"
+            ) from error
+        said = " ".join(str(error).split())[:200]
+        raise UserError(f"the ranks can't meet at {address}:{port} (MASTER_ADDR, MASTER_PORT): {said}") from error
 
 
 def discover(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:

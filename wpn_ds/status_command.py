@@ -56,11 +56,11 @@ def _life(folder: Path, start: Start, heard: float, step_seconds: float) -> tupl
     if (folder / DONE).exists():
         return ENDED, "ended well"
     if (folder / FAILED).exists():
-        return DEAD, f"failed: {(folder / FAILED).read_text().strip()}"
+        return DEAD, f"failed: {_said(folder / FAILED)}"
     state = _in_slurm(start.job)
     if (folder / REQUEUE).exists():
         waits = f", Slurm says {state}" if state else ""
-        return WAITING, f"stopped by {(folder / REQUEUE).read_text().strip()}, can go on{waits}"
+        return WAITING, f"stopped by {_said(folder / REQUEUE)}, can go on{waits}"
     last = max(heard, start.time)
     if state == "gone":
         return DEAD, f"its job is no longer in the queue, last heard of {_ago(last)}"
@@ -70,6 +70,10 @@ def _life(folder: Path, start: Start, heard: float, step_seconds: float) -> tupl
     if silent > max(_SILENT_SECONDS, _SILENT_STEPS * step_seconds):
         return DEAD, f"not heard of since {clock(silent)}: it died, or hangs"
     return RUNNING, f"runs, last heard of {_ago(last)}"
+
+
+def _said(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace").strip()
 
 
 def _in_slurm(job: str) -> str | None:

@@ -13,7 +13,7 @@ from tests.engine.gradient_cases import make_examples
 from tests.engine.small import alone, silent, small_reader
 from wpn_ds.data.plan import Layout, Role, plan_step
 from wpn_ds.engine import bank as bank_module
-from wpn_ds.engine.bank import Bank, bank_vectors, fingerprint_of_model, fresh_targets, pooled_states, starting_scores
+from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, pooled_states, starting_scores
 from wpn_ds.engine.tables import Tables
 from wpn_ds.objectives.npair import npair_losses, similarity
 from wpn_ds.objectives.objective import FrozenTargets
@@ -75,23 +75,6 @@ def test_vectors_and_scores_are_computed_once_for_a_pooling(world, tmp_path) -> 
     assert torch.equal(first, bank_vectors(reader, WPN(), EXAMPLES.answers, WIDTH, tables, silent))
     pooled_states(reader, WPN(), [EXAMPLES.answers[0].segment], "answer")
     assert training.training, "reading leaves the mode as it was"
-
-
-def test_a_local_models_fingerprint_is_its_content(tmp_path) -> None:
-    for name in ("one", "other"):
-        (tmp_path / name).mkdir()
-        (tmp_path / name / "config.json").write_text("{}")
-        (tmp_path / name / "model.safetensors").write_bytes(b"weights")
-    one, other = str(tmp_path / "one"), str(tmp_path / "other")
-    assert fingerprint_of_model(one, None) == fingerprint_of_model(other, None)
-    # A value of its own: old checkpoints and banks have it, and shall be found again.
-    assert fingerprint_of_model(one, None) == "6c73abc065dd61aeb210c60327e7a9a8b0e9f23779c82ccf252800ceb22ded93"
-    for name in ("tofu.json", "report.json", "tokenizer.json", "run.yaml", "DONE"):  # the tokenizer is in the data's
-        (tmp_path / "other" / name).write_text("{}")
-    assert fingerprint_of_model(one, None) == fingerprint_of_model(other, None)
-    (tmp_path / "other" / "model.safetensors").write_bytes(b"weightS")
-    assert fingerprint_of_model(one, None) != fingerprint_of_model(other, None)
-    assert fingerprint_of_model("hub/name", "abc") != fingerprint_of_model("hub/name", "abd")
 
 
 # ---- a step's targets ----

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import io
 import json
 import os
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -61,14 +64,16 @@ def made(folder: Path, step: int) -> None:
     saver._output_dir, saver._keep = folder, 9
     partial = folder / f"checkpoint-{step}.tmp"
     (partial / "state").mkdir(parents=True)
-    torch.save({"weights": torch.arange(3.0)}, partial / "state" / "part.pt")
-    saver._commit(state(step), partial, {})
+    writer = Writer(background=False)
+    writer.save({"weights": torch.arange(3.0)}, partial / "state" / "part.pt")
+    saver._commit(state(step), partial, checkpoint._told(partial, writer.collect(), 0))
 
 
-def test_a_checksum_is_that_of_the_file(tmp_path) -> None:
+def test_size_and_checksum_are_those_of_the_file(tmp_path) -> None:
     writer = Writer(background=False)
     writer.save({"a": torch.arange(1000)}, tmp_path / "a.pt")
-    assert writer.collect() == {tmp_path / "a.pt": sha256(tmp_path / "a.pt")}
+    file = tmp_path / "a.pt"
+    assert writer.collect() == {file: (file.stat().st_size, sha256(file))}
     assert torch.equal(torch.load(tmp_path / "a.pt", weights_only=True)["a"], torch.arange(1000))
 
 
@@ -181,6 +186,71 @@ def test_a_save_that_fails_is_told_and_leaves_nothing_half_written(world, tmp_pa
     with pytest.raises(SaveError, match=r"rank 0 can't write .*0 whole checkpoints"):
         Saver(Full(), tmp_path, world, keep=2, background=False).save(state(1))
     assert not list(tmp_path.iterdir())
+
+
+def test_the_manifest_has_what_ranks_say_they_wrote_and_not_what_rank_0_sees(world, tmp_path, monkeypatch) -> None:
+    class Elsewhere(Engine):
+        """Another node's file is there, but rank 0's view of the folder doesn't have it yet."""
+
+        def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+            super().save_checkpoint(folder, tag, save_latest)
+            Path(folder, "zero_to_fp32.py").write_text("script")
+
+    other = {"state/rank-1.pt": (7, "sum")}
+    monkeypatch.setattr(checkpoint, "patiently", lambda work: [work(), (other, None)])
+    synced: list[Path] = []
+    monkeypatch.setattr(checkpoint, "sync", synced.append)
+    Saver(Elsewhere(), tmp_path, world, keep=1, background=False).save(state(1))
+    manifest = checkpoint._manifest(tmp_path / "checkpoint-1")
+    assert manifest is not None
+    assert list(manifest["files"]) == ["rng-0.pt", "state/part.pt", "state/rank-1.pt", "zero_to_fp32.py"]
+    assert manifest["files"]["state/rank-1.pt"] == [7, "sum"]
+    partial = tmp_path / "checkpoint-1.tmp"
+    assert {partial / "state", partial, tmp_path} == set(synced) and synced[-2:] == [partial, tmp_path]
+
+
+def test_states_that_lie_on_nvme_are_told_by_the_rank_whose_they_are(tmp_path) -> None:
+    for rank in (0, 1):
+        folder = tmp_path / "state" / "offloaded_tensors" / f"rank{rank:02d}" / "optimizer"
+        folder.mkdir(parents=True)
+        (folder / "0.swp").write_bytes(b"12" * (rank + 1))
+    told = checkpoint._told(tmp_path, {}, 1)
+    assert told == {"state/offloaded_tensors/rank01/optimizer/0.swp": (4, sha256(folder / "0.swp"))}
+
+
+@pytest.mark.parametrize(
+    ("number", "said"),
+    [
+        (errno.ENOSPC, "No space left on device: make room; then go on"),
+        (errno.EACCES, "Permission denied: mend its permissions, or name another place; then go on"),
+    ],
+)
+def test_what_keeps_a_checkpoint_from_the_disk_is_said_as_it_is(world, tmp_path, monkeypatch, number, said) -> None:
+    class Broken(io.BytesIO):
+        def write(self, data) -> int:
+            raise OSError(number, os.strerror(number))
+
+        def fileno(self) -> int:
+            return 0
+
+    real = Path.open
+    monkeypatch.setattr(Path, "open", lambda p, mode="r", **more: Broken() if mode == "wb" else real(p, mode, **more))
+    with pytest.raises(SaveError, match=f"rank 0 can't write .*: {said}"):
+        Saver(Engine(), tmp_path, world, keep=2, background=False).save(state(1))
+    assert not list(tmp_path.iterdir())
+
+
+def test_two_runs_may_convert_the_same_checkpoint(tmp_path, monkeypatch) -> None:
+    (tmp_path / "state").mkdir()
+    (tmp_path / "state" / "a_optim_states.pt").touch()
+    made = [sys.executable, "-c", "import sys, os; os.makedirs(sys.argv[-1] + '/zero')"]
+    real = checkpoint.subprocess.Popen
+    monkeypatch.setattr(checkpoint.subprocess, "Popen", lambda program, **more: real([*made, program[-1]], **more))
+    one = checkpoint._Conversion(tmp_path)
+    one.finish()
+    other = checkpoint._Conversion(tmp_path)
+    other.finish()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "universal"]
 
 
 def test_the_newest_whole_checkpoint_is_chosen_and_the_damaged_ones_are_named(world, tmp_path) -> None:

@@ -7,11 +7,15 @@ import sys
 import time
 
 import pytest
+import torch
 
 from tests.launching import ROOT, environment
 from wpn_ds import signals
+from wpn_ds.engine import preflight
+from wpn_ds.engine.distributed import World
 from wpn_ds.engine.preflight import Facts, unfit
 from wpn_ds.engine.stop import HANG_EXIT_CODE, Points, Stopped
+from wpn_ds.files import NoRoom
 
 
 def test_a_signal_stops_at_the_next_point(world, monkeypatch) -> None:
@@ -71,6 +75,23 @@ def test_a_second_signal_before_the_loop_is_remembered_once() -> None:
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "SIGTERM"
+
+
+def test_on_one_node_a_disk_that_is_too_small_ends_the_job_before_it_begins(monkeypatch, tmp_path) -> None:
+    world = World(0, 1, 0, torch.device("cpu"))
+    monkeypatch.setattr(preflight, "from_all", lambda value: [value])
+    preflight.check(world, tmp_path, 1, print)
+    with pytest.raises(
+        NoRoom, match=rf"--output_dir {tmp_path}: .* MiB are free in {tmp_path}, of .*: make room"
+    ) as told:
+        preflight.check(world, tmp_path, 1 << 60, print)
+    assert told.value.exit_code == 4
+
+
+def test_of_several_nodes_one_with_a_full_disk_is_named() -> None:
+    assert unfit([facts("n1"), facts("n2", full="1 MiB are free in /out", faults=("in use",)), facts("n3")]) == {
+        "n2": "1 MiB are free in /out"
+    }
 
 
 def facts(host: str, **more: object) -> Facts:

@@ -6,6 +6,7 @@ import errno
 import logging
 import os
 import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -209,3 +210,18 @@ def test_a_large_table_takes_the_memory_of_the_rows_that_are_read(load) -> None:
     for ids in torch.arange(n).split(block):
         table[ids].sum()
     assert resident("Anon") - own < size / 4, "all rows in blocks are a block at a time, and the kernel's to drop"
+
+
+def test_what_a_killed_build_left_goes_at_the_next_start_once_it_is_old(load, folder) -> None:
+    build = Builder()
+    load(build)
+    (table,) = folder.iterdir()
+    for name, hours in (("old", 25), ("young", 1)):
+        left = folder / f"{table.name}.{name}.1.tmp"
+        shutil.copytree(table, left)
+        for path in (*left.iterdir(), left):
+            os.utime(path, (time.time() - hours * 3600,) * 2)
+    (folder / "thesis.tmp").touch()
+    os.utime(folder / "thesis.tmp", (0, 0))
+    load(build, model="another")
+    assert {path.name for path in folder.glob("*.tmp")} == {f"{table.name}.young.1.tmp", "thesis.tmp"}

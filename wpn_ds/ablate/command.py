@@ -21,6 +21,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.evaluate.suites import QUICK_LIMIT
 from wpn_ds.history import clock
+from wpn_ds.lock import locked
 from wpn_ds.models.load import Source, pinned
 from wpn_ds.training_job import TRAIN, command_line, free_port, launch, require_here, say
 
@@ -111,14 +112,30 @@ def run(argv: Sequence[str] | None = None) -> int:
         base |= _commit(checked(first.row, first.flags))
     runs = [_run(options.output_dir, row, seed, base, data) for row in grid for seed in options.seeds]
     configs = {run.output_dir: checked(run.row, run.flags) for run in runs}
-    outcomes = {run.output_dir: o for run in runs if (o := _read(run.record, run.settings)) is not None}
+    for run in runs:
+        _read(run.record, run.settings)  # a record of other settings is said before anything is made
     try:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output_dir {options.output_dir} can't be used ({error.strerror})") from error
     if options.model is None:
         ensure_planted()
-    start = _start(options.output_dir, base["model_name_or_path"], configs[runs[0].output_dir], data)
+    with locked(options.output_dir / ".ablate.lock", f"--output_dir {options.output_dir}"):
+        return _carry_on(options, grid, chosen, runs, configs, data, base["model_name_or_path"])
+
+
+def _carry_on(
+    options: argparse.Namespace,
+    grid: Sequence[Row],
+    chosen: Sequence[Row],
+    runs: Sequence[Run],
+    configs: Mapping[Path, Config],
+    data: Data,
+    model: str,
+) -> int:
+    """What is left of the grid, and the table."""
+    outcomes = {run.output_dir: o for run in runs if (o := _read(run.record, run.settings)) is not None}
+    start = _start(options.output_dir, model, configs[runs[0].output_dir], data)
 
     left = [run for run in runs if run.row in chosen and run.output_dir not in outcomes]
     begun, faults = time.monotonic(), 0
@@ -235,7 +252,8 @@ def _carry_out(run: Run, ranks: int, config: Config, data: Data) -> Outcome:
 
 
 def _reason(log: Path, code: int) -> str:
-    errors = [line for line in log.read_text(errors="replace").splitlines() if line.startswith("error: ")]
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    errors = [line for line in lines if line.startswith("error: ")]
     return errors[-1].removeprefix("error: ") if errors else f"exit code {code}, see {log}"
 
 

@@ -58,7 +58,7 @@ class Training:
 
 def read_training(metrics: Path) -> Training:
     """From a run's ``metrics.jsonl``; of a run that stopped early, as far as it got."""
-    lines = [json.loads(line) for line in metrics.read_text().splitlines()] if metrics.is_file() else []
+    lines = [json.loads(line) for line in metrics.read_text(encoding="utf-8").splitlines()] if metrics.is_file() else []
     seconds, before = 0.0, 0
     for line in lines:
         if "speed/step_seconds" in line:  # a mean over the steps since the last such line

@@ -16,7 +16,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.evaluate.statistics import Rate, bootstrap_mean
-from wpn_ds.history import write_atomically
+from wpn_ds.files import write_atomically
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Outcome:
 
     @classmethod
     def read(cls, path: Path) -> Outcome:
-        data = json.loads(path.read_text())
+        data = json.loads(path.read_text(encoding="utf-8"))
         evaluation = data["evaluation"] and Evaluation.from_json(data["evaluation"])
         return cls(data["settings"], Training(**data["training"]), evaluation, data["stopped"])
 

@@ -22,10 +22,10 @@ from wpn_ds.alternates.filters import Counts
 from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.measurement import device
-from wpn_ds.evaluate.ranks import all_arrived, join_ranks
+from wpn_ds.evaluate.ranks import all_arrived, alone_in, join_ranks
 from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
-from wpn_ds.flags import above_0, check_place, new_output, positive, share, whole
-from wpn_ds.history import write_atomically
+from wpn_ds.files import write_atomically
+from wpn_ds.flags import above_0, check_place, lock_beside, new_output, positive, share, whole
 from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pinned
 
 
@@ -90,7 +90,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             raise UserError(f"--{name} is missing (--model, --train_file and --output are needed, or --check)")
     check_place("--model", options.model)
     rank, size = join_ranks()
-    with new_output(options.output):
+    with new_output(options.output), alone_in(lock_beside(options.output), f"--output {options.output}", rank, size):
         _make(options, rank, size)
     return 0
 

@@ -25,7 +25,7 @@ def embedded_file(name: str, kind: str = "jsonl") -> Path:
 
 def recipe() -> dict[str, Any]:
     """The demo's settings for training."""
-    return yaml.safe_load((Path(str(resources.files(__package__))) / "recipe.yaml").read_text())
+    return yaml.safe_load((Path(str(resources.files(__package__))) / "recipe.yaml").read_text(encoding="utf-8"))
 
 
 def ensure_planted(folder: Path = PLANTED) -> Path:

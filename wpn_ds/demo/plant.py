@@ -11,7 +11,6 @@ as one row to have each once.
 from __future__ import annotations
 
 import math
-import shutil
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -27,8 +26,11 @@ from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Item, Role
 from wpn_ds.data.records import ForgetRecord, Prompt, RetainRecord, read_forget, read_retain, turn_texts
 from wpn_ds.data.tokens import PromptStyle, Segment, encode_answer, encode_text
-from wpn_ds.demo import MARK, embedded_file
+from wpn_ds.demo import MARK, embedded_file, is_planted
 from wpn_ds.errors import UserError
+from wpn_ds.files import filled, holds_anything
+from wpn_ds.flags import lock_beside
+from wpn_ds.lock import locked
 from wpn_ds.models.load import Source, load_tokenizer
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.sizes import KNOWN, Architecture, opt
@@ -83,7 +85,8 @@ def plant(
     limit: int | None = None,
     tokenizer_name: str | None = None,
 ) -> None:
-    """Train a model and its tokenizer and save both in Hugging Face format in ``folder``.
+    """Train a model and its tokenizer and save both in Hugging Face format in ``folder``, unless another process has
+    just done so.
 
     Without ``train_file`` it is the demo's. ``size``: an OPT's name, "opt-125m", for its shape but for 512 positions
     and the tokenizer's own number of tokens; None: the demo's. On a GPU, if there is one, it computes in bf16 with
@@ -94,9 +97,25 @@ def plant(
     Raises:
         UserError: ``folder`` is there and not empty, so it is somebody's; there is no such size; or a file or the
             tokenizer is bad.
+        InUse: another process is planting there.
     """
+    with locked(lock_beside(folder), str(folder)):
+        if not is_planted(folder):
+            _plant(folder, size, seed, epochs, train_file, retain_file, limit, tokenizer_name)
+
+
+def _plant(
+    folder: Path,
+    size: str | None,
+    seed: int,
+    epochs: int,
+    train_file: Sequence[str],
+    retain_file: Sequence[str],
+    limit: int | None,
+    tokenizer_name: str | None,
+) -> None:
     chosen = DEMO if size is None else published_size(size)
-    if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
+    if folder.exists() and not (folder.is_dir() and not holds_anything(folder)):
         raise UserError(f"{folder} is there already and is no planted model: name an empty or a new folder")
     if train_file:
         forget, retain = read_forget(train_file, alone=True)[:limit], read_retain(retain_file)[:limit]
@@ -115,13 +134,10 @@ def plant(
         torch.manual_seed(seed)
         lm = _new_model(tokenizer, chosen)
         _train(lm, texts, epochs, chosen)
-    partial = folder.with_name(f".{folder.name}.planting")
-    shutil.rmtree(partial, ignore_errors=True)
-    lm.save_pretrained(partial)
-    tokenizer.save_pretrained(partial)
-    (partial / MARK).touch()
-    folder.mkdir(parents=True, exist_ok=True)
-    partial.replace(folder)  # an empty folder gives way
+    with filled(folder, last=MARK) as partial:
+        lm.save_pretrained(partial)
+        tokenizer.save_pretrained(partial)
+        (partial / MARK).touch()
 
 
 def _texts(

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -19,7 +17,6 @@ from wpn_ds.data.tokens import Segment
 from wpn_ds.engine.distributed import fill_from_ranks
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.tables import Blocks, Tables
-from wpn_ds.engine.writer import feed
 from wpn_ds.objectives.objective import FrozenTargets, Objective, pooled
 from wpn_ds.objectives.wpn import WPN
 
@@ -137,19 +134,3 @@ def _in_blocks(answers: Sequence[Answer], progress: Progress, what: str) -> Iter
     size = min(BLOCK, max(256, len(answers) // 20))  # so that the progress bar moves
     for start in progress(range(0, len(answers), size), what):
         yield start, [answer.segment for answer in answers[start : start + size]]
-
-
-def fingerprint_of_model(name_or_path: str, commit: str | None) -> str:
-    """A local model's weights and configuration hashed whole; a hub model's commit.
-
-    Reading a folder runs at the disk's speed, which loading it does as well.
-    """
-    folder = Path(name_or_path)
-    if not folder.is_dir():
-        return f"{name_or_path}@{commit}"
-    digest = hashlib.sha256()
-    for path in sorted(folder.glob("*.safetensors")) + sorted(folder.glob("*.bin")) + [folder / "config.json"]:
-        if path.is_file():
-            digest.update(path.name.encode())
-            feed(digest, path)
-    return digest.hexdigest()

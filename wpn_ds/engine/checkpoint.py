@@ -12,11 +12,12 @@ import os
 import re
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,10 +27,11 @@ from torch import Tensor
 
 from wpn_ds import signals
 from wpn_ds.config import Config, ObjectiveConfig
-from wpn_ds.engine.distributed import World, from_all, on_main, rng_state, set_rng_state
+from wpn_ds.engine.distributed import World, from_all, on_main, patiently, rng_state, set_rng_state
 from wpn_ds.engine.stop import Stopped
-from wpn_ds.engine.writer import Writer, sha256, sync
+from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
+from wpn_ds.files import cause, remove_abandoned, sync
 from wpn_ds.seeds import seed_of
 
 MANIFEST = "trainer_state.json"
@@ -153,42 +155,47 @@ class Saver:
             return
         state, self._pending = self._pending, None
         partial = self._partial(state)
-        sums: dict[Path, str] = {}
-        failure: Exception | None = None
-        try:
-            sums = self._writer.collect()
-        except (OSError, RuntimeError) as error:
-            failure = error
-        parts = from_all((sums, self._writer.ended - self._begun, failure))
-        for rank, (_, _, failed) in enumerate(parts):
+
+        def written() -> tuple[Mapping[str, tuple[int, str]], Exception | None]:
+            try:
+                return _told(partial, self._writer.collect(), self._world.rank), None
+            except (OSError, RuntimeError) as error:
+                return {}, error
+
+        parts = patiently(written)
+        for rank, (_, failed) in enumerate(parts):
             if failed is not None:
                 raise self._refusal(partial, f"rank {rank}", failed)
-        known = {path: digest for part, _, _ in parts for path, digest in part.items()}
+        files = {name: about for part, _ in parts for name, about in part.items()}
+        seconds = max(from_all(self._writer.ended - self._begun))
         try:
-            on_main(self._world, lambda: self._commit(state, partial, known))
+            on_main(self._world, lambda: self._commit(state, partial, files))
         except OSError as error:
             raise self._refusal(partial, "rank 0", error) from error
-        self._done(state.step, max(seconds for _, seconds, _ in parts))
+        self._done(state.step, seconds)
 
-    def _commit(self, state: TrainerState, partial: Path, sums: Mapping[Path, str]) -> None:
+    def _commit(self, state: TrainerState, partial: Path, files: Mapping[str, tuple[int, str]]) -> None:
+        """``files``: {name: (size, SHA-256)} as the ranks that wrote them tell; rank 0's view of the folder may lack
+        some for a while on a network file system."""
         final = partial.with_suffix("")
-        files = {}
-        for file in _files(partial):  # those without a checksum were copied by DeepSpeed: states that lie on NVMe
-            files[str(file.relative_to(partial))] = [file.stat().st_size, sums.get(file) or sha256(file)]
-        with (partial / MANIFEST).open("w") as stream:
-            json.dump(asdict(state) | {"files": files}, stream, indent=2)
+        with (partial / MANIFEST).open("w", encoding="utf-8") as stream:
+            json.dump(asdict(state) | {"files": dict(sorted(files.items()))}, stream, indent=2)
             stream.flush()
             os.fsync(stream.fileno())
+        sync(partial)
         _remove(final)  # of a line that was given up by resuming before it, as is what lies after this step
         os.replace(partial, final)
         sync(self._output_dir)
         self.rotate(state)
 
     def rotate(self, state: TrainerState) -> None:
-        """Delete all but the newest checkpoints and the best one, on rank 0; others of ``state``'s future go too."""
+        """Delete all but the newest checkpoints and the best one, on rank 0; others of ``state``'s future go too.
+
+        That of ``state`` itself stays, even if this node doesn't see all of its files yet.
+        """
         kept = [path for step, path in complete(self._output_dir) if step <= state.step][-self._keep :]
         for _, path in list(_checkpoints(self._output_dir)):
-            if path not in [*kept, path_of(self._output_dir, state.best_step)]:
+            if path not in [*kept, path_of(self._output_dir, state.step), path_of(self._output_dir, state.best_step)]:
                 _remove(path)
 
     def _partial(self, state: TrainerState) -> Path:
@@ -196,11 +203,21 @@ class Saver:
 
     def _refusal(self, partial: Path, who: str, error: Exception) -> SaveError:
         shutil.rmtree(partial, ignore_errors=True)
-        reason = str(error).strip().splitlines()[0]
         return SaveError(
-            f"{who} can't write {partial} ({reason}): make room, then go on with --resume_from_checkpoint auto "
+            f"{who} can't write {partial}: {cause(error)}; then go on with --resume_from_checkpoint auto "
             f"({len(complete(self._output_dir))} whole checkpoints are there)"
         )
+
+
+def _told(partial: Path, written: Mapping[Path, tuple[int, str]], rank: int) -> dict[str, tuple[int, str]]:
+    """{name in ``partial``: (size, SHA-256)} of what ``rank`` has put there, its folders synced: what it has written,
+    and what DeepSpeed has copied for it, which are its states on NVMe and rank 0's script."""
+    copied = _files(partial / STATE / "offloaded_tensors" / f"rank{rank:02d}")
+    beside = (path for path in partial.glob("*.py") if rank == 0)
+    told = dict(written) | {path: (path.stat().st_size, sha256(path)) for path in (*copied, *beside)}
+    for folder in {folder for path in told for folder in path.parents if folder.is_relative_to(partial)}:
+        sync(folder)
+    return {str(path.relative_to(partial)): about for path, about in told.items()}
 
 
 def load(engine: Any, path: Path, state: TrainerState, world: World) -> None:
@@ -266,12 +283,14 @@ class _Conversion:
     def __init__(self, path: Path) -> None:
         if not is_partitioned(path):
             raise UserError(f"{path}: its tensors are not spread over ranks, it fits any number of them as it is")
-        self._path, self._partial = path, path / f"{UNIVERSAL}.tmp"
+        # Its own: another run may convert the same checkpoint meanwhile.
+        self._path, self._partial = path, path / f"{UNIVERSAL}.{socket.gethostname()}.{os.getpid()}.tmp"
         shutil.rmtree(self._partial, ignore_errors=True)
+        remove_abandoned(path, rf"{UNIVERSAL}\..*tmp")
         # One worker: each may hold a whole layer.
         options = ["--inject_missing_state", "--num_extract_workers", "1", "--num_merge_workers", "1"]
         program = [sys.executable, "-m", "deepspeed.checkpoint.ds_to_universal", *options]
-        self._said = tempfile.TemporaryFile("w+")  # noqa: SIM115  # lives as long as the process
+        self._said = tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace")  # noqa: SIM115  # lives as long as the process
         self._process = subprocess.Popen(
             [*program, "--input_folder", str(path / STATE), "--output_folder", str(self._partial)],
             stdout=subprocess.DEVNULL,
@@ -296,7 +315,12 @@ class _Conversion:
             lines = [line.strip() for line in self._said if line.strip()]
             reason = lines[-1] if lines else f"exit code {self._process.returncode}"
             raise UserError(f"{self._path}: DeepSpeed can't convert it to another number of ranks: {reason}")
-        os.replace(self._partial, self._path / UNIVERSAL)
+        try:
+            os.replace(self._partial, self._path / UNIVERSAL)
+        except OSError:
+            shutil.rmtree(self._partial, ignore_errors=True)
+            if not (self._path / UNIVERSAL).is_dir():  # another run's, which is the same
+                raise
 
 
 def _deaf() -> None:
@@ -339,19 +363,24 @@ def damage(path: Path, world: World | None = None) -> list[str]:
     rank, size = (world.rank, world.size) if world else (0, 1)
     manifest = _manifest(path)
     if manifest is None:
-        own = [f"no {MANIFEST} that can be read"]
+        return [f"no {MANIFEST} that can be read"]
     else:
-        own = []
-        for name, (length, digest) in list(manifest["files"].items())[rank::size]:
-            file = path / name
-            if not file.is_file():
-                own.append(f"{name} is missing")
-            elif file.stat().st_size != length:
-                own.append(f"{name} has {file.stat().st_size:,} bytes, not {length:,}")
-            elif sha256(file) != digest:
-                own.append(f"{name} has another checksum")
-    faults = from_all(own) if world else [own]
+        files = list(manifest["files"].items())[rank::size]
+    faults = patiently(lambda: _faults(path, files)) if world else [_faults(path, files)]
     return [fault for part in faults for fault in part]
+
+
+def _faults(path: Path, files: Sequence[tuple[str, tuple[int, str]]]) -> list[str]:
+    faults = []
+    for name, (length, digest) in files:
+        file = path / name
+        if not file.is_file():
+            faults.append(f"{name} is missing")
+        elif file.stat().st_size != length:
+            faults.append(f"{name} has {file.stat().st_size:,} bytes, not {length:,}")
+        elif sha256(file) != digest:
+            faults.append(f"{name} has another checksum")
+    return faults
 
 
 def path_of(output_dir: Path, step: int) -> Path:
@@ -383,7 +412,7 @@ def read_state(path: Path) -> TrainerState | None:
 
 def _manifest(path: Path) -> dict[str, Any] | None:
     try:
-        manifest = json.loads((path / MANIFEST).read_text())
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         fits = all(isinstance(name, str) and len(about) == 2 for name, about in manifest["files"].items())
         return manifest if fits else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):

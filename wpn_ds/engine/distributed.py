@@ -5,8 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import time
 import warnings
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -64,7 +66,8 @@ def init(timeout_minutes: float) -> World:
         accelerator.set_device(index)
         device = torch.device(accelerator.device_name(index))
     # auto_mpi_discovery would guess a world from MPI's environment and, under srun, silently train apart.
-    deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes), verbose=False)
+    with launchers.meeting():
+        deepspeed.init_distributed(auto_mpi_discovery=False, timeout=timedelta(minutes=timeout_minutes), verbose=False)
     return World(dist.get_rank(), dist.get_world_size(), local_rank, device)
 
 
@@ -109,6 +112,33 @@ def from_all(value: T) -> list[T]:
     values: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def patiently(work: Callable[[], T]) -> list[T]:
+    """Every rank's ``work()``, in the order of the ranks. Meanwhile they meet every second, so that no collective
+    waits for work that takes longer than its limit.
+
+    Raises:
+        Exception: on all ranks, what one rank's ``work`` raised.
+    """
+
+    def tried() -> tuple[T | None, Exception | None]:
+        try:
+            return work(), None
+        except Exception as error:
+            return None, error
+
+    with ThreadPoolExecutor(1) as pool:
+        future = pool.submit(tried)
+        wait([future], timeout=1)
+        while not all(from_all(future.done())):
+            wait([future], timeout=1)
+            time.sleep(0 if not future.done() else 0.1)
+    results = from_all(future.result())
+    for _, error in results:
+        if error is not None:
+            raise error
+    return [result for result, _ in results]  # type: ignore[misc]  # None only where it is the result
 
 
 def agree(same: str, what: str) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,9 @@ from torch import Tensor
 
 from wpn_ds.engine.build import full_weights
 from wpn_ds.engine.checkpoint import STATE, TrainerState, is_partitioned
-from wpn_ds.engine.distributed import World, on_main
+from wpn_ds.engine.distributed import World, patiently
 from wpn_ds.errors import UserError
+from wpn_ds.files import filled
 from wpn_ds.models.load import Source, load_model, load_tokenizer
 
 
@@ -27,29 +27,28 @@ def export(lm: Any, tokenizer: Any, output_dir: Path, world: World, config_overr
         config_overrides: configuration values to write in place of the training ones (the original dropout).
     """
     weights = full_weights(lm, world)
-    on_main(world, lambda: _write_model(lm, tokenizer, weights or {}, output_dir, config_overrides))
+    if world.is_main:
+        patiently(lambda: _write_model(lm, tokenizer, weights or {}, output_dir, config_overrides))
+    else:
+        patiently(lambda: None)
 
 
 def _write_model(
     lm: Any, tokenizer: Any, weights: dict[str, Tensor], output_dir: Path, overrides: Mapping[str, Any]
 ) -> None:
-    partial = output_dir / "model.tmp"
-    shutil.rmtree(partial, ignore_errors=True)
     config = lm.config.get_text_config()
     trained = {name: getattr(config, name) for name in overrides}
-    try:
-        for name, value in overrides.items():
-            setattr(config, name, value)
-        lm.save_pretrained(partial, state_dict=weights)
-        tokenizer.save_pretrained(partial)
-    finally:
-        for name, value in trained.items():
-            setattr(config, name, value)
-    for stale in output_dir.glob("model*.safetensors*"):  # shards of an older export would be loaded along
-        stale.unlink()
-    for path in sorted(partial.iterdir(), key=lambda p: p.name == "config.json"):
-        os.replace(path, output_dir / path.name)
-    partial.rmdir()
+    with filled(output_dir, last="config.json") as partial:
+        try:
+            for name, value in overrides.items():
+                setattr(config, name, value)
+            lm.save_pretrained(partial, state_dict=weights)
+            tokenizer.save_pretrained(partial)
+        finally:
+            for name, value in trained.items():
+                setattr(config, name, value)
+        for stale in output_dir.glob("model*.safetensors*"):  # shards of an older export would be loaded along
+            stale.unlink()
 
 
 def export_checkpoint(path: Path, state: TrainerState, output_dir: Path, *, trust_remote_code: bool = False) -> None:
@@ -74,7 +73,6 @@ def export_checkpoint(path: Path, state: TrainerState, output_dir: Path, *, trus
         raise UserError(
             f"{path} lacks {len(missing)} weights of {source.name_or_path}: {', '.join(sorted(missing)[:5])}"
         )
-    output_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = load_tokenizer(_found(state, "tokenizer_name") or source.name_or_path, source)
     _write_model(lm, tokenizer, {name: weights[name] for name in own}, output_dir, {})
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import importlib.metadata
 import json
 import math
@@ -37,6 +36,7 @@ from wpn_ds.engine.distributed import (
     sum_over_ranks,
 )
 from wpn_ds.engine.export import export
+from wpn_ds.engine.fingerprint import BY_FILE, in_one_digest
 from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.model_card import write_model_card
 from wpn_ds.engine.preflight import UnfitNode
@@ -52,13 +52,15 @@ from wpn_ds.engine.reference import (
     starting_logprobs,
 )
 from wpn_ds.engine.refinement import still_known
-from wpn_ds.engine.setup import Job, cache_folder, prepare, progress, say
+from wpn_ds.engine.setup import Job, prepare, progress, say
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.stop import Points, Stopped
 from wpn_ds.engine.tables import Tables
 from wpn_ds.engine.telemetry import ModelShape, Telemetry, Window, energy, log_warnings, measure_peak_flops, step_flops
 from wpn_ds.engine.validate import starting_similarities, validation_losses
 from wpn_ds.errors import UserError
+from wpn_ds.files import cache_folder, refusal, write_atomically
+from wpn_ds.lock import InUse, release_all
 from wpn_ds.models.attention import candidates, fault
 from wpn_ds.models.check import check_exact_reading
 from wpn_ds.models.load import default_attention, dropout_fields, load_model
@@ -84,10 +86,19 @@ def train(config: Config) -> None:
         TrainingStopped: the gradient was not finite ``MAX_SKIPPED_IN_A_ROW`` steps in a row.
     """
     try:
+        _train_locked(config)
+    finally:
+        release_all()
+
+
+def _train_locked(config: Config) -> None:
+    try:
         job = prepare(config)
         past = _past(job)
+    except (UnfitNode, InUse):  # another start may go well; the folder is another run's
+        raise
     except UserError as error:
-        if "SLURM_JOB_ID" in os.environ and not isinstance(error, UnfitNode):  # a job that would be requeued for it
+        if "SLURM_JOB_ID" in os.environ:  # a job that would be requeued for it
             history.note_failure(Path(config.training.output_dir or ""), error)
         raise
     on_main(job.world, lambda: history.forget_the_end(job.output_dir))
@@ -95,7 +106,7 @@ def train(config: Config) -> None:
         _train(job, past)
     except Stopped as stopped:  # what there was to save is saved
         if job.world.is_main:
-            history.write_atomically(job.output_dir / history.REQUEUE, f"{stopped}\n")
+            write_atomically(job.output_dir / history.REQUEUE, f"{stopped}\n")
         say(job.world, f"stopped by {stopped}: go on with --resume_from_checkpoint auto")
     except UserError as error:
         history.note_failure(job.output_dir, error)
@@ -129,6 +140,9 @@ def _past(job: Job) -> checkpoint.TrainerState:
         return job.start
     past = on_main(job.world, lambda: checkpoint.read_state(path))
     assert past is not None  # it was chosen because it is whole
+    if job.start.model.startswith(BY_FILE) and not past.model.startswith(BY_FILE):
+        same = in_one_digest(job.source.name_or_path, job.world) == past.model
+        past = replace(past, model=job.start.model) if same else past
     for note in checkpoint.refuse_other_run(past, job.start, path):
         say(job.world, note)
     if past.step > job.total_steps:
@@ -501,9 +515,10 @@ class Trainer:
             if outcome:
                 telemetry.say(outcome)
                 run_yaml = job.output_dir / "run.yaml"
-                history.write_atomically(run_yaml, f"# {'outcome':>10}: {outcome}\n{run_yaml.read_text()}")
+                told = run_yaml.read_text(encoding="utf-8")
+                write_atomically(run_yaml, f"# {'outcome':>10}: {outcome}\n{told}")
             telemetry.say(history.summary(starts, self.state.tokens, self.state.train_seconds, joules))
-            history.write_atomically(job.output_dir / DONE, "")  # scripts trust this file, not a return code
+            write_atomically(job.output_dir / DONE, "")  # scripts trust this file, not a return code
         say(job.world, f"the unlearned model is in {job.output_dir}")
 
     def _choose_weights(self) -> tuple[int, str]:
@@ -608,7 +623,7 @@ class Trainer:
                 ("run.yaml", comments + job.config.run_yaml()),
                 ("ds_config.json", json.dumps(job.ds_json, indent=2) + "\n"),
             ):
-                history.write_atomically(job.output_dir / name, text)
+                write_atomically(job.output_dir / name, text)
 
 
 def _shortened(text: str, most: int = 400) -> str:
@@ -629,14 +644,15 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
     try:
         work()
     except (UserError, OSError) as error:
-        if isinstance(error, OSError) and error.errno not in _ABOUT_THE_DISK:
+        told = refusal(error) if isinstance(error, OSError) else error
+        if told is None:
             traceback.print_exc()
             _leave(1)
         if rank:
             signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once rank 0 has ended
             time.sleep(_LET_RANK_0_SPEAK)
-        print(f"error: {f'rank {rank}: ' if rank else ''}{error}", file=sys.stderr, flush=True)
-        _leave(error.exit_code if isinstance(error, UserError) else checkpoint.SaveError.exit_code)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{told}", file=sys.stderr, flush=True)
+        _leave(told.exit_code)
     except KeyboardInterrupt:
         _leave(130)
     except BaseException:
@@ -646,8 +662,6 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
     _leave(0)  # gloo's threads sometimes abort a process that ends by itself, after all is done
 
 
-_ABOUT_THE_DISK = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES, errno.EPERM}
-_ABOUT_THE_DISK |= {errno.EEXIST, errno.ENOTDIR, errno.EISDIR}
 _LET_RANK_0_SPEAK = 5.0  # seconds
 
 

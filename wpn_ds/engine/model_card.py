@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from wpn_ds.config import Config
-from wpn_ds.history import write_atomically
+from wpn_ds.files import write_atomically
 from wpn_ds.objectives.objective import Objective
 
 

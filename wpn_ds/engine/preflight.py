@@ -19,6 +19,7 @@ import torch.distributed as dist
 import wpn_ds
 from wpn_ds.engine.distributed import World, from_all
 from wpn_ds.errors import UserError
+from wpn_ds.files import NoRoom
 
 _PACKAGES = ("torch", "deepspeed", "transformers")
 #: Of device memory: more than this in use before anything is loaded is somebody else's.
@@ -34,7 +35,8 @@ class UnfitNode(UserError):
 
 @dataclass(frozen=True)
 class Facts:
-    """What one rank's node says of itself. ``faults``: what is wrong whatever the other nodes say."""
+    """What one rank's node says of itself. ``full``: what its disk lacks, and ``faults``: what else is wrong, whatever
+    the other nodes say."""
 
     host: str
     code: str
@@ -42,16 +44,18 @@ class Facts:
     device: str
     unit: str  # of the device, "" for a CPU
     faults: tuple[str, ...]
+    full: str = ""
 
 
 def check(world: World, output_dir: Path, least_free: int, say: Callable[[str], None]) -> None:
-    """Compare the nodes, say what was found; for a job of several nodes.
+    """Compare the nodes, say what was found; of a job on one node, its disk and its devices only.
 
     Args:
         least_free: bytes that the output folder's disk must have.
 
     Raises:
         UnfitNode: a node is unfit, or differs from the others; names it.
+        NoRoom: the disk hasn't ``least_free`` bytes, and there is no other node to go to.
     """
     facts = from_all(_facts(world, output_dir, least_free))
     units = [(fact.host, fact.unit) for fact in facts if fact.unit]
@@ -61,6 +65,8 @@ def check(world: World, output_dir: Path, least_free: int, say: Callable[[str], 
         )
     hosts = list(dict.fromkeys(fact.host for fact in facts))
     if len(hosts) == 1:
+        if full := next((fact.full for fact in facts if fact.full), ""):
+            raise NoRoom(f"--output_dir {output_dir}: {full}: make room, or name a folder on another disk")
         return
     if bad := unfit(facts):
         reasons = "; ".join(f"{host}: {reason}" for host, reason in bad.items())
@@ -80,14 +86,14 @@ def unfit(facts: Sequence[Facts]) -> dict[str, str]:
             if value != usual:
                 detail = what if name == "code" else f"{what} {value}, others {usual}"
                 bad.setdefault(fact.host, detail)
-    return bad | {fact.host: fact.faults[0] for fact in facts if fact.faults}
+    return bad | {fact.host: (fact.full, *fact.faults)[not fact.full] for fact in facts if fact.full or fact.faults}
 
 
 def _facts(world: World, output_dir: Path, least_free: int) -> Facts:
-    faults = []
+    faults, full = [], ""
     folder = next(path for path in (output_dir, *output_dir.absolute().parents) if path.is_dir())
     if (free := shutil.disk_usage(folder).free) < least_free:
-        faults.append(f"{free >> 20:,} MiB are free in {folder}, of {least_free >> 20:,} that the model will take")
+        full = f"{free >> 20:,} MiB are free in {folder}, of {least_free >> 20:,} that the model will take"
     device, unit = world.device.type, ""
     if device != "cpu":
         accelerator = torch.get_device_module(world.device)
@@ -100,7 +106,7 @@ def _facts(world: World, output_dir: Path, least_free: int) -> Facts:
             faults.append(f"/dev/shm has {shm >> 20} MiB: start the container with more (--shm-size)")
     versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
     return Facts(
-        os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(), versions, device, unit, tuple(faults)
+        os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(), versions, device, unit, tuple(faults), full
     )
 
 

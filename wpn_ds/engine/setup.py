@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import math
 import os
 import shutil
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -33,16 +35,18 @@ from wpn_ds.data.tokens import PromptStyle, encoded_prompt, end_of, is_chat, nam
 from wpn_ds.demo import PLANTED, embedded_file, ensure_planted
 from wpn_ds.ds_json import ResolvedDeepSpeed, resolve_deepspeed
 from wpn_ds.engine import checkpoint
-from wpn_ds.engine.bank import fingerprint_of_model
 from wpn_ds.engine.distributed import World, agree, init, on_main
+from wpn_ds.engine.fingerprint import fingerprint_of_model
 from wpn_ds.engine.preflight import check as check_nodes
 from wpn_ds.engine.probe import Probe
 from wpn_ds.engine.redraw import Request
 from wpn_ds.engine.reference import frozen_json
 from wpn_ds.engine.stop import after_the_watchdog
 from wpn_ds.errors import UserError
+from wpn_ds.files import cache_folder, cause, remove_abandoned
 from wpn_ds.flags import check_place
 from wpn_ds.history import FAILED, REQUEUE, STARTS, STATUS
+from wpn_ds.lock import Lock
 from wpn_ds.models.attention import supported
 from wpn_ds.models.load import (
     Source,
@@ -58,6 +62,8 @@ from wpn_ds.models.load import (
 )
 from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.objective import Objective
+
+TRAIN_LOCK = ".train.lock"
 
 #: Retain examples on which their NLL is measured at an evaluation.
 RETAIN_EXAMPLES_MEASURED = 256
@@ -194,13 +200,14 @@ def prepare(config: Config) -> Job:
         step=0,
         world_size=world.size,
         data=examples.fingerprint(),
-        model=on_main(world, lambda: fingerprint_of_model(model_path, source.revision)),
+        model=fingerprint_of_model(model_path, source.revision, world, cache_folder()),
         settings=config.to_flat()
         | {"zero stage": _stage(resolved.json), "optimizer": resolved.json["optimizer"]["type"]},
         order_format=ORDER_FORMAT,
         places={"model_name_or_path": os.path.abspath(model_path)} | config.places(),
     )
     agree(start.data, "the training data")
+    _lock_output(config, world)
     on_main(world, lambda: _claim_output(config))
     resume_from, notes = checkpoint.choose(config.logging.resume_from_checkpoint, _output_dir(config), world)
     for note in notes:
@@ -408,16 +415,11 @@ def progress(world: World, items: Iterable[Any], what: str) -> Iterable[Any]:
     return tqdm(items, desc=what, disable=None if world.is_main else True, leave=False, dynamic_ncols=True)
 
 
-def cache_folder() -> Path:
-    """Where banks are kept for later runs: $WPN_DS_CACHE, or wpn_ds in the user's cache folder."""
-    if "WPN_DS_CACHE" in os.environ:
-        return Path(os.environ["WPN_DS_CACHE"]).expanduser()
-    return Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "wpn_ds"
-
-
 def _room(model_path: str) -> int:
     """Bytes that the output folder needs at least: a checkpoint (weights and AdamW's two moments), and the export."""
-    return 4 * sum(file.stat().st_size for file in Path(model_path).glob("*.safetensors"))
+    folder = Path(model_path)
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
+    return 4 * sum(file.stat().st_size for file in files)
 
 
 def _read_records(
@@ -508,25 +510,61 @@ def _output_dir(config: Config) -> Path:
     return Path(config.training.output_dir or "")
 
 
-def _claim_output(config: Config) -> None:
-    """Make the output folder ready.
+def _lock_output(config: Config, world: World) -> None:
+    """No other run writes to the output folder until this process ends; rank 0 holds it for the job, and the others
+    ask every second.
 
     Raises:
-        UserError: the folder holds a run and no flag says what to do with it.
+        UserError: the folder can't be one of a run.
+        InUse: another run writes there.
     """
+    output_dir = _output_dir(config)
+    lock = Lock(output_dir / TRAIN_LOCK, f"--output_dir {output_dir}")
+
+    def prepare() -> None:
+        with _usable(output_dir):
+            _check_place(config)
+            output_dir.mkdir(parents=True, exist_ok=True)
+
+    def attempt() -> bool:
+        with _usable(output_dir):
+            return lock.attempt()
+
+    on_main(world, prepare)
+    while not on_main(world, attempt):
+        time.sleep(1)
+
+
+@contextlib.contextmanager
+def _usable(output_dir: Path) -> Iterator[None]:
     try:
-        _claim(config)
+        yield
     except OSError as error:
-        raise UserError(f"--output_dir {config.training.output_dir} can't be used ({error.strerror})") from error
+        raise UserError(f"--output_dir {output_dir} can't be used: {cause(error)}") from error
 
 
-def _claim(config: Config) -> None:
+def _check_place(config: Config) -> None:
     output_dir = _output_dir(config)
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: name a folder")
     model = Path(config.model.model_name_or_path or PLANTED)
     if model.is_dir() and output_dir.resolve() == model.resolve():
         raise UserError(f"--output_dir {output_dir} is the starting model's own folder: name another one")
+
+
+def _claim_output(config: Config) -> None:
+    """Make the output folder ready.
+
+    Raises:
+        UserError: the folder holds a run and no flag says what to do with it.
+    """
+    with _usable(_output_dir(config)):
+        _claim(config)
+        remove_abandoned(_output_dir(config))
+
+
+def _claim(config: Config) -> None:
+    output_dir = _output_dir(config)
     if config.logging.resume_from_checkpoint is not None:
         output_dir.mkdir(parents=True, exist_ok=True)
         return
@@ -559,7 +597,7 @@ def _claim(config: Config) -> None:
             f"--output_dir {output_dir} is a link: name {output_dir.resolve()} itself if --overwrite_output_dir shall "
             "delete the run there"
         )
-    own = model.resolve()
+    own = Path(config.model.model_name_or_path or PLANTED).resolve()
     if inside := next((p for p in left if not p.is_symlink() and p.resolve() in (own, *own.parents)), None):
         raise UserError(f"--overwrite_output_dir would delete {inside}, and the starting model with it: move it first")
     for path in left:

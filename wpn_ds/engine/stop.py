@@ -16,6 +16,7 @@ import torch.distributed as dist
 
 from wpn_ds import signals
 from wpn_ds.engine.distributed import World
+from wpn_ds.lock import release_all
 
 HANG_EXIT_CODE = 5
 #: After a rank has written its stack it lives on for so long, since launchers kill the others when one ends.
@@ -113,8 +114,8 @@ class _Watchdog:
             seen = self._seen
             if seen is not None and time.monotonic() - seen[0] > self.timeout:
                 break
-        with contextlib.ExitStack() as files:
-            for stream in [sys.stderr, *([files.enter_context(self.log.open("a"))] if self.log else [])]:
+        with self.log.open("a", encoding="utf-8") if self.log else contextlib.nullcontext() as log:
+            for stream in [sys.stderr, *([log] if log else [])]:
                 stream.write(
                     f"error: rank {self.rank}: no progress for {self.timeout:g} s (--hang_timeout) in {seen[1]}; "
                     "its stacks:\n"
@@ -122,4 +123,5 @@ class _Watchdog:
                 stream.flush()
                 faulthandler.dump_traceback(stream, all_threads=True)
         time.sleep(_LET_OTHERS_DUMP)
+        release_all()
         os._exit(HANG_EXIT_CODE)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from wpn_ds.engine.distributed import World, max_over_ranks
 from wpn_ds.errors import UserError
+from wpn_ds.files import cause, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -55,14 +56,16 @@ class Tables:
         if max_over_ranks(float(found is None), world.device) == 0 and found is not None:
             return found
         writer = world.local_rank == 0
+        if writer:
+            remove_abandoned(self.directory, r"[a-z_]+-[0-9a-f]+\..*tmp")
         partial = path.with_name(f"{path.name}.{socket.gethostname()}.{os.getpid()}.tmp")
         columns: dict[str, np.ndarray] | None = None
         if writer:
             try:
                 columns = _create(partial, shapes)
             except OSError as error:  # the run has what it needs; later ones must compute it again
-                advice = "set WPN_DS_CACHE to a folder with room"
-                logger.warning("the %s can't be kept in %s (%s): %s", kind, self.directory, error, advice)
+                advice = "; or set WPN_DS_CACHE to another folder"
+                logger.warning("the %s can't be kept in %s: %s%s", kind, self.directory, cause(error), advice)
                 shutil.rmtree(partial, ignore_errors=True)
         in_memory = max_over_ranks(float(writer and columns is None), world.device) > 0
         if in_memory:
@@ -118,9 +121,13 @@ def _create(partial: Path, shapes: Shapes) -> dict[str, np.ndarray]:
 
 
 def _publish(partial: Path, path: Path, shapes: Shapes) -> None:
-    """Move a whole table to its place; another machine's, which holds the same, may be there already."""
-    if _open(path, shapes) is None:
-        shutil.rmtree(path, ignore_errors=True)
+    """Move a whole table to its place; another job's, which holds the same, may be there already, or come meanwhile."""
     with contextlib.suppress(OSError):
         os.rename(partial, path)
+    if partial.exists() and _open(path, shapes) is None:  # what is there is damaged
+        with contextlib.suppress(OSError):
+            damaged = partial.with_suffix(".damaged.tmp")
+            os.rename(path, damaged)
+            os.rename(partial, path)
+            shutil.rmtree(damaged, ignore_errors=True)
     shutil.rmtree(partial, ignore_errors=True)

@@ -23,6 +23,7 @@ from wpn_ds import history
 from wpn_ds.data.plan import Role, StepPlan
 from wpn_ds.engine.distributed import World, max_over_ranks, sum_over_ranks
 from wpn_ds.engine.step import StepResult
+from wpn_ds.files import write_atomically
 from wpn_ds.history import clock
 
 
@@ -117,7 +118,7 @@ def log_warnings(output_dir: Path, rank: int) -> Path:
     """From now on what the libraries warn of goes to this rank's file, and rank 0's to the terminal too."""
     path = output_dir / "logs" / f"rank-{rank}.log"
     path.parent.mkdir(parents=True, exist_ok=True)
-    handlers: list[logging.Handler] = [logging.FileHandler(path, delay=True)]
+    handlers: list[logging.Handler] = [logging.FileHandler(path, delay=True, encoding="utf-8")]
     if rank == 0:
         handlers.append(logging.StreamHandler())
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", handlers=handlers)
@@ -213,7 +214,7 @@ class Telemetry:
         self.metrics = output_dir / "metrics.jsonl"
         again = self.metrics.exists()
         self.last_losses = _truncate(self.metrics, done, evaluated)
-        self.stream = self.metrics.open("a")
+        self.stream = self.metrics.open("a", encoding="utf-8")
         self.board = SummaryWriter(str(logging_dir), purge_step=done + 1 if done else 0 if again else None)
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=done, desc="unlearning", unit="step", dynamic_ncols=True)
@@ -300,7 +301,7 @@ def _truncate(metrics: Path, done: int, evaluated: bool) -> dict[str, float]:
         return {}
     kept = []
     last: dict[str, float] = {}
-    for line in metrics.read_text().splitlines():
+    for line in metrics.read_text(encoding="utf-8").splitlines():
         try:
             values = json.loads(line)
             repeated = values["step"] > done or done == 0
@@ -311,7 +312,7 @@ def _truncate(metrics: Path, done: int, evaluated: bool) -> dict[str, float]:
                 kept.append(line + "\n")
         except (ValueError, KeyError):
             continue
-    history.write_atomically(metrics, "".join(kept))
+    write_atomically(metrics, "".join(kept))
     return {name: value for name, value in last.items() if value is not None}
 
 

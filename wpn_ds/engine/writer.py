@@ -27,7 +27,7 @@ class Writer(TorchCheckpointEngine):
         super().__init__()
         self._background = background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
-        self._files: dict[Path, Future[str]] = {}
+        self._files: dict[Path, Future[tuple[int, str]]] = {}
         self.ended = 0.0  # when the last file was written, by time.perf_counter
 
     def save(self, state_dict: Any, path: str | Path) -> None:
@@ -38,20 +38,20 @@ class Writer(TorchCheckpointEngine):
         if not self._background:
             written.exception()  # waits
 
-    def _write(self, state: Any, path: Path) -> str:
-        digest = _write(state, path)
+    def _write(self, state: Any, path: Path) -> tuple[int, str]:
+        written = _write(state, path)
         self.ended = time.perf_counter()
-        return digest
+        return written
 
     def done(self) -> bool:
         """Whether all files are written, or have failed."""
         return all(written.done() for written in self._files.values())
 
-    def collect(self) -> dict[Path, str]:
-        """The files since the last call with their SHA-256, once they are written.
+    def collect(self) -> dict[Path, tuple[int, str]]:
+        """The files since the last call with their size and SHA-256, once they are written.
 
         Raises:
-            OSError, RuntimeError: one could not be written; torch turns a full disk into the latter.
+            OSError: one could not be written.
         """
         files, self._files = self._files, {}
         return {path: written.result() for path, written in files.items()}
@@ -61,37 +61,38 @@ def _on_host(value: Any) -> Any:
     return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
 
 
-def _write(state: Any, path: Path) -> str:
+def _write(state: Any, path: Path) -> tuple[int, str]:
     with path.open("wb") as stream:
         hashing = _Hashing(stream)
-        torch.save(state, hashing)  # type: ignore[arg-type]
+        try:
+            torch.save(state, hashing)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            raise hashing.fault or error from error
         stream.flush()
         os.fsync(stream.fileno())  # on the disk before the manifest calls it whole
-    return hashing.digest.hexdigest()
+    return hashing.size, hashing.digest.hexdigest()
 
 
 class _Hashing:
-    """A stream that knows the checksum of what went through it."""
+    """A stream that knows the size and the checksum of what went through it, and what stopped it: torch makes of that
+    an error that doesn't say."""
 
     def __init__(self, stream: BinaryIO) -> None:
         self._stream = stream
-        self.digest = hashlib.sha256()
+        self.size, self.digest = 0, hashlib.sha256()
+        self.fault: OSError | None = None
 
     def write(self, data: Any) -> int:
         self.digest.update(data)
-        return self._stream.write(data)
+        try:
+            self.size += (written := self._stream.write(data))
+        except OSError as error:
+            self.fault = error
+            raise
+        return written
 
     def flush(self) -> None:
         self._stream.flush()
-
-
-def sync(folder: Path) -> None:
-    """A new name in ``folder`` is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def sha256(path: Path) -> str:

@@ -20,7 +20,7 @@ from wpn_ds.evaluate.answering import Asking, can_judge
 from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
 from wpn_ds.evaluate.judges.base import Judge
 from wpn_ds.evaluate.measurement import Measurement, Plan, device
-from wpn_ds.evaluate.ranks import all_arrived, join_ranks
+from wpn_ds.evaluate.ranks import all_arrived, alone_in, join_ranks
 from wpn_ds.evaluate.relearning import Lessons
 from wpn_ds.evaluate.report.files import write_report
 from wpn_ds.evaluate.report.table import format_table
@@ -37,6 +37,7 @@ from wpn_ds.evaluate.suites import (
 from wpn_ds.evaluate.tofu.log import write_log
 from wpn_ds.evaluate.tofu.task import ANSWER_TOKENS, add_tofu_flags, tofu_task
 from wpn_ds.evaluate.utility import available_utility
+from wpn_ds.files import cause
 from wpn_ds.flags import above_0, add_style_flags, check_place, given_style, positive, share
 from wpn_ds.models.load import Source
 
@@ -140,18 +141,21 @@ def run(argv: Sequence[str] | None = None) -> int:
     recorded, revision = _recorded(Path(options.model) / "run.yaml"), None
     if options.baseline == "auto":
         options.baseline, revision = _started_from(options.model, recorded)
-    models = {"before": ("--baseline", options.baseline), "after": ("--model", options.model)}
-    for flag, name in models.values():
-        if name:
-            check_place(flag, name)
+    sources = {"after": Source(options.model, "--model")}
+    if options.baseline:
+        sources = {"before": Source(options.baseline, "--baseline", revision), **sources}
+    for source in sources.values():
+        check_place(source.flag, source.name_or_path)
     rank, size = join_ranks()
+    with alone_in(options.output_dir / ".evaluate.lock", f"--output_dir {options.output_dir}", rank, size):
+        return _evaluate(options, recorded, sources, rank, size)
+
+
+def _evaluate(
+    options: argparse.Namespace, recorded: dict[str, Any], sources: Mapping[str, Source], rank: int, size: int
+) -> int:
     try:
         plan, notes, settings, judges = _prepare(options, recorded, size)
-        sources = {
-            label: Source(name, flag, revision if label == "before" else None)
-            for label, (flag, name) in models.items()
-            if name
-        }
         parts = {label: Measurement(label, source, plan) for label, source in sources.items()}
         if (read := parts["after"].first_prompt) is not None:
             settings["first_prompt"] = read
@@ -162,9 +166,9 @@ def run(argv: Sequence[str] | None = None) -> int:
             all_arrived(size)
         if rank:
             return 0
-        for label, (flag, name) in models.items():
-            if label in parts and (address := parts[label].address) != name:
-                settings[flag.removeprefix("--")] = address
+        for label, source in sources.items():
+            if (address := parts[label].address) != source.name_or_path:
+                settings[source.flag.removeprefix("--")] = address
         notes += [f"{label}: {note}" for label, part in parts.items() for note in part.notes]
         evaluations = {label: part.evaluation(judges) for label, part in parts.items()}
         for judge in judges:
@@ -189,7 +193,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         if error.filename is None and error.errno is None:
             raise
         where = error.filename or options.output_dir
-        raise UserError(f"{where} can't be used ({error.strerror}): what is done so far is kept") from error
+        raise UserError(f"{where} can't be used ({cause(error)}): what is done so far is kept") from error
     print(format_table(evaluations.get("before"), evaluations["after"]))
     print(f"\n{page}")
     return 0

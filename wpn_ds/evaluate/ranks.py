@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+from collections.abc import Iterator
 from datetime import timedelta
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from wpn_ds import launchers
+from wpn_ds.lock import locked
 
 
 def join_ranks() -> tuple[int, int]:
@@ -19,8 +23,17 @@ def join_ranks() -> tuple[int, int]:
         if not torch.cuda.is_available() and "OMP_NUM_THREADS" not in os.environ:
             # Ranks of one machine share its cores; by default each would start a thread per core.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
-        dist.init_process_group("gloo", timeout=timedelta(days=7))
+        with launchers.meeting():
+            dist.init_process_group("gloo", timeout=timedelta(days=7))
     return rank, size
+
+
+@contextlib.contextmanager
+def alone_in(folder: Path, what: str, rank: int, size: int) -> Iterator[None]:
+    """Around the work of all ranks that writes to ``folder``: rank 0 locks it for the job; see :func:`locked`."""
+    with locked(folder, what) if rank == 0 else contextlib.nullcontext():
+        all_arrived(size)  # none begins before
+        yield
 
 
 def all_arrived(size: int) -> None:

@@ -13,8 +13,18 @@ import torch
 from wpn_ds.config import DataConfig
 from wpn_ds.data.records import ForgetRecord, Record, read_forget, read_retain
 from wpn_ds.errors import UserError
-from wpn_ds.flags import add_style_flags, check_place, given_style, new_output, positive, share, whole
-from wpn_ds.history import write_atomically
+from wpn_ds.files import write_atomically
+from wpn_ds.flags import (
+    add_style_flags,
+    check_place,
+    given_style,
+    lock_beside,
+    new_output,
+    positive,
+    share,
+    whole,
+)
+from wpn_ds.lock import locked
 from wpn_ds.select.choosing import core, hardest, nearest, total_variance
 from wpn_ds.select.reading import Reader, Settings
 from wpn_ds.select.rows import check_files, chosen_rows
@@ -31,8 +41,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     for flag in ("model", "baseline"):
         if flag in options:
             check_place(f"--{flag}", getattr(options, flag))
-    with new_output(options.output):
-        options.output.absolute().parent.mkdir(parents=True, exist_ok=True)
+    with new_output(options.output), locked(lock_beside(options.output), f"--output {options.output}"):
         said = options.work(options)
     print(f"{options.output}: {said}", file=sys.stderr)
     return 0

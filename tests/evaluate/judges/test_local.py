@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from dataclasses import replace
 
@@ -136,7 +137,7 @@ def test_a_failed_save_leaves_nothing_behind(tmp_path, monkeypatch) -> None:
     def full(*args) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(module.os, "replace", full)
+    monkeypatch.setattr(os, "replace", full)
     with pytest.raises(OSError, match="disk full"):
         save(tmp_path / "judge", weights, {})
     assert list(tmp_path.iterdir()) == []

@@ -10,6 +10,9 @@ from pathlib import Path
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
 from wpn_ds.evaluate.judges.labelled import Labelled, read_labelled, read_people
+from wpn_ds.files import cause, holds_anything
+from wpn_ds.flags import lock_beside
+from wpn_ds.lock import locked
 
 _SHAPES = (
     'JSONL of {"response", "harmful"} with or without "prompt", triples {"prompt", "neutral", "harmful"} or {"prompt",'
@@ -62,15 +65,20 @@ def _measure(options: argparse.Namespace) -> int:
 
 
 def _train(options: argparse.Namespace) -> int:
+    folder: Path = options.output_dir
+    if folder.exists() and (not folder.is_dir() or holds_anything(folder)):
+        raise UserError(f"--output_dir {folder} is not empty: name a new folder")
+    try:
+        with locked(lock_beside(folder), f"--output_dir {folder}"):
+            return _train_locked(options)
+    except OSError as error:
+        raise UserError(f"--output_dir {folder} can't be written: {cause(error)}") from error
+
+
+def _train_locked(options: argparse.Namespace) -> int:
     from wpn_ds.evaluate.judges.local import fit, hold_out, measure, save, unseen, versions
 
     folder: Path = options.output_dir
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"--output_dir {folder} is not empty: name a new folder")
-    try:
-        folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} can't be made ({error.strerror})") from error
     examples = read_labelled(options.train_file)
     if options.test_file:
         train, test = examples, read_labelled(options.test_file)
@@ -96,10 +104,7 @@ def _train(options: argparse.Namespace) -> int:
         "accuracy": accuracy,
         "versions": versions(),
     }
-    try:
-        save(folder, weights, about)
-    except OSError as error:
-        raise UserError(f"--output_dir {folder} can't be written ({error.strerror})") from error
+    save(folder, weights, about)
     print(f"held out: n {area.n}, AUC {area.value:.3f} [{area.low:.3f}, {area.high:.3f}], accuracy {accuracy:.3f}")
     print(folder)
     return 0

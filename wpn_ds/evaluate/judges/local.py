@@ -5,10 +5,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-import os
 import random
-import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,6 +21,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.base import Case, Input, Judge, Judgement, by_threshold
 from wpn_ds.evaluate.judges.labelled import Labelled
 from wpn_ds.evaluate.statistics import RESAMPLES, Estimate
+from wpn_ds.files import filled
 
 FORMAT = 1
 """Version of the features and of the files; a judge of another version isn't loaded."""
@@ -114,20 +112,12 @@ def auc(scores: np.ndarray, harmful: np.ndarray, groups: Sequence[str], seed: in
 
 
 def save(folder: Path, weights: Weights, about: Mapping[str, Any]) -> None:
-    """Writes a judge beside the place, then moves it there: ``folder`` holds all of it, or doesn't exist."""
-    folder = folder.absolute()
-    aside = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}."))
-    try:
-        arrays = {"coef": weights.coef, "intercept": np.array([weights.intercept])}
-        save_file(arrays, aside / _WEIGHTS)
+    """Writes a judge, its settings last: where they are, all of it is."""
+    with filled(folder, last=_SETTINGS) as partial:
+        save_file({"coef": weights.coef, "intercept": np.array([weights.intercept])}, partial / _WEIGHTS)
         settings = {"format": FORMAT, "input": weights.input, **about}
-        (aside / _SETTINGS).write_text(json.dumps(settings, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-        aside.chmod(0o755)  # mkdtemp makes folders for their owner alone, safetensors such files
-        (aside / _WEIGHTS).chmod(0o644)
-        os.replace(aside, folder)  # an empty folder gives way
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+        text = json.dumps(settings, indent=1, ensure_ascii=False) + "\n"
+        (partial / _SETTINGS).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def versions() -> dict[str, str]:
