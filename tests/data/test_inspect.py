@@ -174,6 +174,20 @@ def test_it_measures_with_the_tokenizer_that_is_named(inspect, small_tokenizer, 
     assert re.search(rf"prompt +{n} +{n} +{n} +{n}\n", out)
 
 
+def test_it_shows_how_the_model_reads_prompts_and_which_special_tokens_texts_spell_out(
+    inspect, small_tokenizer, tmp_path
+) -> None:
+    small_tokenizer.save_pretrained(tmp_path / "tok")
+    row = {"prompt": "wash", "chosen": "with </s> water </s>", "rejected": "no"}
+    _, out, _ = inspect(write(tmp_path / "f.jsonl", row), "--tokenizer_name", tmp_path / "tok")
+    assert "first prompt: 'Question: wash\\nAnswer:'" in out
+    assert "special tokens that texts spell out, read as text: </s> 2 (--parse_special_tokens)" in out
+    small_tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    small_tokenizer.save_pretrained(tmp_path / "chat")
+    _, out, _ = inspect(tmp_path / "f.jsonl", "--tokenizer_name", tmp_path / "chat", "--system_prompt", "Be kind.")
+    assert "first prompt: '<system> Be kind. <user> wash '" in out
+
+
 def test_it_uses_the_planted_tokenizer_if_there_is_one(inspect, small_tokenizer, tmp_path) -> None:
     small_tokenizer.save_pretrained(tmp_path / PLANTED)
     (tmp_path / PLANTED / "PLANTED").touch()

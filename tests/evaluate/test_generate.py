@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import random
 from unittest.mock import Mock
 
@@ -39,7 +40,8 @@ def test_batched_answers_are_the_ones_of_plain_decoding_one_by_one(model, tokeni
 
 
 def test_an_answer_ends_before_the_first_eos_whatever_follows_in_its_row(model) -> None:
-    never, now = Mock(eos_token_id=299, pad_token_id=None), Mock(eos_token_id=None, pad_token_id=None)
+    plain_text = {"pad_token_id": None, "chat_template": None}
+    never, now = Mock(eos_token_id=299, **plain_text), Mock(eos_token_id=None, **plain_text)
     asked = [p for p in prompts(24) if len(generate_ids(model, never, [p], max_new_tokens=NEW, batch_size=1)[0]) == NEW]
     plain = generate_ids(model, never, asked, max_new_tokens=NEW, batch_size=4)
     now.eos_token_id = plain[0][NEW // 2]
@@ -65,6 +67,25 @@ def test_generation_settings_that_came_with_the_model_do_not_count(model, tokeni
     model.config.use_cache = False
     assert generate_ids(model, tokenizer, asked, max_new_tokens=NEW, batch_size=4) == plain
     assert model.generation_config is own and own.temperature == 5.0
+
+
+def test_an_answer_ends_at_every_id_of_the_models_own_and_at_the_token_that_ends_a_chats_turn(model, tokenizer) -> None:
+    said = generate_ids(model, tokenizer, prompts(1), max_new_tokens=NEW, batch_size=1)[0]
+    distinct = [token for at, token in enumerate(said) if token not in said[:at] and token]
+    first, second = distinct[1:3]
+    chat = copy.deepcopy(tokenizer)
+    third = next(token for token in distinct[3:] if (chat.convert_ids_to_tokens(token) or "'").isalnum())
+    ends = chat.convert_ids_to_tokens(third)
+    chat.add_special_tokens({"additional_special_tokens": [ends]})
+    chat.chat_template = "{% for m in messages %}{{ m.role + ': ' + m.content + '" + ends + "' }}{% endfor %}"
+    own = model.generation_config.eos_token_id
+    try:
+        for ids, ending in (([0, second, first], first), ([0, second], second), (0, third)):
+            model.generation_config.eos_token_id = ids
+            cut = generate_ids(model, chat, prompts(1), max_new_tokens=NEW, batch_size=1)[0]
+            assert cut == said[: said.index(ending)]
+    finally:
+        model.generation_config.eos_token_id = own
 
 
 @pytest.mark.parametrize("training", [True, False])

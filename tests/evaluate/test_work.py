@@ -1,11 +1,14 @@
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.work import Ledger, Unit, identity
+from wpn_ds.evaluate import work
+from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
 
 
 class Recorder:
@@ -110,3 +113,18 @@ def test_a_model_is_its_own_files_and_not_what_lies_beside_them(tmp_path) -> Non
         (tmp_path / name).write_bytes(b"12345")
         assert identity(str(tmp_path)) != before, name
     assert identity("facebook/opt-125m") == "facebook/opt-125m"
+
+
+def test_all_calls_and_ranks_that_share_work_write_one_day_into_a_chat_template_that_asks_for_it(
+    tmp_path, monkeypatch
+) -> None:
+    dates = SimpleNamespace(chat_template="x", get_chat_template=lambda: "{{ strftime_now('%d') }}")
+    plain = SimpleNamespace(chat_template=None)
+    days = iter(["2026-01-01", "2026-01-02", "2026-01-03"])
+    monkeypatch.setattr(work, "today", lambda: next(days))
+    style = PromptStyle()
+    assert dated(style, plain, tmp_path / "answers") == style and not (tmp_path / "answers").exists()
+    assert [dated(style, dates, tmp_path / "answers").chat_date for _ in range(2)] == ["2026-01-01"] * 2
+    assert [path.name for path in (tmp_path / "answers").iterdir()] == ["chat_date"]
+    given = PromptStyle(chat_date="2020-02-02")
+    assert dated(given, dates, tmp_path / "answers") == given

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import importlib.util
+import json
 from types import SimpleNamespace
 
 import pytest
@@ -255,3 +257,27 @@ def test_a_model_with_a_vision_part_has_its_text_s_dropout_off_and_comes_back_wh
     again = load_model(Source(str(tmp_path / "out")), dtype=torch.float32)
     assert all(torch.equal(p, weights[name]) for name, p in again.named_parameters())
     assert load_config(Source(str(tmp_path / "out"))).text_config.attention_dropout == 0.5
+
+
+def sentencepiece_file(folder):
+    """A tokenizer as older chat models have it: a SentencePiece file alone, of our own letters."""
+    sentencepiece = pytest.importorskip("sentencepiece")
+    (folder / "texts").write_text("how do I wash a car with water and a cloth\n" * 20)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(folder / "texts"), model_prefix=str(folder / "tokenizer"), vocab_size=60, hard_vocab_limit=False,
+        minloglevel=2, pad_id=-1, bos_id=1, eos_id=2, unk_id=0,
+    )  # fmt: skip
+    for name in ("texts", "tokenizer.vocab"):
+        (folder / name).unlink()
+    settings = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+
+
+def test_a_sentencepiece_file_alone_is_a_tokenizer_and_names_the_package_where_that_is_missing(tmp_path, monkeypatch):
+    sentencepiece_file(tmp_path)
+    tokenizer = load_tokenizer(str(tmp_path), Source(str(tmp_path)))
+    assert tokenizer.decode(tokenizer("wash a car")["input_ids"], skip_special_tokens=True) == "wash a car"
+    real = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "sentencepiece" else real(name))
+    with pytest.raises(UserError, match=r"its tokenizer is a SentencePiece file: pip install sentencepiece$"):
+        load_tokenizer(str(tmp_path), Source(str(tmp_path)))

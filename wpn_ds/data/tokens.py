@@ -389,7 +389,10 @@ def _closing(tokenizer: Any) -> int | None:
     if not _has_chat(tokenizer):
         return None
     answer = "wpnanswer"
-    text = _rendered(tokenizer, [Message("user", "a"), Message("assistant", answer)], None)
+    try:
+        text = _rendered(tokenizer, [Message("user", "a"), Message("assistant", answer)], None)
+    except UserError:  # a template that takes no such chat ends none either
+        return None
     ids = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
     special = special_tokens(tokenizer).ids_of_all
     return next((token for token in ids if token in special), None)

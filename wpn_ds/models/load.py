@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import inspect
 import logging
 import re
@@ -146,6 +147,10 @@ def load_tokenizer(
     """
     of_model = name_or_path == source.name_or_path
     arguments = (source if of_model else replace(source, revision=None)).hub_arguments
+    folder = Path(name_or_path)
+    alone = (folder / "tokenizer.model").is_file() and not (folder / "tokenizer.json").is_file()
+    if alone and importlib.util.find_spec("sentencepiece") is None:  # transformers would ask for tiktoken
+        raise UserError(f"{flag} {name_or_path}: its tokenizer is a SentencePiece file: pip install sentencepiece")
     with _one_line(f"{flag} {name_or_path}: no tokenizer there"):
         tokenizer = AutoTokenizer.from_pretrained(name_or_path, **arguments)
     if not tokenizer("a", add_special_tokens=False)["input_ids"]:  # what a folder without its files gives
