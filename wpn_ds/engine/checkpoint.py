@@ -425,8 +425,11 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
     Raises:
         UserError: other data, another starting model, or a setting without which the run is another one.
     """
+    otherwise = ""
+    if "parse_special_tokens" not in old.settings:
+        otherwise = "; an earlier version wrote it, which read some texts as other tokens"
     for what, then, today in (
-        ("the training data (or template, tokenizer, --max_length)", old.data, new.data),
+        (f"the training data (or template, tokenizer, --max_length{otherwise})", old.data, new.data),
         ("the starting model", old.model, new.model),
     ):
         if then != today:
