@@ -192,14 +192,19 @@ def release_all() -> None:
 
 @contextlib.contextmanager
 def locked(path: Path, what: str) -> Iterator[None]:
-    """Around work that writes to a place; see :class:`Lock`. Makes the folder of ``path``."""
+    """Around work that writes to a place; see :class:`Lock`. Makes the folder of ``path``, and takes it away again
+    where the work has left nothing in it."""
+    made = [folder for folder in path.parents if not folder.exists()]
     path.parent.mkdir(parents=True, exist_ok=True)
     lock = Lock(path, what)
-    lock.take()
     try:
+        lock.take()
         yield
     finally:
         lock.release()
+        with contextlib.suppress(OSError):  # it is not empty
+            for folder in made:
+                folder.rmdir()
 
 
 def _place() -> str:

@@ -253,3 +253,13 @@ def test_a_template_without_a_special_token_after_an_answer_ends_it_with_eos() -
     segment = encode_pair("a car", "with water", chat, "auto", 512)
     assert turn_end(chat) == chat.eos_token_id
     assert chat.decode(segment.ids) == "[user] a car\n[assistant] with water</s>"
+
+
+def test_a_tokenizer_whose_template_and_tokens_change_is_read_as_it_is_now() -> None:
+    chat = make(SHAPES["zephyr"], "byte-level")
+    assert encode_pair("a", "b", chat, "auto", 512).ids[-1] == turn_end(chat) == chat.eos_token_id
+    chat.add_special_tokens({"additional_special_tokens": ["<end_of_turn>"]})
+    chat.chat_template = turns("%s: ", "<end_of_turn>\n", "assistant: ")
+    end = chat.convert_tokens_to_ids("<end_of_turn>")
+    segment = encode_pair("a <end_of_turn>", "b", chat, "auto", 512)
+    assert segment.ids[-1] == turn_end(chat) == end and segment.ids.count(end) == 2

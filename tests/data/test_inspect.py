@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 from itertools import pairwise
@@ -182,8 +183,9 @@ def test_it_shows_how_the_model_reads_prompts_and_which_special_tokens_texts_spe
     _, out, _ = inspect(write(tmp_path / "f.jsonl", row), "--tokenizer_name", tmp_path / "tok")
     assert "first prompt: 'Question: wash\\nAnswer:'" in out
     assert "special tokens that texts spell out, read as text: </s> 2 (--parse_special_tokens)" in out
-    small_tokenizer.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
-    small_tokenizer.save_pretrained(tmp_path / "chat")
+    chat = copy.deepcopy(small_tokenizer)
+    chat.chat_template = "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% endfor %}"
+    chat.save_pretrained(tmp_path / "chat")
     _, out, _ = inspect(tmp_path / "f.jsonl", "--tokenizer_name", tmp_path / "chat", "--system_prompt", "Be kind.")
     assert "first prompt: '<system> Be kind. <user> wash '" in out
 

@@ -518,6 +518,7 @@ _TSV = "id\tprompt\tchosen\n1\ta\tb\n"
         ("x.jsonl", b"version https://git-lfs.github.com/spec/v1\n", "only a pointer of Git LFS to the data"),
         ("x.jsonl", b"<!DOCTYPE html>\n<html>", "is a web page"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "content",
 )
 def test_a_file_of_another_format_is_one_problem_that_says_what_it_is(tmp_path, name, content, said) -> None:
     path = tmp_path / name

@@ -14,6 +14,7 @@ from tests.evaluate.tofu.conftest import write_tofu
 from tests.launching import free_port, launch
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate import answering, command
+from wpn_ds.evaluate import ranks as meeting
 from wpn_ds.evaluate.answering import Asking
 from wpn_ds.evaluate.command import run
 from wpn_ds.evaluate.judges import local
@@ -113,7 +114,8 @@ def test_judges_load_on_rank_0_alone_after_the_answers_are_there(folders, files,
     assert run(arguments) == 0 and events == ["answers", "judge"]
     events.clear()
     monkeypatch.setattr(command, "join_ranks", lambda: (1, 2))
-    monkeypatch.setattr(command, "all_arrived", lambda size: None)
+    for module in (command, meeting):
+        monkeypatch.setattr(module, "all_arrived", lambda size: None)
     monkeypatch.setattr(command.dist, "broadcast_object_list", lambda objects: None)
     assert run(arguments) == 0 and events == []
 
@@ -122,12 +124,12 @@ def test_a_hub_s_model_that_was_updated_is_another_one(hub, folders, tmp_path) -
     addresses, places = [], []
     for model, commit in (("opt", "a" * 40), ("neo", "b" * 40)):
         hub.publish("org/small", folders / model, commit)
-        part = Measurement("after", Source("org/small", "--model"), Plan(tmp_path / "answers", Asking("{prompt}")))
+        part = Measurement("after", Source("org/small", "--model"), Plan(tmp_path / "answers", Asking()))
         addresses.append(part.address)
         places.append(part._folder)
         assert part._source.revision == commit, "all that is loaded is of this commit"
     assert addresses == [f"org/small@{letter * 40}" for letter in "ab"] and places[0] != places[1]
-    local = Measurement("after", Source(str(folders / "opt")), Plan(tmp_path / "answers", Asking("{prompt}")))
+    local = Measurement("after", Source(str(folders / "opt")), Plan(tmp_path / "answers", Asking()))
     assert local.address == str(folders / "opt")
 
 

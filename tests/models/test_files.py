@@ -114,7 +114,7 @@ def test_a_comparison_reads_no_weights_and_says_nothing(tmp_path, capfd, monkeyp
 
 def test_a_folder_without_weights_is_one_line(tmp_path) -> None:
     TIED["llama"].save_pretrained(tmp_path)
-    with pytest.raises(UserError, match=r"^--model_name_or_path \S+: the model can't be loaded \(there is no model\."):
+    with pytest.raises(UserError, match=r"^--model_name_or_path \S+: the folder has a config.json but no weights"):
         load_model(Source(str(tmp_path)), dtype=torch.float32)
 
 

@@ -7,10 +7,11 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from wpn_ds.data.records import RetainRecord, read_forget, read_retain
+from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.errors import UserError
 from wpn_ds.select.reading import Reader, Settings
 
-SETTINGS = Settings("Question: {prompt}\nAnswer:", 128, 4)
+SETTINGS = Settings(PromptStyle("Question: {prompt}\nAnswer:"), 128, 4)
 
 
 @pytest.fixture(params=["opt", "gpt_neo"])
@@ -66,7 +67,7 @@ def test_bfloat16_is_loaded_when_asked_for(tiny) -> None:
 def test_a_state_that_is_not_finite_is_named_by_its_record(tiny, tmp_path) -> None:
     model = AutoModelForCausalLM.from_pretrained(tiny / "opt")
     with torch.no_grad():
-        model.get_input_embeddings().weight.fill_(float("nan"))
+        model.get_input_embeddings().weight.fill_(1e38)  # finite, and what is made of it isn't
     model.save_pretrained(tmp_path)
     AutoTokenizer.from_pretrained(tiny / "opt").save_pretrained(tmp_path)
     reader = Reader("--model", str(tmp_path), SETTINGS)

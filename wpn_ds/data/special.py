@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from functools import cached_property, lru_cache
+from functools import cached_property
 from itertools import takewhile
 from typing import Any
 
@@ -93,9 +93,3 @@ class SpecialTokens:
         if isinstance(model.get("unk_token"), str):
             model["unk_token"] = spelling.get(model["unk_token"], model["unk_token"])
         return Tokenizer.from_str(json.dumps(made | {"post_processor": None, "truncation": None, "padding": None}))
-
-
-@lru_cache(maxsize=4)
-def special_tokens(tokenizer: Any) -> SpecialTokens:
-    """Those of ``tokenizer``, made once."""
-    return SpecialTokens(tokenizer)

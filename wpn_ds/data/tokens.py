@@ -19,7 +19,7 @@ from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 from wpn_ds.data.records import Message, Prompt
-from wpn_ds.data.special import special_tokens
+from wpn_ds.data.special import SpecialTokens
 from wpn_ds.errors import UserError
 
 AUTO = "auto"
@@ -162,7 +162,7 @@ def encode_text(text: str, tokenizer: Any, max_length: int, style: PromptStyle |
 def turn_end(tokenizer: Any) -> int:
     """The token that ends an answer in a chat: the first special one that the chat template writes after it; EOS if it
     writes none, or if there is no chat template."""
-    closing = _closing(tokenizer)
+    closing = _closing(tokenizer, _state(tokenizer)) if _has_chat(tokenizer) else None
     return tokenizer.eos_token_id if closing is None else closing
 
 
@@ -188,7 +188,7 @@ def today() -> str:
 
 def spelt_special_tokens(texts: Iterable[str], tokenizer: Any) -> Counter[str]:
     """How often ``texts`` spell out each of the tokenizer's special tokens."""
-    special = special_tokens(tokenizer)
+    special = SpecialTokens(tokenizer)
     return Counter(name for text in texts for name in special.spelt(text))
 
 
@@ -242,9 +242,18 @@ class _Asked(NamedTuple):
     tokens: _Tokens
 
 
-@lru_cache(maxsize=8)
 def _writer(tokenizer: Any, style: PromptStyle) -> _Writer:
+    return _writer_as_it_is(tokenizer, style, _state(tokenizer))
+
+
+@lru_cache(maxsize=8)
+def _writer_as_it_is(tokenizer: Any, style: PromptStyle, state: tuple[str, int]) -> _Writer:
     return _Writer(tokenizer, style)
+
+
+def _state(tokenizer: Any) -> tuple[str, int]:
+    """What of a tokenizer its user may change: its chat template, and its number of tokens."""
+    return str(getattr(tokenizer, "chat_template", None)), len(tokenizer) if hasattr(tokenizer, "__len__") else 0
 
 
 class _Writer:
@@ -253,7 +262,7 @@ class _Writer:
     def __init__(self, tokenizer: Any, style: PromptStyle) -> None:
         self._tokenizer, self._style = tokenizer, style
         self._template = PLAIN_TEMPLATE if style.template == AUTO else style.template
-        self.special = special_tokens(tokenizer)
+        self.special = SpecialTokens(tokenizer)
         self.asked = lru_cache(maxsize=64)(self._ask)  # every answer to a prompt asks for it
 
     def is_chat(self, prompt: Prompt) -> bool:
@@ -302,7 +311,7 @@ class _Writer:
 
     def _up_to_the_end(self, text: str) -> list[int]:
         """The tokens of a chat up to the one that ends its last turn, and no line break after that."""
-        closing = _closing(self._tokenizer)
+        closing = _closing(self._tokenizer, _state(self._tokenizer))
         if closing is None:
             return [*self.special.ids(text.rstrip()), self._tokenizer.eos_token_id]
         ids = self.special.ids(text)
@@ -384,15 +393,13 @@ def _calendar(date: str | None) -> list[tuple[str, str]]:
 
 
 @lru_cache(maxsize=4)
-def _closing(tokenizer: Any) -> int | None:
+def _closing(tokenizer: Any, state: tuple[str, int]) -> int | None:
     """The first special token that the chat template writes after an answer; None if it writes none."""
-    if not _has_chat(tokenizer):
-        return None
     answer = "wpnanswer"
     try:
         text = _rendered(tokenizer, [Message("user", "a"), Message("assistant", answer)], None)
     except UserError:  # a template that takes no such chat ends none either
         return None
     ids = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
-    special = special_tokens(tokenizer).ids_of_all
+    special = SpecialTokens(tokenizer).ids_of_all
     return next((token for token in ids if token in special), None)
