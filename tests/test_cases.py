@@ -77,13 +77,14 @@ def test_eos_pads_where_the_pad_token_lies_beyond_the_embedding(case) -> None:
 
 
 @of("notresized")
-def test_a_token_beyond_the_embedding_is_refused_by_its_name(case) -> None:
+def test_a_token_beyond_the_embedding_is_text_where_it_is_spelt_and_refused_where_it_is_meant(case) -> None:
     source = Source(str(case / "model"))
     tokenizer, rows = tokenizer_of(case), load_config(source).vocab_size
-    with pytest.raises(UserError, match=r"has 320 tokens, and '<pad2>' in the texts is number"):
-        style = PromptStyle(parse_special_tokens=True)
-        for record in read_forget([case / "f.jsonl"]):
-            check_ids(encode_pair(record.prompt, "a", tokenizer, style, 128).ids, tokenizer, rows, source)
+    (record, *_) = read_forget([case / "f.jsonl"])
+    check_ids(encode_pair(record.prompt, "a", tokenizer, "auto", 128).ids, tokenizer, rows, source)
+    meant = encode_pair(record.prompt, "a", tokenizer, PromptStyle(parse_special_tokens=True), 128)
+    with pytest.raises(UserError, match="has 320 tokens, and '<pad2>' in the texts is number 320"):
+        check_ids(meant.ids, tokenizer, rows, source)
 
 
 @of("tiedhead")
@@ -97,8 +98,7 @@ def test_a_head_that_differs_from_the_embedding_is_not_tied_to_it(case) -> None:
 @pytest.mark.parametrize("case", ["gemma2", "gemma3vl", "gptoss", "longrope"], indirect=True)
 def test_a_family_is_read_exactly_in_packed_and_in_padded_rows(case, packed) -> None:
     source = Source(str(case / "model"))
-    attention = "packed" if packed else "auto"
-    lm = load_model(source, dtype=torch.float32, attention=f"wpn_{attention}" if packed else attention)
+    lm = load_model(source, dtype=torch.float32, attention="wpn_packed" if packed else "auto")
     model = PackedLM(lm, packed=packed)
     length = min(64, max_positions(lm.config) or 64)
     layout = Layout(length, 256, packed, 1, flat=packed, share_prefix=packed)
