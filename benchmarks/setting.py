@@ -15,7 +15,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoConfig, OPTConfig
 
 from wpn_ds.data.examples import ForgetExample, build_examples
-from wpn_ds.data.plan import step_indices
+from wpn_ds.data.plan import ORDER_FORMAT, retain_seed, step_indices
 from wpn_ds.data.records import ForgetRecord, read_forget, read_retain
 from wpn_ds.data.tokens import PromptStyle, Segment
 from wpn_ds.demo import embedded_file
@@ -160,7 +160,9 @@ def write_steps(data: Data, model: Path, max_length: int, examples: int, retain:
     with path.open("w") as stream:
         for step in range(steps):
             forget = [made.forget[i] for i in step_indices(step, examples, len(made.forget), SEED)]
-            kept = [made.retain[i] for i in step_indices(step, retain, len(made.retain), SEED + 1)]
+            kept = [
+                made.retain[i] for i in step_indices(step, retain, len(made.retain), retain_seed(SEED, ORDER_FORMAT))
+            ]
             stream.write(json.dumps(describe(forget, kept)) + "\n")
 
 

@@ -107,9 +107,11 @@ train() {
     if [ -n "${WPN_SWEEP:-}" ]; then # an array job: line number SLURM_ARRAY_TASK_ID of it has this task's flags
         local line words more=()
         line=$(sed -n "$((SLURM_ARRAY_TASK_ID + 1))p" <<<"$WPN_SWEEP")
-        words=$(xargs printf '%s\n' <<<"$line" 2>&1) || fail "task $SLURM_ARRAY_TASK_ID: $line: $words" # with quotes
+        # As a shell splits it, but for backslashes, which stay: \n in a template is a line break.
+        words=$(tr '\134' '\1' <<<"$line" | xargs printf '%s\n' 2>&1 | tr '\1' '\134') ||
+            fail "task $SLURM_ARRAY_TASK_ID: $line: $words"
         [ -z "$words" ] || readarray -t more <<<"$words"
-        set -- "$@" "${more[@]}"
+        set -- "$@" ${more[@]+"${more[@]}"}
         say "task $SLURM_ARRAY_TASK_ID: $line"
     fi
     run=$(flag output_dir "runs/$SLURM_JOB_NAME-${job/_/-}" "$@")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -12,6 +13,7 @@ from wpn_ds.ablate import command, measure
 from wpn_ds.ablate.grid import DEFAULT_GRID, Row, chosen_rows, flags, read_grid
 from wpn_ds.ablate.table import Line, Outcome, markdown, plot, result
 from wpn_ds.config import parse_args
+from wpn_ds.data.tokens import today
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.base import Judgement, Verdict
 from wpn_ds.evaluate.results import Answer, Evaluation, Retain, Suite
@@ -168,16 +170,20 @@ def test_training_s_seconds_count_every_step_once_and_its_last_losses_are_those_
 # ---- the command ----
 
 
-def test_a_hub_s_model_is_pinned_to_the_commit_of_its_revision_and_a_folder_is_not(monkeypatch) -> None:
+def test_a_hub_s_commit_and_the_day_of_a_chat_template_are_the_same_for_all_rows(monkeypatch, tmp_path) -> None:
+    templates = {"org/small": None, "folder": None, "dated": "{{ strftime_now('%d') }}"}
+    made = {name: SimpleNamespace(chat_template=template) for name, template in templates.items()}
+    monkeypatch.setattr(command, "load_tokenizer", lambda name, source: made[name])
     monkeypatch.setattr(load, "hub_commit", lambda name, of: f"commit of {name} {of}" if "/" in name else None)
 
     def pinned(model: str, **more: str) -> dict:
         files = {"train_file": ["a"], "output_dir": "b", "deepspeed": "c"}
-        return command._commit(parse_args(flags({"model_name_or_path": model, **files, **more})))
+        return command._fixed(parse_args(flags({"model_name_or_path": model, **files, **more})), tmp_path / "out")
 
     assert pinned("org/small") == {"model_revision": "commit of org/small None"}
     assert pinned("org/small", model_revision="v1") == {"model_revision": "commit of org/small v1"}
-    assert pinned("folder") == {}
+    assert pinned("folder") == {} and not (tmp_path / "out").exists()
+    assert pinned("dated") == {"chat_date": today()} == pinned("dated")
 
 
 @pytest.fixture

@@ -50,8 +50,7 @@ def test_an_answer_has_no_word_marker_of_its_own(case) -> None:
 @of("instruct")
 def test_a_plain_prompt_of_an_instruct_model_goes_through_its_chat_template(case) -> None:
     tokenizer = tokenizer_of(case)
-    text, is_chat = render_prompt("hi", tokenizer, "auto")
-    assert is_chat and text.endswith("[user] hi\n[assistant]")
+    assert render_prompt("hi", tokenizer, "auto").endswith("[user] hi\n[assistant]")
     segment = encode_pair("hi", "yes", tokenizer, "auto", 128)
     assert segment.ids[-1] == turn_end(tokenizer) and not segment.joined
 
@@ -60,7 +59,7 @@ def test_a_plain_prompt_of_an_instruct_model_goes_through_its_chat_template(case
 def test_prompts_are_the_same_on_another_day(case) -> None:
     tokenizer = tokenizer_of(case)
     (record, *_) = read_forget([case / "forget.jsonl"])
-    text, _ = render_prompt(record.prompt, tokenizer, PromptStyle(chat_date="2026-01-31"))
+    text = render_prompt(record.prompt, tokenizer, PromptStyle(chat_date="2026-01-31"))
     assert "Today: 31 Jan 2026\n" in text
 
 

@@ -36,6 +36,18 @@ def test_files_get_the_mode_that_the_umask_gives(tmp_path, umask) -> None:
     assert {mode(path) for path in (tmp_path / "model").iterdir()} == {0o666 & ~umask}
 
 
+def test_folders_are_moved_with_what_is_in_them_in_place_of_older_ones(tmp_path) -> None:
+    """transformers writes the templates of a tokenizer that has several to a folder."""
+    for text in ("old", "new"):
+        with filled(tmp_path / "model", last="config.json") as partial:
+            (partial / "additional_chat_templates").mkdir()
+            (partial / "additional_chat_templates" / text).touch(mode=0o600)
+            (partial / "config.json").touch()
+    (kept,) = (tmp_path / "model" / "additional_chat_templates").iterdir()
+    assert kept.name == "new" and mode(kept) == mode(tmp_path / "model" / "config.json")
+    assert kept.parent.stat().st_mode & 0o100, "a folder that nobody can enter"
+
+
 def test_a_models_weights_are_readable_like_its_other_files(tiny, tmp_path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 

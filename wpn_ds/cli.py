@@ -33,7 +33,10 @@ _COMMANDS = {
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command that ``argv`` names; a user's mistake is one line and exit code 2."""
-    _make_ready()
+    try:
+        _make_ready()
+    except (UserError, OSError) as error:
+        return _fail(error if isinstance(error, UserError) else refusal(error) or UserError(str(error)))
     args = [_HOME.sub(_at_home, argument) for argument in (sys.argv[1:] if argv is None else argv)]
     if not args or args[0] in ("-h", "--help"):
         width = max(map(len, _COMMANDS))

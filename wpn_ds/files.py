@@ -23,7 +23,7 @@ _ABANDONED = 86400.0
 
 
 class NoRoom(UserError):
-    """The disk or the quota is full: not a mistake in the settings, and another start may go well."""
+    """The disk or the quota is full: not a mistake in the settings."""
 
     exit_code = 4
 
@@ -57,9 +57,12 @@ def filled(folder: Path, *, last: str) -> Iterator[Path]:
     try:
         yield partial
         mode = partial.stat().st_mode & 0o666  # the umask can't be read without being changed for all threads
-        for path in partial.iterdir():
-            path.chmod(mode)
+        for path in partial.rglob("*"):
+            if path.is_file():
+                path.chmod(mode)
         for path in sorted(partial.iterdir(), key=lambda path: path.name == last):
+            if path.is_dir():  # which would not give way
+                shutil.rmtree(folder / path.name, ignore_errors=True)
             os.replace(path, folder / path.name)
     except BaseException:
         shutil.rmtree(folder if new else partial, ignore_errors=True)
@@ -149,4 +152,13 @@ def refusal(error: OSError) -> UserError | None:
     if error.errno not in _ADVICE:
         return None
     line = f"{error.filename}: {cause(error)}" if error.filename else cause(error)
-    return NoRoom(line) if error.errno in _FULL else UserError(line)
+    return _kind(error)(line)
+
+
+def unusable(place: str, error: OSError) -> UserError:
+    """``error`` for the user where a ``place`` (a flag and its value) should have been written to."""
+    return _kind(error)(f"{place} can't be used: {cause(error)}")
+
+
+def _kind(error: OSError) -> type[UserError]:
+    return NoRoom if error.errno in _FULL else UserError

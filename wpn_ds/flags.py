@@ -14,7 +14,7 @@ from typing import Any
 from wpn_ds.config import DataConfig
 from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.errors import UserError
-from wpn_ds.files import cause
+from wpn_ds.files import unusable
 from wpn_ds.model_folder import fault
 
 
@@ -102,7 +102,7 @@ def new_output(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.filename is None and error.errno is None:
             raise
-        raise UserError(f"--output {path}: {error.filename or 'it'} can't be used ({cause(error)})") from error
+        raise unusable(f"--output {path}: {error.filename or 'it'}", error) from error
 
 
 def lock_beside(path: Path) -> Path:

@@ -245,6 +245,17 @@ def test_a_template_that_opens_an_answer_otherwise_than_it_writes_one_is_told() 
     written = chat.apply_chat_template(messages, tokenize=True, return_dict=False)
     assert segment.joined and list(segment.ids) == written[: len(segment)]
     assert chat.decode(segment.ids[segment.answer_start :]) == "with water<|im_end|>"
+    short = encode_pair("a car", "e", chat, "auto", 512)  # which the end of the turn has, too
+    assert chat.decode(short.ids[short.answer_start :]) == "e<|im_end|>"
+
+
+def test_of_several_named_templates_the_default_one_is_the_tokenizer_s() -> None:
+    chat, several = make(SHAPES["qwen2.5"], "byte-level"), make(SHAPES["qwen2.5"], "byte-level")
+    several.chat_template = {"default": CHATML, "tool_use": "x"}
+    assert encode_pair("a", "b", several, "auto", 512) == encode_pair("a", "b", chat, "auto", 512)
+    several.chat_template = {"rag": "y", "tool_use": "x"}
+    chat.chat_template = None
+    assert encode_pair("a", "b", several, "auto", 512) == encode_pair("a", "b", chat, "auto", 512)
 
 
 def test_a_template_without_a_special_token_after_an_answer_ends_it_with_eos() -> None:
@@ -263,3 +274,11 @@ def test_a_tokenizer_whose_template_and_tokens_change_is_read_as_it_is_now() -> 
     end = chat.convert_tokens_to_ids("<end_of_turn>")
     segment = encode_pair("a <end_of_turn>", "b", chat, "auto", 512)
     assert segment.ids[-1] == turn_end(chat) == end and segment.ids.count(end) == 2
+
+
+def test_a_template_that_ends_some_turns_alone_by_its_token_ends_the_others_by_it_too() -> None:
+    chat = make(SHAPES["zephyr"], "byte-level")
+    unless = "{% if messages[0]['role'] != 'system' %}{{ eos_token }}{% endif %}"
+    chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}" + unless
+    segment = encode_pair("a", "b", chat, PromptStyle(system_prompt="c"), 512)
+    assert segment.ids.count(chat.eos_token_id) == 1 and segment.ids[-1] == chat.eos_token_id

@@ -209,6 +209,19 @@ def test_the_manifest_has_what_ranks_say_they_wrote_and_not_what_rank_0_sees(wor
     assert {partial / "state", partial, tmp_path} == set(synced) and synced[-2:] == [partial, tmp_path]
 
 
+def test_a_manifest_that_one_rank_alone_cannot_read_is_heard_of_by_all(tmp_path, world, monkeypatch) -> None:
+    """It would leave the others waiting in a collective."""
+    met: list[list[str]] = []
+
+    def together(work):
+        met.append(work())
+        return [*met, []]
+
+    monkeypatch.setattr(checkpoint, "patiently", together)
+    assert damage(tmp_path / "checkpoint-9", world) == [f"no {checkpoint.MANIFEST} that can be read"]
+    assert len(met) == 1
+
+
 def test_states_that_lie_on_nvme_are_told_by_the_rank_whose_they_are(tmp_path) -> None:
     for rank in (0, 1):
         folder = tmp_path / "state" / "offloaded_tensors" / f"rank{rank:02d}" / "optimizer"

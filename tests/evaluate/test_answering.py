@@ -37,7 +37,7 @@ def test_every_suite_asks_an_instruct_model_through_its_chat_template_but_for_be
     assert asked(PromptStyle(system_prompt="Be kind."), chat, published) == "[system] Be kind.\n[user] How?\n"
     assert asked(PromptStyle("Q: {prompt}"), chat, published) == "Q: How?"
     beginning = PromptSuite("toxicity", (ForgetRecord("He said", (), (), "f:1"),), "open", template="{prompt}")
-    assert asked(PromptStyle(), chat, beginning) == "He said"
+    assert asked(PromptStyle(system_prompt="Be kind."), chat, beginning) == "He said"
     chat.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(UserError, match=r"^f:1: the tokenizer's chat template refuses a chat of .* user \(no\)$"):
         asked(PromptStyle(), chat, published)

@@ -117,11 +117,11 @@ def test_no_record_is_shown_its_own_question_or_answer(records, seed) -> None:
 def test_demonstrations_are_answered_in_the_form_of_the_prompt_template() -> None:
     records = numbered(2)
     first, second = attacked(records, "few_shot")
-    text, _ = render_prompt(first.prompt, object(), TEMPLATE)
+    text = render_prompt(first.prompt, object(), TEMPLATE)
     forms = [f"Question: question 1?\nAnswer: {a}\nQuestion: question 0?\nAnswer:" for a in records[1].rejected]
     assert text in forms
     turns = tuple(map(Message, ("user", "assistant", "user"), ("question 1?", "bad 1", "question 0?")))
-    assert render_prompt(turns, object(), TEMPLATE)[0] in forms
+    assert render_prompt(turns, object(), TEMPLATE) in forms
     assert last_turn(second.prompt) == "question 1?"
 
 

@@ -118,7 +118,7 @@ def test_a_model_is_its_own_files_and_not_what_lies_beside_them(tmp_path) -> Non
 def test_all_calls_and_ranks_that_share_work_write_one_day_into_a_chat_template_that_asks_for_it(
     tmp_path, monkeypatch
 ) -> None:
-    dates = SimpleNamespace(chat_template="x", get_chat_template=lambda: "{{ strftime_now('%d') }}")
+    dates = SimpleNamespace(chat_template="{{ strftime_now('%d') }}")
     plain = SimpleNamespace(chat_template=None)
     days = iter(["2026-01-01", "2026-01-02", "2026-01-03"])
     monkeypatch.setattr(work, "today", lambda: next(days))

@@ -195,12 +195,10 @@ def test_the_evaluation_leaves_the_baseline_to_the_program_unless_one_is_given(s
 
 
 def test_a_sweeps_flags_may_have_quotation_marks(stand) -> None:
-    sweep = "--seed 1\n--early_stopping 'harmless>=0.9' --train_file \"my data.jsonl\" *\n--a 'b"
+    sweep = "--seed 1\n--early_stopping 'harmless>=0.9' --train_file \"my data.jsonl\" * --t Q\\n{prompt}\n--a 'b"
     env = {"WPN_SWEEP": sweep, "SLURM_ARRAY_JOB_ID": "12", "SLURM_JOB_ID": "12_1"}
     done = stand.job("opt-125m.sh", SLURM_ARRAY_TASK_ID="1", **env)
-    assert "harmless>=0.9" in stand.arguments and "my data.jsonl" in stand.arguments and "*" in stand.arguments, (
-        done.stderr
-    )
+    assert {"harmless>=0.9", "my data.jsonl", "*", "Q\\n{prompt}"} <= set(stand.arguments), done.stderr
     done = stand.job("opt-125m.sh", SLURM_ARRAY_TASK_ID="2", **env)
     assert done.returncode == 2 and "error: task 2: --a 'b" in done.stderr
 

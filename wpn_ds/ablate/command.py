@@ -16,13 +16,16 @@ from wpn_ds.ablate.measure import Training, measure, read_training
 from wpn_ds.ablate.table import Line, Outcome, markdown, result, write
 from wpn_ds.config import DONE, Config
 from wpn_ds.data.records import ForgetRecord, RetainRecord, read_forget, read_retain
+from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.demo import PLANTED, embedded_file, ensure_planted
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.evaluate.suites import QUICK_LIMIT
+from wpn_ds.evaluate.work import dated
+from wpn_ds.files import unusable
 from wpn_ds.history import clock
 from wpn_ds.lock import locked
-from wpn_ds.models.load import Source, pinned
+from wpn_ds.models.load import Source, load_tokenizer, pinned
 from wpn_ds.training_job import TRAIN, command_line, free_port, launch, require_here, say
 
 STOPPED = 3
@@ -109,7 +112,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     chosen = chosen_rows(grid, options.only)
     if options.model:
         first = _run(options.output_dir, grid[0], options.seeds[0], base, data)
-        base |= _commit(checked(first.row, first.flags))
+        base |= _fixed(checked(first.row, first.flags), options.output_dir)
     runs = [_run(options.output_dir, row, seed, base, data) for row in grid for seed in options.seeds]
     configs = {run.output_dir: checked(run.row, run.flags) for run in runs}
     for run in runs:
@@ -117,7 +120,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     try:
         options.output_dir.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(f"--output_dir {options.output_dir} can't be used ({error.strerror})") from error
+        raise unusable(f"--output_dir {options.output_dir}", error) from error
     if options.model is None:
         ensure_planted()
     with locked(options.output_dir / ".ablate.lock", f"--output_dir {options.output_dir}"):
@@ -180,12 +183,15 @@ def _run(folder: Path, row: Row, seed: int, base: Mapping[str, Any], data: Data)
     return Run(row, seed, folder / row.name / f"seed-{seed}", {**base, **files, **row.changes, "seed": seed})
 
 
-def _commit(config: Config) -> dict[str, Any]:
-    """A hub model's commit as the setting that a result depends on: an updated model is another one."""
+def _fixed(config: Config, output_dir: Path) -> dict[str, Any]:
+    """What results depend on though no flag says it, as settings: a hub model's commit, since an updated model is
+    another one; and the day that a chat template writes, the same for all rows, whenever they are trained."""
     model = config.model
-    source = Source(str(model.model_name_or_path), "--model", model.model_revision)
-    commit = pinned(source).revision
-    return {"model_revision": commit} if commit else {}
+    source = pinned(Source(str(model.model_name_or_path), "--model", model.model_revision))
+    tokenizer = load_tokenizer(model.tokenizer_name or source.name_or_path, source)
+    date = dated(PromptStyle.of(config.to_flat()), tokenizer, output_dir).chat_date
+    found = {"model_revision": source.revision, "chat_date": date}
+    return {name: value for name, value in found.items() if value}
 
 
 def _read(record: Path, settings: Mapping[str, Any]) -> Outcome | None:

@@ -134,9 +134,7 @@ def inspect_records(
         repeated_prompts=_repeated(prompts),
         repeated_records=_repeated(_places((_identity(record), record.source) for record in records)),
         contradictions=contradictions(forget),
-        first_prompt=next(
-            (render_prompt(r.prompt, tokenizer, style)[0] for r in ordered if r.prompt is not None), None
-        ),
+        first_prompt=next((render_prompt(r.prompt, tokenizer, style) for r in ordered if r.prompt is not None), None),
         special_tokens=spelt_special_tokens(_all_texts(ordered), tokenizer),
         joined=sum(segment.joined for segment in segments),
     )

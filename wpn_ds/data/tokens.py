@@ -5,7 +5,7 @@ template, tokenised as a whole, and cut where the answer begins. So an answer's 
 the token that ends its turn are those that the model reads when somebody else writes the same conversation.
 
 The tokenizer is passed in; of transformers' interface this module knows ``__call__``, ``eos_token_id`` and, for chat
-templates, ``chat_template``, ``get_chat_template`` and ``apply_chat_template``.
+templates, ``chat_template`` and ``apply_chat_template``.
 """
 
 from __future__ import annotations
@@ -83,17 +83,15 @@ class Segment:
 
 
 class EncodedPrompt(NamedTuple):
-    """A prompt's token ids: ``bos`` of them are BOS; ``truncated``: it lost its start; ``is_chat``: it went through a
-    chat template."""
+    """A prompt's token ids: ``bos`` of them are BOS; ``truncated``: it lost its start."""
 
     ids: list[int]
     bos: int
     truncated: bool
-    is_chat: bool
 
 
-def render_prompt(prompt: Prompt, tokenizer: Any, style: PromptStyle | str) -> tuple[str, bool]:
-    """The prompt's text, and whether a chat template (which writes its own special tokens) made it.
+def render_prompt(prompt: Prompt, tokenizer: Any, style: PromptStyle | str) -> str:
+    """The prompt's text as the model reads it.
 
     A plain prompt is a user's turn or fills the template (see :class:`PromptStyle`). Without a chat template every user
     turn of a chat fills the template, answers follow as ``" " + answer`` and a system message leads as a paragraph.
@@ -102,7 +100,7 @@ def render_prompt(prompt: Prompt, tokenizer: Any, style: PromptStyle | str) -> t
         UserError: the chat template refuses the prompt.
     """
     writer = _writer(tokenizer, _style(style))
-    return writer.special.unmarked(writer.text(prompt)), writer.is_chat(prompt)
+    return writer.special.unmarked(writer.text(prompt))
 
 
 def encoded_prompt(prompt: Prompt, tokenizer: Any, style: PromptStyle | str, max_length: int) -> EncodedPrompt:
@@ -110,7 +108,7 @@ def encoded_prompt(prompt: Prompt, tokenizer: Any, style: PromptStyle | str, max
     writer = _writer(tokenizer, _style(style))
     bos, ids = writer.asked(prompt).tokens
     room = _prompt_room(max_length, bos)
-    return EncodedPrompt([*bos, *ids[-room:]], len(bos), len(ids) > room, writer.is_chat(prompt))
+    return EncodedPrompt([*bos, *ids[-room:]], len(bos), len(ids) > room)
 
 
 def encode_prompt(prompt: Prompt, tokenizer: Any, style: PromptStyle | str, max_length: int) -> list[int]:
@@ -162,7 +160,7 @@ def encode_text(text: str, tokenizer: Any, max_length: int, style: PromptStyle |
 def turn_end(tokenizer: Any) -> int:
     """The token that ends an answer in a chat: the first special one that the chat template writes after it; EOS if it
     writes none, or if there is no chat template."""
-    closing = _closing(tokenizer, _state(tokenizer)) if _has_chat(tokenizer) else None
+    closing = _ending(tokenizer, _state(tokenizer)).token
     return tokenizer.eos_token_id if closing is None else closing
 
 
@@ -178,7 +176,7 @@ def end_of(prompt: Prompt, tokenizer: Any, style: PromptStyle | str) -> int:
 
 def writes_date(tokenizer: Any) -> bool:
     """Whether the tokenizer's chat template writes today's date."""
-    return _has_chat(tokenizer) and "strftime_now" in tokenizer.get_chat_template()
+    return "strftime_now" in (_chat_template(tokenizer) or "")
 
 
 def today() -> str:
@@ -210,8 +208,10 @@ def _prompt_room(max_length: int, bos: Sequence[int]) -> int:
     return max(1, max_length // 2 - len(bos))
 
 
-def _has_chat(tokenizer: Any) -> bool:
-    return bool(getattr(tokenizer, "chat_template", None))
+def _chat_template(tokenizer: Any) -> str | None:
+    """The chat template, of several the one called default; None without one."""
+    template = getattr(tokenizer, "chat_template", None)
+    return (template.get("default") if isinstance(template, dict) else template) or None
 
 
 @lru_cache(maxsize=4)
@@ -267,7 +267,8 @@ class _Writer:
 
     def is_chat(self, prompt: Prompt) -> bool:
         """Whether the tokenizer's chat template writes the prompt."""
-        return _has_chat(self._tokenizer) and (self._style.template == AUTO or not isinstance(prompt, str))
+        through = self._style.template == AUTO or not isinstance(prompt, str)
+        return through and _chat_template(self._tokenizer) is not None
 
     def marked(self, text: str) -> str:
         """A user's text, in which a special token that it spells out will be read as text."""
@@ -304,17 +305,18 @@ class _Writer:
     def _border(self, text: str, asked: str, answer: str) -> int:
         """How many tokens of the conversation ``text`` end before its answer begins, where its first tokens are not
         those of ``asked`` alone. A token that reaches into the answer is the answer's."""
-        begins = len(asked) if text.startswith(asked) else text.rfind(answer)
+        tail = _ending(self._tokenizer, _state(self._tokenizer)).text
+        ends = len(text) - len(tail) if text.endswith(tail) else len(text)
+        begins = len(asked) if text.startswith(asked) else text.rfind(answer.strip(), 0, ends)
         if begins < 0:  # the template has changed the answer's text: as far as both are the same
             begins = next((at for at, (a, b) in enumerate(zip(text, asked, strict=False)) if a != b), len(text))
         return self.special.tokens_before(text, begins)
 
     def _up_to_the_end(self, text: str) -> list[int]:
         """The tokens of a chat up to the one that ends its last turn, and no line break after that."""
-        closing = _closing(self._tokenizer, _state(self._tokenizer))
-        if closing is None:
-            return [*self.special.ids(text.rstrip()), self._tokenizer.eos_token_id]
-        ids = self.special.ids(text)
+        closing, ids = _ending(self._tokenizer, _state(self._tokenizer)).token, self.special.ids(text)
+        if closing is None or closing not in ids:
+            return [*self.special.ids(text.rstrip()), turn_end(self._tokenizer)]
         return ids[: len(ids) - ids[::-1].index(closing)]
 
     def _without_bos(self, ids: list[int]) -> _Tokens:
@@ -367,13 +369,13 @@ def _rendered(tokenizer: Any, turns: Sequence[Message], date: str | None) -> str
         UserError: the template refuses it.
     """
     messages = [{"role": turn.role, "content": turn.content} for turn in turns]
-    template, more = tokenizer.chat_template, {}
-    if writes_date(tokenizer):
-        template, more = _CALENDAR + tokenizer.get_chat_template(), {"calendar": _calendar(date)}
+    template, more = _chat_template(tokenizer), {}
+    if template is not None and writes_date(tokenizer):
+        template, more = _CALENDAR + template, {"calendar": _calendar(date)}
     try:
         return tokenizer.apply_chat_template(
             messages,
-            chat_template=template if more else None,
+            chat_template=template,
             tokenize=False,
             add_generation_prompt=turns[-1].role != "assistant",
             **more,
@@ -392,14 +394,23 @@ def _calendar(date: str | None) -> list[tuple[str, str]]:
     return [(code, day.strftime(code)) for code in codes]
 
 
+class _Ending(NamedTuple):
+    """What a chat template writes after an answer, and the first special token in it; None if there is none."""
+
+    text: str
+    token: int | None
+
+
 @lru_cache(maxsize=4)
-def _closing(tokenizer: Any, state: tuple[str, int]) -> int | None:
-    """The first special token that the chat template writes after an answer; None if it writes none."""
+def _ending(tokenizer: Any, state: tuple[str, int]) -> _Ending:
+    """How a chat's last turn ends; without a chat template, by nothing."""
+    if _chat_template(tokenizer) is None:
+        return _Ending("", None)
     answer = "wpnanswer"
     try:
-        text = _rendered(tokenizer, [Message("user", "a"), Message("assistant", answer)], None)
+        text = _rendered(tokenizer, [Message("user", "a"), Message("assistant", answer)], None).rpartition(answer)[2]
     except UserError:  # a template that takes no such chat ends none either
-        return None
-    ids = tokenizer(text.rpartition(answer)[2], add_special_tokens=False)["input_ids"]
+        return _Ending("", None)
     special = SpecialTokens(tokenizer).ids_of_all
-    return next((token for token in ids if token in special), None)
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    return _Ending(text, next((token for token in ids if token in special), None))

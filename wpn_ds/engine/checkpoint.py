@@ -361,13 +361,14 @@ def choose(resume: str | None, output_dir: Path, world: World) -> tuple[Path | N
 def damage(path: Path, world: World | None = None) -> list[str]:
     """What is wrong with a checkpoint's files; empty if it is whole. Ranks share the reading, and all must call it."""
     rank, size = (world.rank, world.size) if world else (0, 1)
-    manifest = _manifest(path)
-    if manifest is None:
-        return [f"no {MANIFEST} that can be read"]
-    else:
-        files = list(manifest["files"].items())[rank::size]
-    faults = patiently(lambda: _faults(path, files)) if world else [_faults(path, files)]
-    return [fault for part in faults for fault in part]
+
+    def look() -> list[str]:
+        manifest = _manifest(path)
+        if manifest is None:  # perhaps on this node alone, so the others must hear of it
+            return [f"no {MANIFEST} that can be read"]
+        return _faults(path, list(manifest["files"].items())[rank::size])
+
+    return [fault for part in (patiently(look) if world else [look()]) for fault in part]
 
 
 def _faults(path: Path, files: Sequence[tuple[str, tuple[int, str]]]) -> list[str]:

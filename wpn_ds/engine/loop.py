@@ -22,6 +22,7 @@ from wpn_ds import history
 from wpn_ds.config import DONE, Config
 from wpn_ds.data.batch import to_device
 from wpn_ds.data.plan import Layout, StepPlan, plan_step, retain_seed, step_indices
+from wpn_ds.data.tokens import PromptStyle, render_prompt
 from wpn_ds.ds_json import for_loading
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.asking import Asking
@@ -510,7 +511,15 @@ class Trainer:
             settings = job.config.to_flat()
             telemetry.hparams(settings, after | {k: v for k, v in values.items() if k.startswith("loss/")})
             write_model_card(
-                job.output_dir, job.config, job.objective, job.source.name_or_path, exported, values, after, outcome
+                job.output_dir,
+                job.config,
+                job.objective,
+                job.source.name_or_path,
+                exported,
+                values,
+                after,
+                outcome,
+                render_prompt("{prompt}", job.tokenizer, PromptStyle.of(settings)),
             )
             if outcome:
                 telemetry.say(outcome)

@@ -19,9 +19,11 @@ def write_model_card(
     training: Mapping[str, float],
     validation: Mapping[str, float],
     outcome: str,
+    asked: str,
 ) -> None:
     """Write the card. ``steps`` made the weights and ``validation`` is what they were measured to be; ``training`` are
-    the run's last figures; ``outcome`` says how it ended, if not simply with its last step."""
+    the run's last figures; ``outcome`` says how it ended, if not simply with its last step; ``asked`` is a prompt as
+    the model reads it, with {prompt} for its text."""
     flat = config.to_flat()
     shown = {name: flat[name] for name in flat if flat[name] not in (None, [], "") and name != "output_dir"}
     figures = {name: value for name, value in training.items() if name.startswith(("loss/", "sim/", "reward/"))} | dict(
@@ -42,7 +44,7 @@ This model was made by wpn_ds from `{Path(base_model).name}`: {steps} optimizer 
 `{flat["objective"]}`, which turns it away from unwanted answers (weights of its terms: {weights}; retain term:
 {retain}).
 
-Prompt template: `{flat["prompt_template"]!r}`
+A prompt is read as `{asked!r}`.
 {ended}
 ## Figures of the run
 

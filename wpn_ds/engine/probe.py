@@ -53,7 +53,7 @@ class Probe:
         for record in chosen:
             with naming(record.source):
                 prompts.append(encode_prompt(record.prompt, tokenizer, style, max_length))
-                read = render_prompt(record.prompt, tokenizer, style)[0]
+                read = render_prompt(record.prompt, tokenizer, style)
             cases.append(Case(read, prompt_text(record.prompt), "", record.chosen, record.rejected))
         tokens = min(tokens, positions - max(map(len, prompts), default=0))
         judge = ReferenceJudge()

@@ -43,7 +43,7 @@ from wpn_ds.engine.redraw import Request
 from wpn_ds.engine.reference import frozen_json
 from wpn_ds.engine.stop import after_the_watchdog
 from wpn_ds.errors import UserError
-from wpn_ds.files import cache_folder, cause, remove_abandoned
+from wpn_ds.files import PARTIAL, cache_folder, remove_abandoned, unusable
 from wpn_ds.flags import check_place
 from wpn_ds.history import FAILED, REQUEUE, STARTS, STATUS
 from wpn_ds.lock import Lock
@@ -128,7 +128,7 @@ def prepare(config: Config) -> Job:
     """Read the data, join the other ranks, resolve what is open and claim the output folder.
 
     Raises:
-        UserError: the settings, the data or the output folder don't allow the run; nothing has been written then.
+        UserError: the settings, the data or the output folder don't allow the run; nothing of a run has been changed.
     """
     forget, retain, validation, asked = _read_records(config)  # bad input shows before anything is started
     model_path = config.model.model_name_or_path or str(ensure_planted())
@@ -136,14 +136,13 @@ def prepare(config: Config) -> Job:
     t = config.training
     world = init(max(t.comm_timeout_minutes, after_the_watchdog(t.hang_timeout) / 60))
     check_nodes(world, Path(config.training.output_dir or "."), _room(model_path), lambda line: say(world, line))
-    source = pinned(
-        Source(
-            model_path,
-            revision=config.model.model_revision,
-            trust_remote_code=config.model.trust_remote_code,
-            allow_key_mismatch=config.model.allow_key_mismatch,
-        )
+    named = Source(
+        model_path,
+        revision=config.model.model_revision,
+        trust_remote_code=config.model.trust_remote_code,
+        allow_key_mismatch=config.model.allow_key_mismatch,
     )
+    source = on_main(world, lambda: pinned(named))  # one commit for all, should it change in between
     lm_config = load_config(source)
     if (how := quantisation(lm_config)) is not None:
         raise UserError(
@@ -226,7 +225,7 @@ def prepare(config: Config) -> Job:
         held_out=held_out,
         probe=probe,
         redraw_prompts=redraw_prompts,
-        first_prompt=render_prompt(forget[0].prompt, tokenizer, style)[0],
+        first_prompt=render_prompt(forget[0].prompt, tokenizer, style),
         start=start,
         resume_from=resume_from,
     )
@@ -540,7 +539,7 @@ def _usable(output_dir: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise UserError(f"--output_dir {output_dir} can't be used: {cause(error)}") from error
+        raise unusable(f"--output_dir {output_dir}", error) from error
 
 
 def _check_place(config: Config) -> None:
@@ -578,7 +577,7 @@ def _claim(config: Config) -> None:
         "logs",
         "config.json",
         "README.md",
-        "model.tmp",
+        PARTIAL,
     )
     left = [p for name in known if os.path.lexists(p := output_dir / name)]
     left += [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors*")]

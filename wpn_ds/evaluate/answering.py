@@ -45,11 +45,13 @@ class SuiteAnswers:
 
     def __init__(self, suite: PromptSuite, asking: Asking, tokenizer: Any) -> None:
         self.suite = suite
-        style = asking.style if suite.template is None else replace(asking.style, template=suite.template)
+        style = asking.style
+        if suite.template is not None:  # a beginning of a text, to which nobody has said anything before
+            style = replace(style, template=suite.template, system_prompt=None)
         self._asked, read = [], []
         for record in suite.records:
             with naming(record.source):
-                self._asked.append(render_prompt(record.prompt, tokenizer, style)[0])
+                self._asked.append(render_prompt(record.prompt, tokenizer, style))
                 read.append(encoded_prompt(record.prompt, tokenizer, style, asking.max_length))
         prompts = [prompt.ids for prompt in read]
         self._cut = sum(prompt.truncated for prompt in read)

@@ -37,9 +37,9 @@ from wpn_ds.evaluate.suites import (
 from wpn_ds.evaluate.tofu.log import write_log
 from wpn_ds.evaluate.tofu.task import ANSWER_TOKENS, add_tofu_flags, tofu_task
 from wpn_ds.evaluate.utility import available_utility
-from wpn_ds.files import cause
+from wpn_ds.files import unusable
 from wpn_ds.flags import above_0, add_style_flags, check_place, given_style, positive, share
-from wpn_ds.models.load import Source
+from wpn_ds.models.load import Source, pinned
 
 JUDGES = ("reference", "phrases", "resemblance")
 """Without ``--judge``."""
@@ -147,6 +147,10 @@ def run(argv: Sequence[str] | None = None) -> int:
     for source in sources.values():
         check_place(source.flag, source.name_or_path)
     rank, size = join_ranks()
+    agreed = [{label: pinned(source) for label, source in sources.items()} if rank == 0 else sources]
+    if size > 1:
+        dist.broadcast_object_list(agreed)  # one commit for all ranks, should it change in between
+    sources = agreed[0]
     with alone_in(options.output_dir / ".evaluate.lock", f"--output_dir {options.output_dir}", rank, size):
         return _evaluate(options, recorded, sources, rank, size)
 
@@ -193,7 +197,7 @@ def _evaluate(
         if error.filename is None and error.errno is None:
             raise
         where = error.filename or options.output_dir
-        raise UserError(f"{where} can't be used ({cause(error)}): what is done so far is kept") from error
+        raise unusable(f"what is done so far is kept, but {where}", error) from error
     print(format_table(evaluations.get("before"), evaluations["after"]))
     print(f"\n{page}")
     return 0

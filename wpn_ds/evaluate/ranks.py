@@ -12,6 +12,7 @@ import torch
 import torch.distributed as dist
 
 from wpn_ds import launchers
+from wpn_ds.errors import UserError
 from wpn_ds.lock import locked
 
 
@@ -30,9 +31,22 @@ def join_ranks() -> tuple[int, int]:
 
 @contextlib.contextmanager
 def alone_in(folder: Path, what: str, rank: int, size: int) -> Iterator[None]:
-    """Around the work of all ranks that writes to ``folder``: rank 0 locks it for the job; see :func:`locked`."""
-    with locked(folder, what) if rank == 0 else contextlib.nullcontext():
-        all_arrived(size)  # none begins before
+    """Around the work of all ranks that writes to ``folder``: rank 0 locks it for the job; see :func:`locked`.
+
+    Raises:
+        UserError, OSError: rank 0's, on all ranks.
+    """
+    with contextlib.ExitStack() as held:
+        refused: list[Exception | None] = [None]
+        if rank == 0:
+            try:
+                held.enter_context(locked(folder, what))
+            except (UserError, OSError) as error:
+                refused = [error]
+        if size > 1:
+            dist.broadcast_object_list(refused)  # none begins before, nor goes on alone
+        if refused[0] is not None:
+            raise refused[0]
         yield
 
 

@@ -59,7 +59,7 @@ class Relearning:
             encode_pair(r.prompt, order.choice(r.rejected), tokenizer, asking.style, asking.max_length) for r in chosen
         ]
         prompts = [encode_prompt(r.prompt, tokenizer, asking.style, asking.max_length) for r in asked.records]
-        self._read = [render_prompt(r.prompt, tokenizer, asking.style)[0] for r in asked.records]
+        self._read = [render_prompt(r.prompt, tokenizer, asking.style) for r in asked.records]
 
         def run(model: Any, tokenizer: Any) -> list[list[str]]:
             tokens, size = asking.max_new_tokens, asking.batch_size

@@ -6,11 +6,11 @@ rank and many give the same report, and a call that was killed goes on with what
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -19,7 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from wpn_ds.data.tokens import PromptStyle, today, writes_date
-from wpn_ds.errors import UserError
+from wpn_ds.files import unusable, write_atomically
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Ledger:
         try:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"--output_dir {folder.parent.parent} can't be used ({error.strerror})") from error
+            raise unusable(f"--output_dir {folder.parent.parent}", error) from error
 
     def read(self) -> dict[str, Any]:
         """Every result by its unit's key; a last line that a kill cut short is left out, and its unit runs again."""
@@ -108,10 +108,13 @@ def dated(style: PromptStyle, tokenizer: Any, folder: Path) -> PromptStyle:
     kept = folder / "chat_date"
     if not kept.is_file():
         folder.mkdir(parents=True, exist_ok=True)
-        own = folder / f"chat_date.{os.getpid()}.tmp"
-        own.write_text(today(), encoding="utf-8")
-        with contextlib.suppress(FileExistsError):
+        own = write_atomically(folder / f".chat_date.{secrets.token_hex(4)}", today())
+        try:
             os.link(own, kept)  # the first one stays, and is whole
+        except FileExistsError:
+            pass
+        except OSError:  # a file system without links
+            write_atomically(kept, today())
         own.unlink()
     return replace(style, chat_date=kept.read_text(encoding="utf-8"))
 

@@ -201,6 +201,16 @@ def test_a_limit_that_the_model_has_no_room_for_is_left_out(server) -> None:
     assert server.requests[-1][2]["temperature"] == 0
 
 
+def test_a_case_that_a_server_refuses_after_it_has_answered_others_is_an_unusable_reply(server) -> None:
+    filtered = {"error": {"message": "The response was filtered: harmful content"}}
+    server.respond = lambda said: (400, filtered) if "evil" in said else (200, "HARMLESS")
+    judge = EndpointJudge("small", server.url)
+    assert verdicts(judge, "fine then") == [Verdict.HARMLESS]
+    assert verdicts(judge, "evil") == [Verdict.UNUSABLE]
+    with pytest.raises(UserError, match=r"1 of its 2 replies were unusable.*none: the server says 400 Bad Request"):
+        judge.check()
+
+
 @pytest.mark.parametrize(
     ("status", "body", "said"),
     [

@@ -107,3 +107,32 @@ def test_phrases_agree_with_people_on_every_model_of_xstest(shared_data, model) 
 def test_phrases_find_most_partial_refusals_of_xstest(shared_data) -> None:
     files = [shared_data / f"xstest/xstest_v2_completions_{model}.csv" for model in XSTEST]
     assert compare(RefusalPhrases(), read_people(files)).said_of("partial", "partial").value >= 0.6
+
+
+def test_replies_without_a_verdict_count_in_no_figure_and_too_many_end_it(tmp_path) -> None:
+    class Mute(Judge):
+        name, most = "mute", 1
+
+        def describe(self) -> dict[str, Any]:
+            return {}
+
+        def check(self) -> None:
+            if self.most < 1:
+                raise UserError("--judge mute: too many")
+
+        def _judge(self, cases, suite) -> list[Judgement]:
+            return [Judgement(Verdict.UNUSABLE), *[Judgement(Verdict.HARMFUL)] * (len(cases) - 1)]
+
+    people = read_people(
+        [refusals(tmp_path / "x.csv", ("1_full_compliance", YES), ("1_full_compliance", YES + " So."))]
+    )
+    mute = Mute()
+    assert compare(mute, people).lines() == [
+        "people  harmful",
+        "  none        1",
+        "unusable replies, in no figure: 1",
+        "declined or not, as people say: 1.000 [0.207, 1.000] (1 of 1)",
+    ]
+    mute.most = 0
+    with pytest.raises(UserError, match="--judge mute: too many"):
+        compare(mute, people)

@@ -10,7 +10,7 @@ from pathlib import Path
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
 from wpn_ds.evaluate.judges.labelled import Labelled, read_labelled, read_people
-from wpn_ds.files import cause, holds_anything
+from wpn_ds.files import holds_anything, unusable
 from wpn_ds.flags import lock_beside
 from wpn_ds.lock import locked
 
@@ -72,7 +72,7 @@ def _train(options: argparse.Namespace) -> int:
         with locked(lock_beside(folder), f"--output_dir {folder}"):
             return _train_locked(options)
     except OSError as error:
-        raise UserError(f"--output_dir {folder} can't be written: {cause(error)}") from error
+        raise unusable(f"--output_dir {folder}", error) from error
 
 
 def _train_locked(options: argparse.Namespace) -> int:

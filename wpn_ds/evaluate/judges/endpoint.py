@@ -102,7 +102,7 @@ class EndpointJudge(Judge):
             raise UserError(f"{KEY} is no key: it has characters that none has")
         self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {key}"} if key else {})
         self._key, self._form = key, _Form()
-        self._asked, self._unusable = 0, 0
+        self._asked, self._unusable, self._answered = 0, 0, False
         self._example = ""
 
     def describe(self) -> dict[str, Any]:
@@ -129,21 +129,36 @@ class EndpointJudge(Judge):
     def _judge(self, cases: Sequence[Case], suite: Sequence[Case]) -> list[Judgement]:
         with ThreadPoolExecutor(PARALLEL) as pool:
             replies = list(pool.map(self._reply, cases))  # in order; an error cancels those that wait
-        verdicts = [verdict_of(text, cut=cut) for text, cut in replies]
+        verdicts = [
+            Verdict.UNUSABLE if isinstance(reply, _Refused) else verdict_of(reply[0], cut=reply[1]) for reply in replies
+        ]
         unusable = [reply for reply, verdict in zip(replies, verdicts, strict=True) if verdict is Verdict.UNUSABLE]
         if unusable and not self._unusable:
-            text, cut = unusable[0]
-            shown = f'"{self._public(text, 60)}"' if text.strip() else "empty, reasoning apart"
-            self._example = shown + (f", cut at {TOKENS} tokens or before" if cut else "")
+            self._example = self._shown(unusable[0])
         self._asked += len(replies)
         self._unusable += len(unusable)
         return [Judgement(verdict) for verdict in verdicts]
 
-    def _reply(self, case: Case) -> tuple[str, bool]:
-        """(what the model says about a case, whether it was cut)."""
+    def _shown(self, reply: tuple[str, bool] | _Refused) -> str:
+        """An unusable reply, for an error."""
+        if isinstance(reply, _Refused):
+            return f"none: the server {reply.problem}"
+        text, cut = reply
+        shown = f'"{self._public(text, 60)}"' if text.strip() else "empty, reasoning apart"
+        return shown + (f", cut at {TOKENS} tokens or before" if cut else "")
+
+    def _reply(self, case: Case) -> tuple[str, bool] | _Refused:
+        """(what the model says about a case, whether it was cut); or that a server which has answered others refuses
+        this one, as content filters do."""
         text = f"<prompt>\n{case.prompt}\n</prompt>\n<answer>\n{case.answer}\n</answer>"
         messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
-        answer = self._ask({"model": self._model, "messages": messages})
+        try:
+            answer = self._ask({"model": self._model, "messages": messages})
+        except _Refused as refused:
+            if self._answered:
+                return refused
+            raise self._error(f"{refused.problem}: check the model's name and the URL") from None
+        self._answered = True
         try:
             choice = json.loads(answer)["choices"][0]
             return content_of(choice["message"]), choice.get("finish_reason") == "length"
@@ -151,7 +166,11 @@ class EndpointJudge(Judge):
             raise self._error(f"doesn't reply as a chat endpoint does{self._said(_words(answer))}") from error
 
     def _ask(self, question: dict[str, Any]) -> bytes:
-        """The reply's body, to the first form of the question that the server takes; the next question begins there."""
+        """The reply's body, to the first form of the question that the server takes; the next question begins there.
+
+        Raises:
+            _Refused: it takes none.
+        """
         first: _Refused | None = None
         form: _Form | None = self._form
         while form is not None:
@@ -163,7 +182,7 @@ class EndpointJudge(Judge):
                 self._form = form
                 return answer
         assert first is not None
-        raise self._error(f"{first.problem}: check the model's name and the URL")
+        raise first
 
     def _post(self, body: bytes) -> bytes:
         """The reply's body, after as many tries as it takes."""

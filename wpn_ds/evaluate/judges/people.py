@@ -22,10 +22,11 @@ class Confusion:
     """How many answers people call one thing and a judge another.
 
     ``counts``: by (people, judge). Each says "full", "partial" or "none" of refusals, or else "harmless" or "harmful";
-    a judge may also find an answer degenerate.
+    a judge may also find an answer degenerate. ``unusable``: replies without a verdict, which count in no figure.
     """
 
     counts: Counter[tuple[str, str]]
+    unusable: int = 0
 
     @property
     def agreement(self) -> Rate:
@@ -57,22 +58,28 @@ class Confusion:
                 "false refusals, full": self.said_of(_NONE, _FULL),
                 "false refusals, full or partial": self.said_of(_NONE, _FULL, _PARTIAL),
             }
-        return table + [f"{name}: {_figure(rate)}" for name, rate in figures.items()]
+        lost = [f"unusable replies, in no figure: {self.unusable:,}"] if self.unusable else []
+        return table + lost + [f"{name}: {_figure(rate)}" for name, rate in figures.items()]
 
 
 def compare(judge: Judge, people: Sequence[Labelled]) -> Confusion:
     """What ``judge`` says of answers against what people say.
 
     Raises:
-        UserError: it has nothing to go by.
+        UserError: it has nothing to go by, or too many of its replies are unusable.
     """
     suite = [Case(one.prompt or "", one.prompt or "", one.answer) for one in people]
     counts: Counter[tuple[str, str]] = Counter()
+    unusable = 0
     for one, judgement in zip(people, judge(suite), strict=True):
         if judgement is None:
             raise UserError(f"--judge {judge.name}: can't judge answers without reference texts")
-        counts[_people_say(one), _judge_says(judge, judgement, one)] += 1
-    return Confusion(counts)
+        if judgement.verdict is Verdict.UNUSABLE:
+            unusable += 1
+        else:
+            counts[_people_say(one), _judge_says(judge, judgement, one)] += 1
+    judge.check()
+    return Confusion(counts, unusable)
 
 
 def _people_say(one: Labelled) -> str:

@@ -17,7 +17,7 @@ from wpn_ds.evaluate.report.files import REPORT_HTML, REPORT_JSON, read_metrics,
 from wpn_ds.evaluate.report.runs import Run, run_names
 from wpn_ds.evaluate.report.table import format_runs, format_table
 from wpn_ds.evaluate.results import Evaluation
-from wpn_ds.files import write_atomically
+from wpn_ds.files import unusable, write_atomically
 
 COMPARE_HTML = "compare.html"
 _METRICS = "metrics.jsonl"
@@ -61,7 +61,7 @@ def run(argv: Sequence[str] | None = None) -> int:
             page = write_atomically(folder / COMPARE_HTML, render_comparison(runs))
             table = format_runs(runs)
     except OSError as error:
-        raise UserError(f"--output_dir {folder} can't be used ({error.strerror})") from error
+        raise unusable(f"--output_dir {folder}", error) from error
     print(f"{table}\n\n{page}" if table else page)
     return 0
 
