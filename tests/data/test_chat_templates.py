@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
+from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from wpn_ds.data.records import Message
@@ -254,8 +254,10 @@ def test_of_several_named_templates_the_default_one_is_the_tokenizer_s() -> None
     several.chat_template = {"default": CHATML, "tool_use": "x"}
     assert encode_pair("a", "b", several, "auto", 512) == encode_pair("a", "b", chat, "auto", 512)
     several.chat_template = {"rag": "y", "tool_use": "x"}
+    with pytest.raises(UserError, match=r"chat templates by name \(rag, tool_use\) and none called default"):
+        encode_pair("a", "b", several, "auto", 512)
     chat.chat_template = None
-    assert encode_pair("a", "b", several, "auto", 512) == encode_pair("a", "b", chat, "auto", 512)
+    assert encode_pair("a", "b", several, "{prompt}", 512) == encode_pair("a", "b", chat, "{prompt}", 512)
 
 
 def test_a_template_without_a_special_token_after_an_answer_ends_it_with_eos() -> None:
@@ -282,3 +284,64 @@ def test_a_template_that_ends_some_turns_alone_by_its_token_ends_the_others_by_i
     chat.chat_template = "{% for m in messages %}[{{ m.role }}] {{ m.content }}{% endfor %}" + unless
     segment = encode_pair("a", "b", chat, PromptStyle(system_prompt="c"), 512)
     assert segment.ids.count(chat.eos_token_id) == 1 and segment.ids[-1] == chat.eos_token_id
+
+
+PARTS = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{% for part in m.content %}{{ part.text }}{% endfor %}"
+    "<|im_end|>\n{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def test_a_template_that_takes_what_is_said_in_parts_reads_as_one_that_takes_texts() -> None:
+    chat, parts = make(SHAPES["qwen2.5"], "byte-level"), make(SHAPES["qwen2.5"], "byte-level")
+    parts.chat_template = PARTS
+    assert encode_pair(ASKED, "b", parts, "auto", 512) == encode_pair(ASKED, "b", chat, "auto", 512)
+
+
+@pytest.mark.parametrize("template", ["x", CHATML.replace("m['content']", "(m['content'] | upper)")])
+def test_a_template_that_does_not_write_what_is_said_is_refused(template) -> None:
+    chat = make(SHAPES["qwen2.5"], "byte-level")
+    chat.chat_template = template
+    with pytest.raises(UserError, match="doesn't write what is said in a chat as it is said"):
+        encode_pair("a", "b", chat, "auto", 512)
+    assert encode_pair("a", "b", chat, "{prompt}", 512).ids, "a plain template has nothing to do with it"
+    assert turn_end(chat) == chat.eos_token_id
+
+
+def test_a_template_that_leaves_system_turns_out_takes_no_system_prompt() -> None:
+    chat = make(SHAPES["zephyr"], "byte-level")
+    chat.chat_template = "{% for m in messages if m.role != 'system' %}[{{ m.role }}] {{ m.content }}</s>{% endfor %}"
+    with pytest.raises(UserError, match="leaves system turns out: leave --system_prompt out"):
+        encode_prompt("a", chat, PromptStyle(system_prompt="Be brief."), 512)
+
+
+def test_an_answer_that_its_template_does_not_end_is_ended_and_not_lost() -> None:
+    chat = make(SHAPES["qwen2.5"], "byte-level")
+    end = "{% if m.role != 'assistant' or m.content | length < 12 %}<|im_end|>\n{% endif %}"
+    chat.chat_template = CHATML.replace(" + '<|im_end|>\\n' }}", " }}" + end)
+    for answer in ("short", "one of many words"):
+        segment = encode_pair("a car", answer, chat, "auto", 512)
+        assert chat.decode(segment.ids[segment.answer_start :]) == f"{answer}<|im_end|>"
+
+
+def test_a_turn_s_end_that_is_not_flagged_special_ends_it_and_is_text_where_a_user_spells_it_out() -> None:
+    chat = make(SHAPES["zephyr"], "byte-level")
+    chat.add_tokens([AddedToken(name, special=False, normalized=False) for name in ("<|im_start|>", "<|im_end|>")])
+    chat.chat_template = CHATML
+    segment = encode_pair("a <|im_end|> b", "c", chat, "auto", 512)
+    end = chat.convert_tokens_to_ids("<|im_end|>")
+    assert turn_end(chat) == segment.ids[-1] == end and segment.ids.count(end) == 2
+
+
+def test_a_template_that_needs_a_system_turn_still_tells_what_ends_an_answer() -> None:
+    chat = make(SHAPES["qwen2.5"], "byte-level")
+    chat.chat_template = "{% if messages[0].role != 'system' %}{{ raise_exception('no system') }}{% endif %}" + CHATML
+    assert turn_end(chat) == chat.convert_tokens_to_ids("<|im_end|>")
+
+
+def test_a_special_token_that_merges_make_too_is_text_where_it_is_spelt_out() -> None:
+    chat = make(SHAPES["zephyr"], "byte-level")
+    chat.add_special_tokens({"additional_special_tokens": ["ith"]})
+    special = chat.convert_tokens_to_ids("ith")
+    text = chat.decode(encode_pair("with </s>", "with", chat, "{prompt}:", 512).ids[:-1], skip_special_tokens=False)
+    assert text == "with </s>: with" and special is not None

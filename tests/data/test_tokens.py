@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from wpn_ds.config import DataConfig
+from wpn_ds.data import special
 from wpn_ds.data.records import Message
 from wpn_ds.data.tokens import (
     PromptStyle,
@@ -286,3 +287,28 @@ def test_a_template_that_writes_today_s_date_writes_the_run_s(small_tokenizer) -
     day = datetime.date.today().strftime("%d %b %Y")
     then = render_prompt("Hi", tokenizer, PromptStyle(chat_date="2001-02-03"))
     assert then == clock.replace(day, "03 Feb 2001") and day in clock
+
+
+def test_the_day_of_a_template_is_written_as_strftime_writes_it(small_tokenizer) -> None:
+    codes = "%d %b %Y|%-d %_d %^b %e|%H:%M:%S|%d%%|%%d|%j"
+    tokenizer = with_template(small_tokenizer, "{% set calendar = 1 %}{{ strftime_now('" + codes + "') }}" + TURNS)
+    text = render_prompt("Hi", tokenizer, PromptStyle(chat_date="2001-02-03"))
+    assert text.startswith(datetime.datetime(2001, 2, 3).strftime(codes) + "<user>")
+
+
+@pytest.mark.parametrize("text", ["a {0} b", "{0}1w", "x{0}"])
+def test_nobody_can_forge_what_marks_a_special_token(small_tokenizer, text) -> None:
+    text = text.format(special._KEY) + " </s>"
+    segment = encode_pair(text, "b", small_tokenizer, "{prompt}", LONG)
+    assert small_tokenizer.decode(segment.ids[1:-1]) == f"{text} b" and segment.ids.count(2) == 2
+
+
+def test_tokens_are_the_same_in_every_process(small_tokenizer) -> None:
+    """Ranks read for themselves, and a resumed run reads again."""
+    again = copy.deepcopy(small_tokenizer)
+    texts = ("a </s> b", "<pad>", "c")
+    assert [encode_pair(t, t, small_tokenizer, TEMPLATE, LONG) for t in texts] == [
+        encode_pair(t, t, again, TEMPLATE, LONG) for t in texts
+    ]
+    marked = special.SpecialTokens(small_tokenizer).marked("a </s> b")
+    assert marked == special.SpecialTokens(again).marked("a </s> b") and marked.replace(" ", "").isalnum()

@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
+from itertools import chain
 from typing import Any, NamedTuple
 
 from wpn_ds.data.records import Message, Prompt
@@ -160,8 +162,10 @@ def encode_text(text: str, tokenizer: Any, max_length: int, style: PromptStyle |
 def turn_end(tokenizer: Any) -> int:
     """The token that ends an answer in a chat: the first special one that the chat template writes after it; EOS if it
     writes none, or if there is no chat template."""
-    closing = _ending(tokenizer, _state(tokenizer)).token
-    return tokenizer.eos_token_id if closing is None else closing
+    with contextlib.suppress(UserError):  # what no chat goes through ends none
+        if _chat_template(tokenizer) is not None:
+            return _shape(tokenizer, _state(tokenizer)).end
+    return tokenizer.eos_token_id
 
 
 def is_chat(prompt: Prompt, tokenizer: Any, style: PromptStyle | str) -> bool:
@@ -262,13 +266,25 @@ class _Writer:
     def __init__(self, tokenizer: Any, style: PromptStyle) -> None:
         self._tokenizer, self._style = tokenizer, style
         self._template = PLAIN_TEMPLATE if style.template == AUTO else style.template
-        self.special = SpecialTokens(tokenizer)
+        added = getattr(tokenizer, "added_tokens_decoder", {})
+        self.special = SpecialTokens(tokenizer, {turn_end(tokenizer)} & added.keys())
         self.asked = lru_cache(maxsize=64)(self._ask)  # every answer to a prompt asks for it
 
     def is_chat(self, prompt: Prompt) -> bool:
-        """Whether the tokenizer's chat template writes the prompt."""
-        through = self._style.template == AUTO or not isinstance(prompt, str)
-        return through and _chat_template(self._tokenizer) is not None
+        """Whether the tokenizer's chat template writes the prompt.
+
+        Raises:
+            UserError: there are several, and none is the default.
+        """
+        if self._style.template != AUTO and isinstance(prompt, str):
+            return False
+        named = getattr(self._tokenizer, "chat_template", None)
+        if isinstance(named, dict) and named and "default" not in named:
+            raise UserError(
+                f"the tokenizer has chat templates by name ({', '.join(named)}) and none called default: give prompts "
+                "as texts, and --prompt_template"
+            )
+        return _chat_template(self._tokenizer) is not None
 
     def marked(self, text: str) -> str:
         """A user's text, in which a special token that it spells out will be read as text."""
@@ -277,17 +293,28 @@ class _Writer:
     def conversation(self, prompt: Prompt, answer: str) -> tuple[_Tokens, int]:
         """(the tokens of both, up to the one that ends the answer; how many of them are the prompt's, without BOS)."""
         asked, answer = self.asked(prompt), self.marked(answer)
-        if self.is_chat(prompt):
-            text = self._rendered(prompt, answer)
-            tokens = self._without_bos(self._up_to_the_end(text))
-        else:
+        if not self.is_chat(prompt):
             text = self._filled(prompt)
+            if text.endswith(" ") and answer.startswith(" "):
+                text = text.rstrip(" ")
             text += answer if text[-1:].isspace() or answer[:1].isspace() else f" {answer}"
-            tokens = _Tokens(asked.tokens.bos, [*self.special.ids(text), self._tokenizer.eos_token_id])
+            tokens = _Tokens(asked.tokens.bos, self.special.ids(text))
+            start = self._start(tokens, text, asked, answer, 0)
+            return _Tokens(tokens.bos, [*tokens.own, self._tokenizer.eos_token_id]), start
+        text = self._rendered(prompt, answer)
+        tokens = self._without_bos(self.special.ids(text))
+        start, end = self._start(tokens, text, asked, answer, len(tokens.bos)), turn_end(self._tokenizer)
+        if end in tokens.own[start:]:  # and what stands after it, a line break, is nobody's answer
+            return _Tokens(tokens.bos, tokens.own[: len(tokens.own) - tokens.own[::-1].index(end)]), start
+        tokens = self._without_bos([*self.special.ids(text.rstrip()), end])
+        return tokens, min(start, len(tokens.own) - 1)
+
+    def _start(self, tokens: _Tokens, text: str, asked: _Asked, answer: str, bos: int) -> int:
+        """How many of the conversation's own ``tokens`` are its prompt's; ``bos`` tokens of ``text`` are not own."""
         alone = len(asked.tokens.own)
         if tokens.own[:alone] == asked.tokens.own:
-            return tokens, alone
-        return tokens, self._border(text, asked.text, answer) - (len(tokens.bos) if self.is_chat(prompt) else 0)
+            return alone
+        return self._border(text, asked.text, answer) - bos
 
     def text(self, prompt: Prompt) -> str:
         """The prompt's text, with marks."""
@@ -305,19 +332,12 @@ class _Writer:
     def _border(self, text: str, asked: str, answer: str) -> int:
         """How many tokens of the conversation ``text`` end before its answer begins, where its first tokens are not
         those of ``asked`` alone. A token that reaches into the answer is the answer's."""
-        tail = _ending(self._tokenizer, _state(self._tokenizer)).text
+        tail = _shape(self._tokenizer, _state(self._tokenizer)).tail if _chat_template(self._tokenizer) else ""
         ends = len(text) - len(tail) if text.endswith(tail) else len(text)
         begins = len(asked) if text.startswith(asked) else text.rfind(answer.strip(), 0, ends)
         if begins < 0:  # the template has changed the answer's text: as far as both are the same
             begins = next((at for at, (a, b) in enumerate(zip(text, asked, strict=False)) if a != b), len(text))
         return self.special.tokens_before(text, begins)
-
-    def _up_to_the_end(self, text: str) -> list[int]:
-        """The tokens of a chat up to the one that ends its last turn, and no line break after that."""
-        closing, ids = _ending(self._tokenizer, _state(self._tokenizer)).token, self.special.ids(text)
-        if closing is None or closing not in ids:
-            return [*self.special.ids(text.rstrip()), turn_end(self._tokenizer)]
-        return ids[: len(ids) - ids[::-1].index(closing)]
 
     def _without_bos(self, ids: list[int]) -> _Tokens:
         """A chat's tokens; BOS is there if the chat template wrote it."""
@@ -338,7 +358,11 @@ class _Writer:
         turns = self._turns(prompt)
         if answer is not None:
             turns.append(Message("assistant", answer))
-        return _rendered(self._tokenizer, turns, self._style.chat_date)
+        parts = _shape(self._tokenizer, _state(self._tokenizer)).parts
+        text = _rendered(self._tokenizer, turns, self._style.chat_date, parts)
+        if self._style.system_prompt is not None and turns[0].content.strip() not in text:
+            raise UserError("the tokenizer's chat template leaves system turns out: leave --system_prompt out")
+        return text
 
     def _filled(self, prompt: Prompt) -> str:
         """The plain template's text, turn by turn."""
@@ -357,21 +381,25 @@ class _Writer:
 
 # Jinja's own global of this name is the clock's. The line break after it is the one that transformers' Jinja drops.
 _CALENDAR = (
-    "{% macro strftime_now(format) %}{% set day = namespace(text=format) %}{% for code, value in calendar %}"
+    "{% macro strftime_now(format) %}{% set day = namespace(text=format) %}{% for code, value in wpn_calendar %}"
     "{% set day.text = day.text | replace(code, value) %}{% endfor %}{{ day.text }}{% endmacro %}\n"
 )
 
 
-def _rendered(tokenizer: Any, turns: Sequence[Message], date: str | None) -> str:
-    """The text of a chat; what opens an answer stands at its end, unless its last turn is an answer.
+def _rendered(tokenizer: Any, turns: Sequence[Message], date: str | None, parts: bool) -> str:
+    """The text of a chat; what opens an answer stands at its end, unless its last turn is an answer. ``parts``: the
+    template takes what is said as a list of parts, as those of models that see pictures do.
 
     Raises:
         UserError: the template refuses it.
     """
-    messages = [{"role": turn.role, "content": turn.content} for turn in turns]
+    messages = [
+        {"role": turn.role, "content": [{"type": "text", "text": turn.content}] if parts else turn.content}
+        for turn in turns
+    ]
     template, more = _chat_template(tokenizer), {}
     if template is not None and writes_date(tokenizer):
-        template, more = _CALENDAR + template, {"calendar": _calendar(date)}
+        template, more = _CALENDAR + template, {"wpn_calendar": _calendar(date)}
     try:
         return tokenizer.apply_chat_template(
             messages,
@@ -388,29 +416,55 @@ def _rendered(tokenizer: Any, turns: Sequence[Message], date: str | None) -> str
 
 @lru_cache(maxsize=4)
 def _calendar(date: str | None) -> list[tuple[str, str]]:
-    """What each of strftime's codes gives on a day, ``%-d`` and its like too."""
+    """What to put for each of strftime's codes on a day, one after the other."""
     day = datetime.datetime.fromisoformat(date or today())
-    codes = [f"%{dash}{letter}" for letter in "aAbBcdDeFGhHIjmMpSTuUVwWxXyY" for dash in ("-", "")]
-    return [(code, day.strftime(code)) for code in codes]
+    codes = [f"%{flag}{letter}" for letter in string.ascii_letters for flag in ("-", "_", "^", "0", "")]
+    return [("%%", "\0"), *((code, day.strftime(code)) for code in codes), ("\0", "%")]
 
 
-class _Ending(NamedTuple):
-    """What a chat template writes after an answer, and the first special token in it; None if there is none."""
+class _Shape(NamedTuple):
+    """How a chat template writes: whether it takes what is said in parts, the text that it sets after an answer, and
+    the token that ends the answer's turn."""
 
-    text: str
-    token: int | None
+    parts: bool
+    tail: str
+    end: int
 
 
 @lru_cache(maxsize=4)
-def _ending(tokenizer: Any, state: tuple[str, int]) -> _Ending:
-    """How a chat's last turn ends; without a chat template, by nothing."""
-    if _chat_template(tokenizer) is None:
-        return _Ending("", None)
-    answer = "wpnanswer"
-    try:
-        text = _rendered(tokenizer, [Message("user", "a"), Message("assistant", answer)], None).rpartition(answer)[2]
-    except UserError:  # a template that takes no such chat ends none either
-        return _Ending("", None)
-    special = SpecialTokens(tokenizer).ids_of_all
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    return _Ending(text, next((token for token in ids if token in special), None))
+def _shape(tokenizer: Any, state: tuple[str, int]) -> _Shape:
+    """That of the tokenizer's chat template, found by a chat of two turns; or of three, where it refuses two. One that
+    refuses both is left to say so of a record's own chat.
+
+    Raises:
+        UserError: it doesn't write what is said as it is said.
+    """
+    asked, answer = "wpnasked", "wpnanswer"
+    turns = [Message("user", asked), Message("assistant", answer)]
+    refused = True
+    for chat in (turns, [Message("system", "a"), *turns]):
+        for parts in (False, True):
+            try:
+                text = _rendered(tokenizer, chat, None, parts)
+            except UserError:
+                continue
+            refused = False
+            if asked in text and answer in text:
+                tail = text.rpartition(answer)[2]
+                return _Shape(parts, tail, _end_in(tail, tokenizer))
+    if refused:
+        return _Shape(False, "", tokenizer.eos_token_id)
+    raise UserError(
+        "the tokenizer's chat template doesn't write what is said in a chat as it is said: give prompts as texts, and "
+        "--prompt_template"
+    )
+
+
+def _end_in(tail: str, tokenizer: Any) -> int:
+    """The first special token in what a chat template writes after an answer; without one, the first added one that
+    isn't white space; without any, EOS."""
+    added = getattr(tokenizer, "added_tokens_decoder", {})
+    ids = [token for token in tokenizer(tail, add_special_tokens=False)["input_ids"] if token in added]
+    special = (token for token in ids if added[token].special)
+    named = (token for token in ids if added[token].content.strip())
+    return next(chain(special, named), tokenizer.eos_token_id)
