@@ -298,23 +298,31 @@ class _Writer:
             if text.endswith(" ") and answer.startswith(" "):
                 text = text.rstrip(" ")
             text += answer if text[-1:].isspace() or answer[:1].isspace() else f" {answer}"
-            tokens = _Tokens(asked.tokens.bos, self.special.ids(text))
-            start = self._start(tokens, text, asked, answer, 0)
-            return _Tokens(tokens.bos, [*tokens.own, self._tokenizer.eos_token_id]), start
-        text = self._rendered(prompt, answer)
-        tokens = self._without_bos(self.special.ids(text))
-        start, end = self._start(tokens, text, asked, answer, len(tokens.bos)), turn_end(self._tokenizer)
-        if end in tokens.own[start:]:  # and what stands after it, a line break, is nobody's answer
-            return _Tokens(tokens.bos, tokens.own[: len(tokens.own) - tokens.own[::-1].index(end)]), start
-        tokens = self._without_bos([*self.special.ids(text.rstrip()), end])
+            own = self.special.ids(text)
+            start = self._start(own, text, asked, len(asked.text))
+            return _Tokens(asked.tokens.bos, [*own, self._tokenizer.eos_token_id]), start
+        shape, text = _shape(self._tokenizer, _state(self._tokenizer)), self._rendered(prompt, answer)
+        (bos, own), ends = self._without_bos(self.special.ids(text)), len(text.removesuffix(shape.tail))
+        begins = len(asked.text) if text.startswith(asked.text) else text.rfind(answer.strip(), 0, ends)
+        start = self._start(own, text, asked, begins, len(bos))
+        if shape.end in own[start:]:  # and what stands after it, a line break, is nobody's answer
+            return _Tokens(bos, own[: len(own) - own[::-1].index(shape.end)]), start
+        tokens = self._without_bos([*self.special.ids(text.rstrip()), shape.end])
         return tokens, min(start, len(tokens.own) - 1)
 
-    def _start(self, tokens: _Tokens, text: str, asked: _Asked, answer: str, bos: int) -> int:
-        """How many of the conversation's own ``tokens`` are its prompt's; ``bos`` tokens of ``text`` are not own."""
+    def _start(self, own: list[int], text: str, asked: _Asked, begins: int, bos: int = 0) -> int:
+        """How many of a conversation's ``own`` tokens are its prompt's: those of the prompt alone, or else those that
+        end before the answer, which ``begins`` at a character of ``text``; a token that reaches into it is its first.
+
+        ``bos``: tokens of ``text`` that are not own. ``begins`` is -1 where the template has changed the answer.
+        """
         alone = len(asked.tokens.own)
-        if tokens.own[:alone] == asked.tokens.own:
+        if own[:alone] == asked.tokens.own:
             return alone
-        return self._border(text, asked.text, answer) - bos
+        if begins < 0:  # as far as the prompt alone and the conversation are the same
+            pairs = enumerate(zip(text, asked.text, strict=False))
+            begins = next((at for at, (one, other) in pairs if one != other), len(text))
+        return self.special.tokens_before(text, begins) - bos
 
     def text(self, prompt: Prompt) -> str:
         """The prompt's text, with marks."""
@@ -328,16 +336,6 @@ class _Writer:
         ids = self.special.ids(text)
         chat = self.is_chat(prompt)
         return _Asked(text, self._without_bos(ids) if chat else _Tokens(_bos_ids(self._tokenizer), ids))
-
-    def _border(self, text: str, asked: str, answer: str) -> int:
-        """How many tokens of the conversation ``text`` end before its answer begins, where its first tokens are not
-        those of ``asked`` alone. A token that reaches into the answer is the answer's."""
-        tail = _shape(self._tokenizer, _state(self._tokenizer)).tail if _chat_template(self._tokenizer) else ""
-        ends = len(text) - len(tail) if text.endswith(tail) else len(text)
-        begins = len(asked) if text.startswith(asked) else text.rfind(answer.strip(), 0, ends)
-        if begins < 0:  # the template has changed the answer's text: as far as both are the same
-            begins = next((at for at, (a, b) in enumerate(zip(text, asked, strict=False)) if a != b), len(text))
-        return self.special.tokens_before(text, begins)
 
     def _without_bos(self, ids: list[int]) -> _Tokens:
         """A chat's tokens; BOS is there if the chat template wrote it."""
@@ -355,11 +353,11 @@ class _Writer:
 
     def _rendered(self, prompt: Prompt, answer: str | None = None) -> str:
         """The chat template's text: up to where an answer begins, or with a (marked) answer and what ends it."""
-        turns = self._turns(prompt)
-        if answer is not None:
-            turns.append(Message("assistant", answer))
+        turns, date = self._turns(prompt), self._style.chat_date
         parts = _shape(self._tokenizer, _state(self._tokenizer)).parts
-        text = _rendered(self._tokenizer, turns, self._style.chat_date, parts)
+        if answer is not None:
+            return _rendered(self._tokenizer, [*turns, Message("assistant", answer)], date, parts)
+        text = _rendered(self._tokenizer, turns, date, parts)
         if self._style.system_prompt is not None and turns[0].content.strip() not in text:
             raise UserError("the tokenizer's chat template leaves system turns out: leave --system_prompt out")
         return text

@@ -458,7 +458,7 @@ class Trainer:
         telemetry.progress(step, values)
         if result.skipped:
             telemetry.say(f"step {step}: the gradient is not finite; the update was skipped on all ranks")
-        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW:
+        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW or self.state.skipped_steps == job.total_steps:
             self.saver.finish()
             raise TrainingStopped(
                 f"the gradient was not finite {self.skipped_in_a_row} steps in a row, up to step {step}: lower "
