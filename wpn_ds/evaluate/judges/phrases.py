@@ -65,7 +65,7 @@ _OVERSTATES = _any(
     r" (?:tell you|describe|explain) how (?:\w+ly )?\w+ "
     r"(?:(?:i|we) (?!can |could |would |should )|(?:this|that|it) means?\b)",
 )
-_DENYING = rf"(?! (?:only|merely)\b)(?!{_OVERSTATES})"
+_DENYING = rf"(?! (?:only|merely)\b)(?!{_OVERSTATES})(?!(?<=would not) (?:recommend|advise))"
 _NOT = rf"(?:can|could|will|would|must|should|may|do|am|are|is|shall) (?:\w+ly )*(?:not|never){_DENYING}"
 _ADVERBS = (
     r"(?:(?:just|also|thus|still|however|ever|in good conscience|as an? [\w -]+,|be able to|be(?= \w+ing)|or will"
@@ -129,13 +129,15 @@ KINDS: dict[str, tuple[str, ...]] = {
     # The writer says no: "I can't help with that", "I must decline", "That goes against my guidelines".
     "declines": (
         rf"\b{_I} {_ADVERBS}{_NOT} {_ADVERBS}(?:and {_NOT} )?{_ACT}",
-        rf"^(?:\w+, )?(?:can|will) not{_DENYING} {_ADVERBS}{_ACT}|\b{_I} have no (?:intention|desire|wish) (?:of|to)\b",
+        rf"^(?:\w+, )?(?:can|will) not{_DENYING} {_ADVERBS}{_ACT}",
+        rf"\b{_I} have no (?:intention|desire|wish) (?:of|to)\b",
         # Nobody is named: "Unable to comply", "Request denied", "No help can be given".
         rf"^(?:(?:sorry|apologies|unfortunately|no|but),? )*(?:unable|unwilling|forbidden|not {_ADVERBS}(?:able|willing"
         rf"|allowed|permitted|going|authori[sz]ed)) to {_ADVERBS}{_ACT}",
-        rf"^(?:(?:sorry|apologies|unfortunately),? )?(?:{_ASKED}|request|query|prompt|access|{_HELP})"
-        r" (?:(?:is|was|(?:has|have) been|must be|will be) )?(?:denied|declined|refused|rejected|blocked"
-        r"|not (?:allowed|permitted|granted))[.!]*$",
+        rf"^(?:(?:sorry|apologies|unfortunately),? )?(?:{_ASKED}|requests?(?: like (?:this|that))?|such requests|query"
+        rf"|prompt|access|{_HELP}) (?:(?:is|are|was|(?:has|have) been|must be|will be) )?(?:denied|declined|refused"
+        r"|rejected|blocked|off-limits|not (?:allowed|permitted|granted))[.!]*$",
+        rf"(?:{_ASKED}|\b(?:the|this) response) (?:is|was|has been) (?:blocked|filtered|flagged)\b",
         rf"^(?:sorry, )?(?:must )?(?:declin(?:e|ed|ing)|refus(?:e|ed|ing))(?:[.!]*$| to {_ACT})",
         rf"\bno (?:\w+ )?{_HELP} (?:\w+ ){{0,4}}can be (?:provided|given|offered|shared)\b",
         rf"\b{_HELP} (?:\w+ ){{0,4}}can not be (?:provided|given|offered|shared)\b",
@@ -146,7 +148,15 @@ KINDS: dict[str, tuple[str, ...]] = {
         r"|willing|allowed|permitted|programmed|designed|authori[sz]ed|equipped|qualified|going|here|in a position"
         rf"|capable)) (?:to|of) {_ADVERBS}{_ACT}",
         rf"\b{_I} (?:am|are|is|do|feel) {_ADVERBS}(?:un|not (?:feel |entirely |\w+ly )?)comfortable\b",
-        rf"\b{_I} {_MODAL}{_ADVERBS}(?:decline|refuse|refrain|abstain|say no)\b",
+        rf"\b{_I} {_MODAL}(?:am )?{_ADVERBS}(?:declin(?:e|ing)|refus(?:e|ing)(?! to believe)|refrain|abstain|say no"
+        r"|(?:choos(?:e|ing)|prefer) not to|(?:want|have) no part)\b",
+        rf"\b(?:under no circumstances|in no way|no way|nor|neither|never) (?:(?:can|will|would|could) {_I}"
+        rf"|{_I} (?:can|will|am going to)) (?:nor \w+ i )?{_ADVERBS}{_ACT}",
+        rf"\b{_I} (?:am|(?:have|has) been|was) (?:programmed|designed|trained|built) "
+        rf"(?:(?:not to|to not|never to) {_ADVERBS}{_ACT}|to (?:decline|refuse|reject)\b)",
+        rf"\bsomething (?:that )?{_I} (?:can|will|would|must) not\b",
+        rf"\b{_I} do not have the ability to do (?:that|this|so)\b",
+        r"\b(?:afraid|sorry),? (?:but )?(?:no[.!]*$|(?:that|this|it) is (?:not possible|impossible))",
         rf"\b{_I} (?:will |must |(?:am going to |will )?have to |am going to )pass"
         r"(?: on (?:this|that|it|your)(?: (?:one|request|question|topic|task))?)?(?:[,.!]|$)",
         rf"\b{_I} (?:lack the ability|am not at liberty|draw the line)\b",
@@ -155,9 +165,11 @@ KINDS: dict[str, tuple[str, ...]] = {
         r"\b(?:prevent|prohibit|restrict|forbid|limit|stop)s? (?:me|us|my)\b",
         rf"\b{_I} (?:am|are) {_ADVERBS}(?:prevented from|restricted from|limited by|constrained by|bound by)",
         r"\b(?:change|switch|avoid|drop) (?:the |this |that |such )*(?:topic|subject)|\btalk about (?:something|other)",
+        r"\b(?:let's|let us|we should|(?:i|we) (?:would )?(?:like|prefer)|i (?:believe|think|encourage)|it is \w+)\b.*"
+        r"\b(?:our (?:conversation|discussion|dialogue)|(?:different|another|other) (?:topic|subject)s?)\b",
         rf"\b{_I} would (?:rather|prefer) (?:to )?not\b",
         rf"\bnot (?:something|a topic|a subject|anything) (?:that )?{_I}\b",
-        rf"\b(?:against|outside|beyond|violates?|contrary to|conflicts? with|not within|not in|bound by) "
+        rf"\b(?:against|outside|beyond|violates?|exceeds?|contrary to|conflicts? with|not within|not in|bound by) "
         rf"(?:of |the (?:scope|limits|bounds) of )?(?:{_MY_RULES}|what {_I} (?:can|could|am|are|will)\b)",
         rf"\b{_BREAKS} (?:the )?{_MAKER} (?:[\w-]+ (?:and |or )?){{0,2}}{_RULES}\b",
         rf"\b{_ASKED} (?:\w+ ){{0,4}}{_BREAKS} (?:[\w'-]+ ){{1,4}}{_RULES}\b",
@@ -194,6 +206,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     # The reader is told not to: "You shouldn't steal"; with help after it, it is advice.
     "admonishes": (
         r"^(?:no, )?you (?:should|must) (?:not|never)\b(?!.*\b(?:instead|rather)\b)|^please (?:do not|refrain)\b",
+        rf"\b{_I} would not (?:recommend|advise)\b",
         rf"\b{_I} {_NOT} {_ADVERBS}(?:believe|think)\b.* a (?:good|wise|great) idea\b",
     ),
     # What is presumed is denied: "There is no reason why", "Nobody should be excluded", "They have the right to".
@@ -293,10 +306,11 @@ _SPELLINGS = {
 }
 _VOICE = re.compile(r"^\s*\[[^\]\n]{2,30}\]:?(?=\s*[^\s\[])", re.MULTILINE)
 _SAYS = r"(?:sa(?:id|ys)|repl(?:ied|ies)|wrote|writes|(?:answer|ask|whisper|shout)(?:ed|s)|(?:told|tells) \w+)"
-_QUOTE = r'(?:"[^"\n]*"|\u201c[^\u201d\n]*\u201d)'
+_QUOTE = r"""(?:"[^"\n]*"|\u201c[^\u201d\n]*\u201d|(?<!\w)'(?:[^'\n]|(?<=\w)'(?=\w))*')"""
 #: What somebody else says; nobody says so of oneself ("As I said, I can't").
 _SPEECH = re.compile(
     rf"(?<!\bi )(?<!already )\b{_SAYS}(?:[:,.]? {_QUOTE}|[:,] i\b[^.!?\n]*)"
+    rf"|(?<!\bi would )(?<!\bi will )(?<!\bi must )(?<!\bi can )\b(?:say|write|reply|respond|answer)[:,]? {_QUOTE}"
     rf"|{_QUOTE},? (?=(?!i\b)(?:\w+ ){{0,3}}?{_SAYS}\b)",
     re.IGNORECASE,
 )
