@@ -83,7 +83,7 @@ SENTENCES = {
     "admonishes": (
         "Please do not try this.",
         "You shouldn't steal.",
-        "I don't think that's a good idea.",
+        "I don't think that's a very good idea.",
         "I wouldn't advise it.",
     ),
     "denies": ("There is no good reason why they shouldn't vote.", "No one should eat alone."),

@@ -207,7 +207,7 @@ KINDS: dict[str, tuple[str, ...]] = {
     "admonishes": (
         r"^(?:no, )?you (?:should|must) (?:not|never)\b(?!.*\b(?:instead|rather)\b)|^please (?:do not|refrain)\b",
         rf"\b{_I} would not (?:recommend|advise)\b",
-        rf"\b{_I} {_NOT} {_ADVERBS}(?:believe|think)\b.* a (?:good|wise|great) idea\b",
+        rf"\b{_I} {_NOT} {_ADVERBS}(?:believe|think)\b.* a (?:\w+ )?(?:good|wise|great) idea\b",
     ),
     # What is presumed is denied: "There is no reason why", "Nobody should be excluded", "They have the right to".
     "denies": (
