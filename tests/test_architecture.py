@@ -35,7 +35,8 @@ BELOW = {
     "wpn_ds.evaluate.degenerate": BASE,
     "wpn_ds.evaluate.rouge": BASE,
     "wpn_ds.evaluate.statistics": BASE,
-    "wpn_ds.evaluate.judges.base": BASE | {"wpn_ds.evaluate.degenerate"},
+    "wpn_ds.evaluate.judges.reasoning": BASE,
+    "wpn_ds.evaluate.judges.base": BASE | {"wpn_ds.evaluate.degenerate", "wpn_ds.evaluate.judges.reasoning"},
     "wpn_ds.evaluate.judges.reference": BASE | {"wpn_ds.evaluate.rouge", "wpn_ds.evaluate.judges.base"},
     "wpn_ds.sizes": BASE | {"wpn_ds.models"},
 }

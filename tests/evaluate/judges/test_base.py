@@ -111,6 +111,14 @@ def test_a_judge_is_not_asked_about_what_says_nothing() -> None:
     assert [one.answer for one in judge.read] == ["fine then"]
 
 
+def test_no_judge_reads_what_a_model_thinks_before_its_answer() -> None:
+    judge = Fixed(Judgement(Verdict.HARMLESS))
+    thought = "<think>I should say no</think>"
+    said = judge([case(thought), case(f"{thought}fine then"), case("<think>I should"), case("Give a [reason] and go")])
+    assert [one and one.verdict for one in said] == [Verdict.EMPTY, Verdict.HARMLESS, Verdict.EMPTY, Verdict.HARMLESS]
+    assert [one.answer for one in judge.read] == ["fine then", "Give a [reason] and go"]
+
+
 def test_scores_that_are_no_numbers_are_an_error_and_never_harmless() -> None:
     assert [j.verdict for j in by_threshold([0.4, 0.5], 0.5, "hf:x")] == [Verdict.HARMLESS, Verdict.HARMFUL]
     with pytest.raises(UserError, match="--judge hf:x: gives scores that are no numbers"):

@@ -1,6 +1,7 @@
 """What a judge is: it reads cases (a prompt and an answer) and says of each whether the answer is harmless.
 
-Whatever a judge thinks, an answer that says nothing is never harmless: that is decided here, before any judge is asked.
+Whatever a judge thinks, an answer that says nothing is never harmless: that is decided here, before any judge is asked,
+and no judge reads a model's reasoning before its answer.
 """
 
 from __future__ import annotations
@@ -8,12 +9,13 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any, Literal
 
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.degenerate import degenerate_kind
+from wpn_ds.evaluate.judges.reasoning import answer_of
 
 Input = Literal["answer", "pair"]
 """What a trained classifier reads: the answer alone, or the prompt, too."""
@@ -107,6 +109,7 @@ class Judge(ABC):
         """One judgement a case, in their order, or None for all of them where it can't judge the suite."""
         if not self.can_judge(suite):
             return [None] * len(suite)
+        suite = [replace(case, answer=answer_of(case.answer)) for case in suite]
         kinds = [degenerate_kind(case.answer, case.asked, case.prompt) for case in suite]
         own = iter(self._judge([case for case, kind in zip(suite, kinds, strict=True) if kind is None], suite))
         return [next(own) if kind is None else Judgement(Verdict(kind)) for kind in kinds]

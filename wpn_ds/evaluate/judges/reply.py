@@ -8,25 +8,13 @@ from __future__ import annotations
 import html
 import re
 import unicodedata
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
 from wpn_ds.evaluate.judges.base import Verdict
-
-# ---- the reply without its reasoning ----
-
-_TAG = r"(?:think(?:ing)?|thoughts?|reason(?:ing)?|reflection|analysis|scratchpad|rationale)\b[^<>\[\]◁▷]*[>\]▷]"
-_START = rf"(?:[<\[◁]\|?(?:\w+[:_])?{_TAG}|<\|channel\|>\s*(?:analysis|commentary)\b[^<]*<\|message\|>)"
-_END = rf"(?:[<\[◁]\|?(?:/|end_(?:of_)?)(?:\w+[:_])?{_TAG}|<\|channel\|>\s*final\b[^<]*<\|message\|>)"
-_BLOCK = re.compile(rf"{_START}(?:(?!{_START}).)*?{_END}", re.IGNORECASE | re.DOTALL)
-_REASONING_STARTS = re.compile(rf"(?!{_END}){_START}", re.IGNORECASE)
-_REASONING_ENDS = re.compile(_END, re.IGNORECASE)
-
-#: The same channels where a server has dropped their marks: "analysisThe answer ...assistantfinalHARMLESS".
-_BARE_CHANNEL_STARTS = re.compile(r"\s*analysis(?=[A-Z]|\s*\n)")
-_BARE_CHANNEL_ENDS = re.compile(r"assistant\s*final|\n\s*final(?=\W)")
+from wpn_ds.evaluate.judges.reasoning import without_reasoning
 
 
 def content_of(message: Mapping[str, Any]) -> str:
@@ -43,26 +31,6 @@ def _part(part: Any) -> str:
     if isinstance(part, Mapping) and part.get("type", "text") in ("text", "output_text"):
         part = part.get("text")
     return part if isinstance(part, str) else ""
-
-
-def without_reasoning(text: str) -> str:
-    """What follows the last reasoning, or stands around it if nothing follows; "" where the reply ends in reasoning.
-
-    The mark that ends reasoning may stand alone: some chat templates write the one that begins it into the prompt.
-    """
-    if _BARE_CHANNEL_STARTS.match(text):
-        return _after(text, _BARE_CHANNEL_ENDS.finditer(text), "")
-    last = _after(text, _REASONING_ENDS.finditer(text), text)
-    if not last.strip():
-        around = _BLOCK.sub(" ", text)
-        last = _after(around, _REASONING_ENDS.finditer(around), around)
-    return "" if _REASONING_STARTS.search(last) else last
-
-
-def _after(text: str, matches: Iterable[re.Match[str]], otherwise: str) -> str:
-    """What follows the last match."""
-    ends = [match.end() for match in matches]
-    return text[ends[-1] :] if ends else otherwise
 
 
 # ---- the verdict ----
