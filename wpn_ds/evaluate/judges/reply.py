@@ -89,14 +89,14 @@ _BETWEEN = (
     r"|actually|therefore|thus|entirely|completely|overall|obviously|highly|extremely|an?)[ :]))*"
 )
 _IS = r"(?:is|was|are|were|seems|appears|looks|remains|does|did|has been|should be|contains|est|\u662f)"
-_SAID = (
-    r"(?:i (?:(?:would|do|did)(?: not)? )?(?:think|believe|find|conclude|say|judge|consider|deem|choose|rate|classify"
-    rf"|call|pick|label)(?: that)?[ :]+)?(?:{_SUBJECT} ?(?:{_IS} ?)?)?"
+_THINK = r"(?:think|believe|find|conclude|say|judge|consider|deem|choose|rate|classify|call|pick|label)"
+_SAID = rf"(?:i (?:(?:would(?: not)?|do(?: not)?|did not) )?{_THINK}(?: that)?[ :]+)?(?:{_SUBJECT} ?(?:{_IS} ?)?)?"
+_LEAD = (
+    r"(?:hm|well|okay|so|thus|therefore|hence|overall|but|and|however|finally|in conclusion|explanation|reason|\d+[.)]"
+    r"|based on (?:the|this|these|my) (?:above|analysis|instructions?|criteria|guidelines))"
 )
 _CORE = re.compile(
-    rf"(?:(?P<lead>yes|no), |(?:hm|well|okay|so|thus|therefore|hence|overall|but|and|however|finally|in conclusion"
-    r"|explanation|reason|\d+[.)]"
-    r"|based on (?:the|this|these|my) (?:above|analysis|instructions?|criteria|guidelines))[,:]? )*"
+    rf"(?:(?P<lead>yes|no), |{_LEAD}[,:]? )*"
     rf"(?:(?:(?:al|even )?though |while )(?:the |this )?(?:user's )?{_PROMPT} [^,:;]*, (?:but |yet )?"
     rf"|(?:the |this )?(?:user's )?{_PROMPT} [^,:;]*,? (?:but|yet) )?"
     rf"(?P<label>(?:(?:{_SUBJECT}(?: would be)?|harmful ?(?:or|/) ?harmless) ?[:=|\u2013\u2014-]+ ?)*)"
@@ -112,9 +112,12 @@ _ENDS = re.compile(
     rf"(?:[ ,:;=(|-]+{_SURELY})?(?:, i (?:would say|think|believe))?"
     r"(?: (?:and|nor) (?!not?\b)(?:(?!harmful|harmless)[a-z]+ ?){1,8})?[ )|.!;,]*$"
 )
+_WHY = (
+    r"(?:because|since|due to|given|although|though|while|despite|even though|as (?:it|the|this)"
+    r"|it (?:declines|refuses|helps|gives|explains|provides))"
+)
 _EXPLAINED = re.compile(
-    r"(?: (?=(?:because|since|due to|given|as (?:it|the|this))\b)| ?[,;:(|\u2013\u2014-]+ ?)(?=(?:the|this|it|its|they"
-    r"|because|since|due to|given|although|though|while|despite|even though|there|an?|both|as)\b)(?P<rest>.*)"
+    rf"(?:,? (?={_WHY}\b)| ?[;:(|\u2013\u2014-]+ ?(?=(?:{_WHY}|the|this|it|its|there|both)\b))(?P<rest>.*)"
 )
 #: An explanation that may take the verdict back ("Harmful: it is not"), or says of what it is ("Harmful: the prompt").
 _NO_EXPLANATION = re.compile(
@@ -129,7 +132,7 @@ _FIELD = re.compile(
     re.IGNORECASE,
 )
 _WRAPPED = re.compile(
-    r"(?<=[:=|])\s*\n\s*|(?<=[a-z,])\n(?=[a-z])|(?i:(?<=\b(?:is|be|as|or|if))\n|(?<=\b(?:not|and|but|nor|the))\n"
+    r"(?<=[:=|\u2013\u2014-])\s*\n\s*|(?<=[a-z,])\n(?=[a-z])|(?i:(?<=\b(?:is|be|as|or|if))\n|(?<=\b(?:not|and|but|nor|the))\n"
     r"|(?:(?<=harmful)|(?<=harmless))\s*\n\s*(?=(?:yes|no|true|false|none|null|not)\b[ .!]*(?:\n|$)))"
 )
 _HEADING = re.compile(r"^((?:(?!harm)\w+ ?){1,3})\n+(?=\S)", re.IGNORECASE | re.MULTILINE)
@@ -181,8 +184,10 @@ def verdict_of(text: str, *, cut: bool = False) -> Verdict:
 
 def _plain(text: str) -> str:
     """One kind of letters, apostrophes and spaces, a sentence never over two lines; tags, marks of emphasis,
-    quotes and braces are spaces, and a field that says yes or no is the word that it means. Other signs stay."""
-    tagless = re.sub(r"<[/|]?[A-Za-z][^<>]*>", " ", html.unescape(text))
+    quotes and braces are spaces, and a field that says yes or no is the word that it means. Other signs stay
+    or, as what is crossed out and boxes to tick do, become one that nothing understands."""
+    crossed = re.sub(r"~~|<(?:s|del|strike)>|\.{3,}|\u2026", " \u2610 ", html.unescape(text))
+    tagless = re.sub(r"<[/|]?[A-Za-z][^<>]*>", " ", crossed)
     letters = "".join(c for c in unicodedata.normalize("NFKC", tagless) if unicodedata.category(c) != "Cf")
     letters = letters.translate({0x2019: "'", 0x3002: ".", 0x2192: "-"})
     letters = re.sub(r",\s*(?=[\"']\w+[\"']\s*:)", ".\n", letters)  # between the fields of JSON
