@@ -132,11 +132,12 @@ def test_an_unusable_reply_is_no_verdict_and_is_counted(server) -> None:
     assert verdicts(judge, *(f"answer {name}" for name in replies)) == [Verdict.HARMLESS, *[Verdict.UNUSABLE] * 4]
     assert judge.describe() == {
         "judge": "endpoint",
-        "version": 2,
+        "version": 3,
         "model": "small",
         "url": server.url,
         "temperature": 0,
         "max_tokens": endpoint.TOKENS,
+        "instruction_turn": "system",
         "instruction": endpoint.INSTRUCTION,
         "asked": 5,
         "unusable_replies": 4,
@@ -199,6 +200,61 @@ def test_a_limit_that_the_model_has_no_room_for_is_left_out(server) -> None:
     server.refuse = lambda body: (400, {"error": words}) if any("max" in name for name in body) else None
     assert verdicts(EndpointJudge("small", server.url), "fine then") == [Verdict.HARMLESS]
     assert server.requests[-1][2]["temperature"] == 0
+
+
+def test_a_server_that_demands_a_small_limit_gets_a_small_one(server) -> None:
+    def refuse(body):
+        if "max_completion_tokens" in body or not 0 < body.get("max_tokens", 0) <= 2048:
+            return 400, {"error": "max_tokens is required and must be at most 2048"}
+        return None
+
+    server.refuse = refuse
+    judge = EndpointJudge("small", server.url)
+    assert verdicts(judge, "fine then") == [Verdict.HARMLESS]
+    assert judge.describe()["max_tokens"] == server.requests[-1][2]["max_tokens"] == endpoint.FEWER_TOKENS
+    assert server.requests[-1][2]["temperature"] == 0
+
+
+@pytest.mark.parametrize(
+    ("status", "words"),
+    [
+        (400, "System role not supported"),
+        (400, "Conversation roles must alternate user/assistant/user/assistant/..."),
+        (500, "Only user and assistant roles are supported!"),
+        (400, ""),
+    ],
+)
+def test_a_server_that_knows_no_system_turn_gets_the_instruction_in_the_user_s(status, words, server) -> None:
+    server.refuse = lambda body: (status, {"error": words}) if body["messages"][0]["role"] == "system" else None
+    judge = EndpointJudge("small", server.url)
+    assert verdicts(judge, "fine then") == [Verdict.HARMLESS]
+    [turn] = server.requests[-1][2]["messages"]
+    assert turn["role"] == "user" and turn["content"].startswith(endpoint.INSTRUCTION)
+    assert answer_of(turn["content"]) == "fine then"
+    assert judge.describe()["instruction_turn"] == "user"
+    if words:
+        assert len(server.requests) == 2 and server.requests[-1][2]["max_tokens"] == endpoint.TOKENS
+
+
+def test_the_reason_that_is_shown_is_the_last_one(server) -> None:
+    def refuse(body):
+        if "max_tokens" in body:
+            return 400, {"error": "Use 'max_completion_tokens' instead"}
+        return 400, {"error": "this model is for embeddings"}
+
+    server.refuse = refuse
+    with pytest.raises(UserError, match=r"says 400 Bad Request \(this model is for embeddings\)") as error:
+        EndpointJudge("small", server.url)([case("fine then")])
+    assert "max_completion_tokens" not in str(error.value)
+
+
+def test_a_body_that_is_nested_beyond_reading_is_an_error_of_one_line(server, monkeypatch) -> None:
+    deep = "[" * 100_000
+    assert len(endpoint._words(deep.encode())) == len(deep)
+    monkeypatch.setattr(EndpointJudge, "_post", lambda self, body: deep.encode())
+    with pytest.raises(UserError, match=r"doesn't reply as a chat endpoint does") as error:
+        EndpointJudge("small", server.url)([case("fine then")])
+    assert "\n" not in str(error.value) and len(str(error.value)) < 600
 
 
 def test_a_case_that_a_server_refuses_after_it_has_answered_others_is_an_unusable_reply(server) -> None:

@@ -33,8 +33,9 @@ PAUSE = 1.0
 TIMEOUT = 300.0
 """Seconds; a model that reasons takes its time."""
 
-TOKENS = 4096
-"""Of a reply at most, its reasoning included; a model that doesn't reason ends after a few."""
+TOKENS, FEWER_TOKENS = 4096, 1024
+"""Of a reply at most, its reasoning included; a model that doesn't reason ends after a few. Fewer where the server has
+no room for as many."""
 
 WORST_SHARE = 0.05
 """Of the replies that may be unusable; above, the verdicts are of no use."""
@@ -52,23 +53,54 @@ class _Form:
     """What a request says beside the model and the messages. Servers differ in what they take: OpenAI's models that
     reason refuse ``max_tokens`` and a temperature, other servers don't know ``max_completion_tokens``."""
 
-    limit: str | None = "max_tokens"
+    limit: int = 0
+    """Which of `_LIMITS`."""
     temperature: bool = True
+    system: bool = True
+    """The instruction is a turn of its own, which some chat templates don't know; else it begins the user's."""
 
-    def fields(self) -> dict[str, Any]:
-        return ({"temperature": 0} if self.temperature else {}) | ({self.limit: TOKENS} if self.limit else {})
+    @property
+    def limits(self) -> dict[str, int]:
+        return _LIMITS[self.limit]
+
+    @property
+    def tokens(self) -> int | None:
+        return next(iter(self.limits.values()), None)
+
+    def fields(self, text: str) -> dict[str, Any]:
+        """What is sent about ``text``."""
+        messages = [{"role": "user", "content": text if self.system else f"{INSTRUCTION}\n\n{text}"}]
+        if self.system:
+            messages.insert(0, {"role": "system", "content": INSTRUCTION})
+        return {"messages": messages} | ({"temperature": 0} if self.temperature else {}) | self.limits
 
     def after(self, refusal: str) -> _Form | None:
         """What to try where this one was refused with these words; None where nothing is left to leave out."""
-        if self.temperature and ("temperature" in refusal.lower() or self.limit is None):
+        exhausted = not self.limits
+        if self.system and _ROLES.search(refusal):
+            return replace(self, system=False)
+        if self.temperature and ("temperature" in refusal.lower() or exhausted):
             return replace(self, temperature=False)
-        if self.limit is None:
-            return None
-        return replace(self, limit="max_completion_tokens" if self.limit == "max_tokens" else None)
+        if not exhausted:
+            return replace(self, limit=self.limit + 1)
+        return replace(self, system=False) if self.system else None
+
+
+_LIMITS: tuple[dict[str, int], ...] = (
+    {"max_tokens": TOKENS},
+    {"max_completion_tokens": TOKENS},
+    {"max_tokens": FEWER_TOKENS},
+    {"max_completion_tokens": FEWER_TOKENS},
+    {},
+)
+
+_ROLES = re.compile(r"\bsystem\b|\broles?\b", re.IGNORECASE)
+"""In a refusal of the instruction's turn: "System role not supported", "Conversation roles must alternate"."""
 
 
 class _Refused(Exception):
-    """The server doesn't take what a request says (status 400 or 422); ``problem`` as it is shown."""
+    """The server doesn't take what a request says (status 400 or 422, or 500 of a chat template); ``problem`` as it is
+    shown."""
 
     def __init__(self, problem: str, words: str) -> None:
         super().__init__(problem)
@@ -108,11 +140,12 @@ class EndpointJudge(Judge):
     def describe(self) -> dict[str, Any]:
         return {
             "judge": "endpoint",
-            "version": 2,
+            "version": 3,
             "model": self._model,
             "url": self._url,
             "temperature": 0 if self._form.temperature else None,
-            "max_tokens": TOKENS if self._form.limit else None,
+            "max_tokens": self._form.tokens,
+            "instruction_turn": "system" if self._form.system else "user",
             "instruction": INSTRUCTION,
             "asked": self._asked,
             "unusable_replies": self._unusable,
@@ -145,15 +178,14 @@ class EndpointJudge(Judge):
             return f"none: the server {reply.problem}"
         text, cut = reply
         shown = f'"{self._public(text, 60)}"' if text.strip() else "empty, reasoning apart"
-        return shown + (f", cut at {TOKENS} tokens or before" if cut else "")
+        return shown + (f", cut at {self._form.tokens or TOKENS} tokens or before" if cut else "")
 
     def _reply(self, case: Case) -> tuple[str, bool] | _Refused:
         """(what the model says about a case, whether it was cut); or that a server which has answered others refuses
         this one, as content filters do."""
         text = f"<prompt>\n{case.prompt}\n</prompt>\n<answer>\n{case.answer}\n</answer>"
-        messages = [{"role": "system", "content": INSTRUCTION}, {"role": "user", "content": text}]
         try:
-            answer = self._ask({"model": self._model, "messages": messages})
+            answer = self._ask(text)
         except _Refused as refused:
             if self._answered:
                 return refused
@@ -162,27 +194,27 @@ class EndpointJudge(Judge):
         try:
             choice = json.loads(answer)["choices"][0]
             return content_of(choice["message"]), choice.get("finish_reason") == "length"
-        except (ValueError, LookupError, TypeError, AttributeError) as error:
+        except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
             raise self._error(f"doesn't reply as a chat endpoint does{self._said(_words(answer))}") from error
 
-    def _ask(self, question: dict[str, Any]) -> bytes:
+    def _ask(self, text: str) -> bytes:
         """The reply's body, to the first form of the question that the server takes; the next question begins there.
 
         Raises:
-            _Refused: it takes none.
+            _Refused: it takes none; why not the last one, as what was refused before had been left out of it.
         """
-        first: _Refused | None = None
-        form: _Form | None = self._form
-        while form is not None:
+        form = self._form
+        while True:
             try:
-                answer = self._post(json.dumps(question | form.fields()).encode())
+                answer = self._post(json.dumps({"model": self._model} | form.fields(text)).encode())
             except _Refused as refused:
-                first, form = first or refused, form.after(refused.words)
+                following = form.after(refused.words)
+                if following is None:
+                    raise
+                form = following
             else:
                 self._form = form
                 return answer
-        assert first is not None
-        raise first
 
     def _post(self, body: bytes) -> bytes:
         """The reply's body, after as many tries as it takes."""
@@ -196,7 +228,7 @@ class EndpointJudge(Judge):
             except urllib.error.HTTPError as error:
                 words = _words(_body(error))
                 problem = f"says {error.code} {http.client.responses.get(error.code, '')}".rstrip() + self._said(words)
-                if error.code in (400, 422):
+                if error.code in (400, 422) or (error.code == 500 and _ROLES.search(words)):
                     raise _Refused(problem, words) from None
                 if error.code != 429 and error.code < 500:
                     hint = f": check {KEY}" if error.code in (401, 403) else ": check the model's name and the URL"
@@ -211,7 +243,7 @@ class EndpointJudge(Judge):
 
     def _public(self, words: str, size: int) -> str:
         """A line of ``words`` without the key or a part of it that would tell it (OpenAI repeats a key's ends)."""
-        line = " ".join(_CONTROL.sub(" ", words).split())
+        line = " ".join(_CONTROL.sub(" ", words[:_READ]).split())
         for secret in {self._key, urllib.parse.quote(self._key, safe="")} - {""}:
             line = re.sub(re.escape(secret), "***", line, flags=re.IGNORECASE)
         if len(self._key) >= 8:
@@ -222,6 +254,9 @@ class EndpointJudge(Judge):
     def _error(self, problem: str) -> UserError:
         return UserError(f"--judge openai:{self._model}: {self._url} {problem}")
 
+
+_READ = 4096
+"""Characters of what a server says that are looked through for the key; a line shows far fewer."""
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 
@@ -239,7 +274,7 @@ def _words(body: bytes) -> str:
     text = body.decode("utf-8", errors="replace")
     try:
         return ", ".join(dict.fromkeys(_reasons(json.loads(text))))
-    except ValueError:
+    except (ValueError, RecursionError):
         return "" if text.lstrip().startswith("<") else text
 
 
