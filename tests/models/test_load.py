@@ -157,6 +157,17 @@ def test_what_is_no_model_is_refused_wherever_it_is_loaded(opt):
         load_config(Source(str(opt / "config.json"), flag="--model"))
 
 
+def test_a_model_type_that_transformers_lacks_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "brandnew", "hidden_size": 8}')
+    with pytest.raises(
+        UserError, match=r"^--model_name_or_path [^\n]*: transformers \d\S* doesn't know the model type "
+    ):
+        load_config(Source(str(tmp_path)))
+    (tmp_path / "config.json").write_text('{"model_type": ')
+    with pytest.raises(UserError, match=r"damaged config\.json"):
+        load_config(Source(str(tmp_path)))
+
+
 def test_a_mistyped_name_is_told_the_nearest_that_is_in_the_cache(tmp_path, monkeypatch):
     (tmp_path / "models--facebook--opt-125m").mkdir()
     monkeypatch.setattr(load, "HF_HUB_CACHE", str(tmp_path))

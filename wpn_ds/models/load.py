@@ -15,9 +15,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -95,7 +97,14 @@ def load_config(source: Source, *, dropout: float | None = None) -> PretrainedCo
     with _one_line(
         f"{source.flag} {name}: " + ("damaged config.json" if place.exists() else f"no such folder{_on_the_hub(name)}")
     ):
-        config = AutoConfig.from_pretrained(source.name_or_path, **source.hub_arguments)
+        fields, _ = PretrainedConfig.get_config_dict(name, **source.hub_arguments)
+        kind = fields.get("model_type")
+        if isinstance(kind, str) and kind not in CONFIG_MAPPING and "auto_map" not in fields:
+            raise UserError(
+                f"{source.flag} {name}: transformers {transformers.__version__} doesn't know the model type {kind!r} "
+                "of its config.json: install a transformers that does, or take another model"
+            )
+        config = AutoConfig.from_pretrained(name, **source.hub_arguments)
     if dropout is not None:
         for name in dropout_fields(config):
             setattr(config.get_text_config(), name, 0.0 if name == "layerdrop" else dropout)
