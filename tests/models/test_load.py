@@ -163,8 +163,23 @@ def test_a_model_type_that_transformers_lacks_is_named(tmp_path):
         UserError, match=r"^--model_name_or_path [^\n]*: transformers \d\S* doesn't know the model type "
     ):
         load_config(Source(str(tmp_path)))
-    (tmp_path / "config.json").write_text('{"model_type": ')
-    with pytest.raises(UserError, match=r"damaged config\.json"):
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"model_type": ',
+        "[]",
+        '"x"',
+        "[" * 100_000,
+        '{"model_type": ["opt"]}',
+        '{"model_type": "opt", "eos_token_id": "x"}',
+    ],
+    ids=["cut", "list", "text", "deep", "type", "field"],
+)
+def test_a_configuration_that_is_none_is_called_damaged_in_one_line(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"^--model_name_or_path [^\n]*damaged config\.json[^\n]*$"):
         load_config(Source(str(tmp_path)))
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
     CONFIG_MAPPING,
@@ -95,7 +96,8 @@ def load_config(source: Source, *, dropout: float | None = None) -> PretrainedCo
     if place.exists() and (reason := fault(place, weights=False)):
         raise UserError(f"{source.flag} {name}: {reason}")
     with _one_line(
-        f"{source.flag} {name}: " + ("damaged config.json" if place.exists() else f"no such folder{_on_the_hub(name)}")
+        f"{source.flag} {name}: " + ("damaged config.json" if place.exists() else f"no such folder{_on_the_hub(name)}"),
+        *(TypeError, AttributeError, RecursionError, StrictDataclassError),  # what isn't as transformers takes it to be
     ):
         fields, _ = PretrainedConfig.get_config_dict(name, **source.hub_arguments)
         kind = fields.get("model_type")
