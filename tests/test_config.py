@@ -264,6 +264,12 @@ def test_a_mistaken_flag_is_one_line_that_names_it(argv: list[str], parts: list[
         ("seed: 1\nseed: 2\n", [":2: seed is given twice, first in line 1"]),
         ("seed: 1\n  x: [\n", [":2: not YAML"]),
         ("seed: \x07\n", ["not YAML"]),
+        ('seed: "\\U00110000"', ["not YAML"]),
+        ("model_revision: v1\nchat_date: 2026-13-45", [":2: chat_date: not a value of YAML: month must be"]),
+        ("seed: !!int x", [":1: seed: not a value of YAML"]),
+        ('seed: !!float ""', [":1: seed: not a value of YAML"]),
+        ("[" * 100_000, ["brackets in brackets"]),
+        ("seed: " + "[" * 5000 + "]" * 5000, ["brackets in brackets"]),
         ("- seed\n", ["name: value"]),
     ],
 )

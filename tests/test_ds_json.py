@@ -144,6 +144,25 @@ def test_a_shipped_file_takes_everything_from_the_flags(path: Path, device: str)
         ('{"zero_optimization": {\n"stage": 4}}', ":2: zero_optimization.stage: must be 0, 1, 2 or 3"),
         ('{"zero_optimization": {\n"stage": true}}', ":2: zero_optimization.stage: must be 0, 1, 2 or 3"),
         ('{"zero_optimization": {\n"stage": "3"}}', ":2: zero_optimization.stage: must be 0, 1, 2 or 3"),
+        (
+            '{"bf16": {"enabled": true},\n"bfloat16": {"enabled": false}}',
+            ":2: bfloat16: is another name of bf16, which is given, too: remove one",
+        ),
+        (
+            '{"zero_optimization": {"stage3_max_live_parameters": 1,\n"max_live_parameters": 2}}',
+            ":2: zero_optimization.max_live_parameters: is another name of stage3_max_live_parameters",
+        ),
+        (
+            '{"zero_optimization": {"cpu_offload": false,\n"offload_optimizer": {"device": "cpu"}}}',
+            ":2: zero_optimization.offload_optimizer: is another name of cpu_offload",
+        ),
+        ("[" * 100_000, ": brackets in brackets, more than 100"),
+        ('{"pipeline":' + "[" * 600 + "]" * 600 + "}", ": brackets in brackets, more than 100"),
+        ('{"gradient_clipping":' + "9" * 5000 + "}", ": can't be read: Exceeds the limit (4300 digits)"),
+        (
+            '{\n"gradient_clipping":' + "9" * 400 + "}",
+            ":2: gradient_clipping: settings: max_grad_norm must be a number",
+        ),
     ],
 )
 def test_a_mistake_in_the_file_names_file_and_line(write: Any, text: str, message: str) -> None:
@@ -156,6 +175,12 @@ def test_a_missing_file_a_folder_and_bytes_are_named_with_the_flag(tmp_path: Pat
     assert error(tmp_path) == f"--deepspeed {tmp_path}: Is a directory"
     (tmp_path / "x.json").write_bytes(b'{"a\xff": 1}')
     assert "not UTF-8 at byte 3" in error(tmp_path / "x.json")
+
+
+def test_the_old_name_of_bf16_alone_or_beside_null_is_as_good_as_the_new_one() -> None:
+    for content in ({"bfloat16": {"enabled": True}}, {"bf16": None, "bfloat16": {"enabled": True}}):
+        assert resolve(content).json["bf16"]["enabled"] is True
+        assert "bfloat16" not in resolve(content).json
 
 
 def test_the_same_key_in_two_sections_or_two_list_entries_is_no_duplicate(write: Any) -> None:
@@ -643,6 +668,12 @@ def test_a_file_that_says_torch_adam_itself_is_obeyed() -> None:
     assert "fused" not in resolve(adamw(), device="cuda").json["optimizer"]["params"]
 
 
+def test_torchs_adamw_is_fused_only_where_the_file_does_not_want_foreach() -> None:
+    assert "fused" not in resolve(adamw(foreach=True), device="cpu").json["optimizer"]["params"]
+    assert resolve(adamw(foreach=False), device="cpu").json["optimizer"]["params"]["fused"] is True
+    assert resolve(adamw(capturable=True), device="cpu").json["optimizer"]["params"]["fused"] is True
+
+
 @pytest.mark.parametrize("name", [name for name in OPTIMIZER_FLAGS if not name.startswith("Adam")] + ["Adamax"])
 @pytest.mark.parametrize("offloaded", [False, True])
 def test_other_optimizers_get_lr_and_decay_and_the_permission_that_deepspeed_wants(name: str, offloaded: bool) -> None:
@@ -681,10 +712,19 @@ def test_the_parameters_that_have_flags_are_those_of_torch() -> None:
         ({"type": "AdamW", "params": {"max_grad_norm": 1}}, "gradient_clipping"),
         ({"type": "AdamW", "params": {"betas": [0.9]}}, "optimizer.params.betas: must be two numbers"),
         ({"type": "AdamW", "params": [1]}, "optimizer.params: must be an object"),
+        ({"type": "SGD", "params": {"fused": True, "foreach": True}}, "foreach: can't be true where fused is: remove"),
     ],
 )
 def test_an_optimizer_that_cannot_work_is_refused(section: dict[str, Any], message: str) -> None:
     assert message in error({"optimizer": section})
+
+
+def test_what_records_an_update_on_a_gpu_is_refused_where_the_update_is_on_a_cpu() -> None:
+    content: dict[str, Any] = {"optimizer": {"type": "RAdam", "params": {"capturable": True}}}
+    assert "optimizer.params.capturable: is for an update on a GPU: remove it" in error(content, device="cpu")
+    offload = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}
+    assert "optimizer.params.capturable" in error(content | offload, device="cuda")
+    assert resolve(content, device="cuda").json["optimizer"]["params"]["capturable"] is True
 
 
 # Schedulers

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from wpn_ds.ds_keys import FREE, KEPT, OURS, TABLE, Only, entry_of
+from wpn_ds.ds_keys import FREE, KEPT, OURS, TABLE, Only, entry_of, meaning
 
 
 def models() -> list[tuple[str, Any]]:
@@ -48,6 +48,19 @@ def test_a_section_has_the_keys_that_deepspeed_has_by_either_name() -> None:
         theirs = {name for key, about in model.model_fields.items() for name in (key, about.alias) if name}
         gone = {"mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"}
         assert table.keys() - gone == theirs, section
+
+
+def test_two_names_of_a_key_mean_the_same_and_no_others_do() -> None:
+    for section, model in models():
+        meant: dict[str, set[str]] = {}
+        for key, about in model.model_fields.items():
+            extra = about.json_schema_extra or {}
+            newer = extra.get("new_param", key) if extra.get("set_new_param", True) else key
+            meant.setdefault(newer, set()).update(name for name in (key, about.alias) if name)
+        for names in meant.values():
+            assert len({meaning(name) for name in names}) == 1, section
+        assert len({meaning(next(iter(names))) for names in meant.values()}) == len(meant), section
+    assert meaning("bfloat16") == meaning("bf16") != meaning("fp16")
 
 
 def test_every_other_key_at_the_top_is_one_that_deepspeed_names() -> None:

@@ -796,16 +796,21 @@ def _read_yaml(path: str) -> dict[str, tuple[Any, int]]:
                 raise UserError(f"{path}:{line}: {key} is given twice, first in line {settings[key][1]}")
             if key not in _settings() or _settings()[key].hidden:
                 raise UserError(f"{path}:{line}: {key} is not a setting{nearest(key, _settings())}")
-            settings[key] = (loader.construct_object(value_node, deep=True), line)
+            try:
+                settings[key] = (loader.construct_object(value_node, deep=True), line)
+            except (ValueError, LookupError, AttributeError) as error:  # a date or a tagged value that there isn't
+                raise UserError(f"{path}:{line}: {key}: not a value of YAML: {error}") from None
         return settings
     except OSError as error:
         raise UserError(f"--config {path}: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise UserError(f"--config {path}: not UTF-8 at byte {error.start}") from None
+    except RecursionError:
+        raise UserError(f"{path}: brackets in brackets beyond any setting: is it the right file?") from None
     except yaml.MarkedYAMLError as error:
         line = f":{error.problem_mark.line + 1}" if error.problem_mark else ""
         raise UserError(f"{path}{line}: not YAML: {error.problem}") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:  # the latter from an escape that is no character
         raise UserError(f"{path}: not YAML: {' '.join(str(error).split())}") from None
 
 

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from wpn_ds.config import Config, nearest
-from wpn_ds.ds_keys import FREE, TABLE, Only, entry_of
+from wpn_ds.ds_keys import FREE, TABLE, Only, entry_of, meaning
 from wpn_ds.errors import UserError
 
 OPTIMIZER_FLAGS: Mapping[str, frozenset[str]] = {
@@ -57,6 +57,8 @@ _SCHEDULER_FLAGS = {
 }
 """Parameters of DeepSpeed's schedulers that the flags fill when the file leaves them out: its own defaults (a learning
 rate of 0.001, 1000 steps) are nobody's wish."""
+
+_DEEPEST = 100  # brackets in brackets; a copy of Python's takes two frames for each, of a thousand
 
 _VOCABULARY = 2**18  # tokens for which NVMe buffers are sized: the largest in use (OPT and GPT-Neo have a fifth)
 
@@ -103,7 +105,7 @@ def resolve_deepspeed(
 
     # Precision
     if "bfloat16" in result:  # DeepSpeed's old name, which transformers does not know
-        result.setdefault("bf16", result.pop("bfloat16"))
+        result["bf16"] = result.pop("bfloat16")
         source.rename("bfloat16", "bf16")
     if source.section("fp16").get("enabled", False) == "auto":
         result["fp16"]["enabled"] = False
@@ -190,7 +192,9 @@ def for_loading(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _check(source: _Source, section: dict[str, Any], table: Mapping[str, Any], path: tuple[str, ...] = ()) -> None:
-    """Stop on a key of the section at `path` that the table doesn't have, or not with this value; null is left out."""
+    """Stop on a key of the section at `path` that the table doesn't have, or not with this value, and on one thing by
+    two names; null is left out."""
+    names: dict[str, str] = {}
     for key, value in list(section.items()):
         here, entry = (*path, key), table.get(key, table.get("*"))
         if entry is None:
@@ -199,7 +203,10 @@ def _check(source: _Source, section: dict[str, Any], table: Mapping[str, Any], p
         if value is None:
             if isinstance(entry, Only):
                 del section[key]
-        elif isinstance(entry, Mapping):
+            continue
+        if names.setdefault(meaning(key), key) != key:
+            raise source.error(here, f"is another name of {names[meaning(key)]}, which is given, too: remove one")
+        if isinstance(entry, Mapping):
             _check(source, source.section(*here), entry, here)
         elif isinstance(entry, Only) and value not in entry.values:
             needed = f"must be {json.dumps(entry.values[0])} or left out" if entry.values else "can't be used"
@@ -259,8 +266,12 @@ def _resolve_optimizer(work: _Resolution, *, device: str | None) -> None:
     if adam and not offloaded:
         if device == "cpu":  # DeepSpeed's AdamW for it would be compiled first, for a minute
             params.setdefault("torch_adam", True)
-        if params.get("torch_adam"):
+        if params.get("torch_adam") and not params.get("foreach"):
             params.setdefault("fused", True)  # else a step makes two temporary copies of all moments
+    if params.get("fused") and params.get("foreach"):
+        raise source.error(("optimizer", "params", "foreach"), "can't be true where fused is: remove one")
+    if params.get("capturable") and not params.get("fused") and (offloaded or device == "cpu"):
+        raise source.error(("optimizer", "params", "capturable"), "is for an update on a GPU: remove it")
     if name not in _DEEPSPEED_OPTIMIZERS:
         result["zero_allow_untested_optimizer"] = True
         if offloaded:
@@ -391,16 +402,21 @@ class _Source:
         try:
             text = path.read_text(encoding="utf-8")
             content = json.loads(text)
+            key_lines = list(_key_lines(text))
         except OSError as error:
             raise UserError(f"--deepspeed {path}: {error.strerror}") from None
         except UnicodeDecodeError as error:
             raise UserError(f"--deepspeed {path}: not UTF-8 at byte {error.start}") from None
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{error.lineno}: not JSON: {error.msg} (column {error.colno})") from None
+        except ValueError as error:  # a number of thousands of digits
+            raise UserError(f"{path}: can't be read: {str(error).partition(';')[0]}") from None
+        except RecursionError:
+            raise UserError(f"{path}: brackets in brackets, more than {_DEEPEST}: is it the right file?") from None
         if not isinstance(content, dict):
             raise UserError(f"{path}:1: a DeepSpeed configuration is a JSON object, {{...}}")
         lines: dict[tuple[str, ...], int] = {}
-        for keys, line in _key_lines(text):
+        for keys, line in key_lines:
             if keys in lines:
                 raise UserError(f"{path}:{line}: {'.'.join(keys)} is given twice, first in line {lines[keys]}")
             lines[keys] = line
@@ -433,12 +449,17 @@ class _Source:
 
 
 def _key_lines(text: str) -> Iterable[tuple[tuple[str, ...], int]]:
-    """(path of keys, line) for every key of a valid JSON text, in its order; a list's entries count by their index."""
+    """(path of keys, line) for every key of a valid JSON text, in its order; a list's entries count by their index.
+
+    Raises RecursionError for one that is nested deeper than anything that works through it can follow.
+    """
     containers: list[list[Any]] = []  # [the key or index that is being read, whether it is a list]
     for token in re.finditer(r'"((?:[^"\\]|\\.)*)"(\s*:)?|[{}\[\],]', text):
         mark = token.group()
         if mark in "{[":
             containers.append([0, mark == "["])
+            if len(containers) > _DEEPEST:
+                raise RecursionError
         elif mark in "}]":
             containers.pop()
         elif mark == ",":
@@ -462,7 +483,8 @@ def _autos(node: Any, path: tuple[str, ...] = ()) -> Iterable[tuple[str, ...]]:
 
 
 def _is_number(value: Any) -> str | None:
-    good = isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+    whole = isinstance(value, int) and not isinstance(value, bool)
+    good = whole or (isinstance(value, float) and math.isfinite(value))
     return None if good else "must be a number"
 
 

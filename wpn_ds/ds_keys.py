@@ -215,6 +215,19 @@ TABLE: dict[str, Any] = _table(
 )
 
 
+_OTHER_NAMES = {
+    "bfloat16": "bf16",
+    "cpu_offload": "offload_optimizer",
+    "cpu_offload_param": "offload_param",
+    "stage3_gather_fp16_weights_on_model_save": "gather_16bit_weights_on_model_save",
+}
+
+
+def meaning(key: str) -> str:
+    """The one name of what `key` and its other names in the same section mean."""
+    return _OTHER_NAMES.get(key, key.removeprefix("stage3_"))
+
+
 def entry_of(path: tuple[str, ...]) -> Entry | None:
     """What becomes of the key at `path`, by the nearest key above it that has an entry; None if it is unknown."""
     entry: Any = TABLE

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,16 @@ from transformers import Gemma3Config, OPTConfig
 
 from wpn_ds.config import Config, ObjectiveConfig
 from wpn_ds.demo import embedded_file
-from wpn_ds.engine.setup import _check_harmony, _check_parts, _claim_output, _read_records, cache_folder
+from wpn_ds.engine.setup import (
+    _check_harmony,
+    _check_monitors,
+    _check_parts,
+    _check_place,
+    _check_with_deepspeed,
+    _claim_output,
+    _read_records,
+    cache_folder,
+)
 from wpn_ds.errors import UserError
 from wpn_ds.objectives.family import build_objective
 
@@ -50,6 +60,69 @@ def test_gradients_are_not_harmonised_where_nothing_forgets(weights) -> None:
     objective = build_objective(ObjectiveConfig(**weights), retain=True)
     with pytest.raises(UserError, match=r"^--harmonise: nothing forgets, since all weights but --retain_weight are 0"):
         _check_harmony({"zero_optimization": {"stage": 3}}, objective)
+
+
+@pytest.mark.parametrize(
+    ("key", "section", "message"),
+    [
+        ("wandb", {}, "wandb: .*wandb.*: pip install wandb, or remove the key"),
+        ("comet", {}, "comet: .*comet_ml.*: pip install comet_ml, or remove the key"),
+        ("tensorboard", {}, "tensorboard: .*tensorboard.*: pip install tensorboard, or remove the key"),
+        (
+            "csv_monitor",
+            {"output_path": "file/x"},
+            "csv_monitor.output_path: name another folder: file/x/[^\n]*: Not a",
+        ),
+        ("csv_monitor", {"output_path": "loop"}, "csv_monitor.output_path: name another folder: loop/[^\n]*: Too many"),
+        ("flops_profiler", {"output_file": "file/x"}, "flops_profiler.output_file: name another folder: file can't"),
+        ("flops_profiler", {"output_file": 5}, "flops_profiler.output_file: must be the name of a file"),
+    ],
+)
+def test_what_deepspeed_could_not_write_down_is_said_before_a_model_is_loaded(
+    key, section, message, tmp_path, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    Path("loop").symlink_to("loop")
+    for package in ("wandb", "comet_ml", "tensorboard"):
+        monkeypatch.setitem(sys.modules, package, None)  # importing it fails
+    config = Config.from_flat({"deepspeed": "ds.json"})
+
+    def check(**section) -> None:
+        rows = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1}
+        _check_monitors(_check_with_deepspeed({**rows, key: section}, config), config)
+
+    with pytest.raises(UserError, match=rf"^--deepspeed ds\.json: {message}[^\n]*$"):
+        check(**section, enabled=True)
+    check(**section, enabled=False)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "loop"]
+
+
+def test_a_csv_monitor_may_have_a_folder_that_is_not_there_yet_and_none_is_made_for_the_question(tmp_path) -> None:
+    config = Config.from_flat({"deepspeed": "ds.json"})
+    csv = {"enabled": True, "output_path": str(tmp_path / "a" / "b")}
+    ds_json = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1, "csv_monitor": csv}
+    _check_monitors(_check_with_deepspeed(ds_json, config), config)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("inside", ["", "runs/1"])
+@pytest.mark.parametrize("target", ["link", "nowhere"])
+def test_a_link_that_points_nowhere_is_no_output_folder(target, inside, tmp_path) -> None:
+    link = tmp_path / "link"
+    link.symlink_to(target)
+    config = Config.from_flat({"output_dir": str(link / inside), "model_name_or_path": str(tmp_path)})
+    with pytest.raises(UserError, match=f"^--output_dir {link / inside}: the link {link} points to {target}, which is"):
+        _check_place(config)
+
+
+def test_the_starting_models_folder_is_no_output_folder_by_any_of_its_names(tmp_path) -> None:
+    model, link = tmp_path / "model", tmp_path / "link"
+    model.mkdir()
+    link.symlink_to("model")
+    for name in (model, link, model / ".." / "model"):
+        with pytest.raises(UserError, match="is the starting model's own folder"):
+            _check_place(Config.from_flat({"output_dir": str(name), "model_name_or_path": str(model)}))
 
 
 def test_weight_decay_leaves_alone_what_no_text_trains() -> None:

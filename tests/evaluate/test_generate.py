@@ -88,6 +88,13 @@ def test_an_answer_ends_at_every_id_of_the_models_own_and_at_the_token_that_ends
         model.generation_config.eos_token_id = own
 
 
+@pytest.mark.parametrize("ids", ["x", 1.5, True, -1, [0, "x"], [[0]], [None], {}])
+def test_a_models_own_end_that_is_no_token_is_one_line(model, tokenizer, ids, monkeypatch) -> None:
+    monkeypatch.setattr(model.generation_config, "eos_token_id", ids)
+    with pytest.raises(UserError, match=r"^generation_config\.json of [^\n]*: eos_token_id is [^\n]*$"):
+        generate_ids(model, tokenizer, prompts(1), max_new_tokens=NEW, batch_size=1)
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_the_model_is_in_eval_mode_while_it_answers_and_in_its_own_mode_afterwards(model, tokenizer, training) -> None:
     model.train(training)

@@ -157,6 +157,32 @@ def test_what_is_no_model_is_refused_wherever_it_is_loaded(opt):
         load_config(Source(str(opt / "config.json"), flag="--model"))
 
 
+def test_a_model_type_that_transformers_lacks_is_named(tmp_path):
+    (tmp_path / "config.json").write_text('{"model_type": "brandnew", "hidden_size": 8}')
+    with pytest.raises(
+        UserError, match=r"^--model_name_or_path [^\n]*: transformers \d\S* doesn't know the model type "
+    ):
+        load_config(Source(str(tmp_path)))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '{"model_type": ',
+        "[]",
+        '"x"',
+        "[" * 100_000,
+        '{"model_type": ["opt"]}',
+        '{"model_type": "opt", "eos_token_id": "x"}',
+    ],
+    ids=["cut", "list", "text", "deep", "type", "field"],
+)
+def test_a_configuration_that_is_none_is_called_damaged_in_one_line(text, tmp_path):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"^--model_name_or_path [^\n]*damaged config\.json[^\n]*$"):
+        load_config(Source(str(tmp_path)))
+
+
 def test_a_mistyped_name_is_told_the_nearest_that_is_in_the_cache(tmp_path, monkeypatch):
     (tmp_path / "models--facebook--opt-125m").mkdir()
     monkeypatch.setattr(load, "HF_HUB_CACHE", str(tmp_path))

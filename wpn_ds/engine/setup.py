@@ -8,6 +8,7 @@ import math
 import os
 import shutil
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,6 +16,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
+from deepspeed.monitor.utils import check_comet_availability, check_tb_availability, check_wandb_availability
 from deepspeed.runtime.config import DeepSpeedConfig
 from tqdm import tqdm
 
@@ -64,6 +66,13 @@ from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.objective import Objective
 
 TRAIN_LOCK = ".train.lock"
+
+#: (key of the DeepSpeed JSON, package, DeepSpeed's own question for it) of what writes a run's numbers down.
+_MONITORS = (
+    ("tensorboard", "tensorboard", check_tb_availability),
+    ("wandb", "wandb", check_wandb_availability),
+    ("comet", "comet_ml", check_comet_availability),
+)
 
 #: Retain examples on which their NLL is measured at an evaluation.
 RETAIN_EXAMPLES_MEASURED = 256
@@ -150,7 +159,8 @@ def prepare(config: Config) -> Job:
         )
     resolved, total_steps = _resolve(config, lm_config, world, len(forget))
     config = resolved.config
-    _check_with_deepspeed(resolved.json, config)
+    read = _check_with_deepspeed(resolved.json, config)
+    on_main(world, lambda: _check_monitors(read, config))  # DeepSpeed makes them there alone
     objective = build_objective(config.objective, retain=bool(config.training.retain_batch_size))
     if objective.keeps_distribution and config.objective.reference not in ("states", "topk"):
         frozen_json(resolved.json, config.objective.reference)  # what it refuses is said before work is lost
@@ -492,17 +502,48 @@ def _resolve(config: Config, lm_config: Any, world: World, examples: int) -> tup
     return ResolvedDeepSpeed(resolved.json, resolved.config.resolved(), resolved.notes), steps
 
 
-def _check_with_deepspeed(ds_json: Mapping[str, Any], config: Config) -> None:
-    """DeepSpeed's own check of the configuration, before anything is loaded with it.
+def _check_with_deepspeed(ds_json: Mapping[str, Any], config: Config) -> DeepSpeedConfig:
+    """DeepSpeed's own reading of the configuration, before anything is loaded with it.
 
     Raises:
         UserError: it is refused; names the file.
     """
     try:
-        DeepSpeedConfig(copy.deepcopy(dict(ds_json)))
+        return DeepSpeedConfig(copy.deepcopy(dict(ds_json)))
     except (ValueError, TypeError, AssertionError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:300]
         raise UserError(f"--deepspeed {config.training.deepspeed}: DeepSpeed refuses it: {reason}") from error
+
+
+def _check_monitors(read: DeepSpeedConfig, config: Config) -> None:
+    """Raises UserError where DeepSpeed couldn't write down what the file asks for, which it tries only once a model is
+    loaded: a package is missing, or a folder can't be written to; names the file and the key."""
+    flag, monitors, profiler = (
+        f"--deepspeed {config.training.deepspeed}",
+        read.monitor_config,
+        read.flops_profiler_config,
+    )
+    for key, package, available in _MONITORS:
+        if getattr(monitors, key).enabled:
+            try:
+                with contextlib.redirect_stdout(None):
+                    available()
+            except ImportError as error:
+                raise UserError(f"{flag}: {key}: {error}: pip install {package}, or remove the key") from None
+    folders = {
+        f"{key}.output_path": Path(section.output_path, section.job_name)
+        for key, section in (("tensorboard", monitors.tensorboard), ("csv_monitor", monitors.csv_monitor))
+        if section.enabled
+    }
+    if profiler.enabled and profiler.output_file:
+        if not isinstance(profiler.output_file, str):
+            raise UserError(f"{flag}: flops_profiler.output_file: must be the name of a file")
+        folders["flops_profiler.output_file"] = Path(profiler.output_file).parent
+    for key, folder in folders.items():
+        with _usable(f"{flag}: {key}: name another folder: {folder}"):
+            there = next(place for place in (folder, *folder.absolute().parents) if os.path.lexists(place))
+            with tempfile.TemporaryDirectory(dir=there):  # rights alone don't tell (/proc, a full disk)
+                pass
 
 
 def _output_dir(config: Config) -> Path:
@@ -521,12 +562,12 @@ def _lock_output(config: Config, world: World) -> None:
     lock = Lock(output_dir / TRAIN_LOCK, f"--output_dir {output_dir}")
 
     def prepare() -> None:
-        with _usable(output_dir):
+        with _usable(f"--output_dir {output_dir}"):
             _check_place(config)
             output_dir.mkdir(parents=True, exist_ok=True)
 
     def attempt() -> bool:
-        with _usable(output_dir):
+        with _usable(f"--output_dir {output_dir}"):
             return lock.attempt()
 
     on_main(world, prepare)
@@ -535,19 +576,24 @@ def _lock_output(config: Config, world: World) -> None:
 
 
 @contextlib.contextmanager
-def _usable(output_dir: Path) -> Iterator[None]:
+def _usable(place: str) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        raise unusable(f"--output_dir {output_dir}", error) from error
+        raise unusable(place, error) from error
 
 
 def _check_place(config: Config) -> None:
     output_dir = _output_dir(config)
+    if link := next((p for p in (output_dir, *output_dir.parents) if p.is_symlink() and not p.exists()), None):
+        raise UserError(
+            f"--output_dir {output_dir}: the link {link} points to {os.readlink(link)}, which is not there: mend it or "
+            "name another folder"
+        )
     if output_dir.exists() and not output_dir.is_dir():
         raise UserError(f"--output_dir {output_dir} is a file: name a folder")
     model = Path(config.model.model_name_or_path or PLANTED)
-    if model.is_dir() and output_dir.resolve() == model.resolve():
+    if model.is_dir() and output_dir.is_dir() and output_dir.samefile(model):
         raise UserError(f"--output_dir {output_dir} is the starting model's own folder: name another one")
 
 
@@ -557,7 +603,7 @@ def _claim_output(config: Config) -> None:
     Raises:
         UserError: the folder holds a run and no flag says what to do with it.
     """
-    with _usable(_output_dir(config)):
+    with _usable(f"--output_dir {_output_dir(config)}"):
         _claim(config)
         remove_abandoned(_output_dir(config))
 

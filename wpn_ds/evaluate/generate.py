@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -99,7 +100,7 @@ def generate_ids(
     ZeRO-3 every forward needs all of them.
 
     Raises:
-        UserError: a prompt with its answer exceeds the model's positions.
+        UserError: a prompt with its answer exceeds the model's positions, or the model's own EOS is no token.
     """
     if not prompts:
         return []
@@ -133,10 +134,18 @@ def generate_ids(
 
 
 def _ends(model: Any, tokenizer: Any) -> list[int]:
-    """The tokens that end an answer: the tokenizer's EOS, the model's own, and the one that ends a chat's turn."""
-    own = getattr(model.generation_config, "eos_token_id", None)
-    own = own if isinstance(own, list) else [own]
-    return sorted({tokenizer.eos_token_id, turn_end(tokenizer), *(token for token in own if token is not None)})
+    """The tokens that end an answer: the tokenizer's EOS, the model's own, and the one that ends a chat's turn.
+
+    Raises UserError for what is no token among the model's own.
+    """
+    said = getattr(model.generation_config, "eos_token_id", None)
+    own = [] if said is None else said if isinstance(said, list) else [said]
+    if any(type(token) is not int or token < 0 for token in own):
+        raise UserError(
+            f"generation_config.json of {model.config.name_or_path}: eos_token_id is {json.dumps(said)}: write the "
+            "number of a token, or a list of such"
+        )
+    return sorted({tokenizer.eos_token_id, turn_end(tokenizer), *own})
 
 
 def batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:

@@ -15,9 +15,12 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+import transformers
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from transformers import (
+    CONFIG_MAPPING,
     MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
@@ -93,9 +96,17 @@ def load_config(source: Source, *, dropout: float | None = None) -> PretrainedCo
     if place.exists() and (reason := fault(place, weights=False)):
         raise UserError(f"{source.flag} {name}: {reason}")
     with _one_line(
-        f"{source.flag} {name}: " + ("damaged config.json" if place.exists() else f"no such folder{_on_the_hub(name)}")
+        f"{source.flag} {name}: " + ("damaged config.json" if place.exists() else f"no such folder{_on_the_hub(name)}"),
+        *(TypeError, AttributeError, RecursionError, StrictDataclassError),  # what isn't as transformers takes it to be
     ):
-        config = AutoConfig.from_pretrained(source.name_or_path, **source.hub_arguments)
+        fields, _ = PretrainedConfig.get_config_dict(name, **source.hub_arguments)
+        kind = fields.get("model_type")
+        if isinstance(kind, str) and kind not in CONFIG_MAPPING and "auto_map" not in fields:
+            raise UserError(
+                f"{source.flag} {name}: transformers {transformers.__version__} doesn't know the model type {kind!r} "
+                "of its config.json: install a transformers that does, or take another model"
+            )
+        config = AutoConfig.from_pretrained(name, **source.hub_arguments)
     if dropout is not None:
         for name in dropout_fields(config):
             setattr(config.get_text_config(), name, 0.0 if name == "layerdrop" else dropout)
