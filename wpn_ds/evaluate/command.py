@@ -20,7 +20,7 @@ from wpn_ds.evaluate.answering import Asking, can_judge
 from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
 from wpn_ds.evaluate.judges.base import Judge
 from wpn_ds.evaluate.measurement import Measurement, Plan, device
-from wpn_ds.evaluate.ranks import all_arrived, alone_in, join_ranks
+from wpn_ds.evaluate.ranks import all_arrived, alone_in, from_rank_0, join_ranks
 from wpn_ds.evaluate.relearning import Lessons
 from wpn_ds.evaluate.report.files import write_report
 from wpn_ds.evaluate.report.table import format_table
@@ -147,10 +147,8 @@ def run(argv: Sequence[str] | None = None) -> int:
     for source in sources.values():
         check_place(source.flag, source.name_or_path)
     rank, size = join_ranks()
-    agreed = [{label: pinned(source) for label, source in sources.items()} if rank == 0 else sources]
-    if size > 1:
-        dist.broadcast_object_list(agreed)  # one commit for all ranks, should it change in between
-    sources = agreed[0]
+    if size > 1:  # one commit for all ranks, should it change in between
+        sources = from_rank_0(rank, size, lambda: {label: pinned(source) for label, source in sources.items()})
     with alone_in(options.output_dir / ".evaluate.lock", f"--output_dir {options.output_dir}", rank, size):
         return _evaluate(options, recorded, sources, rank, size)
 

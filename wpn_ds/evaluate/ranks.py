@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from datetime import timedelta
 from pathlib import Path
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ import torch.distributed as dist
 from wpn_ds import launchers
 from wpn_ds.errors import UserError
 from wpn_ds.lock import locked
+
+T = TypeVar("T")
 
 
 def join_ranks() -> tuple[int, int]:
@@ -37,17 +40,27 @@ def alone_in(folder: Path, what: str, rank: int, size: int) -> Iterator[None]:
         UserError, OSError: rank 0's, on all ranks.
     """
     with contextlib.ExitStack() as held:
-        refused: list[Exception | None] = [None]
-        if rank == 0:
-            try:
-                held.enter_context(locked(folder, what))
-            except (UserError, OSError) as error:
-                refused = [error]
-        if size > 1:
-            dist.broadcast_object_list(refused)  # none begins before, nor goes on alone
-        if refused[0] is not None:
-            raise refused[0]
+        from_rank_0(rank, size, lambda: held.enter_context(locked(folder, what)))  # none begins before
         yield
+
+
+def from_rank_0(rank: int, size: int, work: Callable[[], T]) -> T:
+    """What ``work`` gives on rank 0, on all ranks.
+
+    Raises:
+        UserError, OSError: rank 0's, on all ranks, so that none waits for it.
+    """
+    box: list[Any] = [None, None]
+    if rank == 0:
+        try:
+            box[0] = work()
+        except (UserError, OSError) as error:
+            box[1] = error
+    if size > 1:
+        dist.broadcast_object_list(box)
+    if box[1] is not None:
+        raise box[1]
+    return box[0]  # type: ignore[no-any-return]
 
 
 def all_arrived(size: int) -> None:
