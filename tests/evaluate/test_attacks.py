@@ -114,14 +114,20 @@ def test_no_record_is_shown_its_own_question_or_answer(records, seed) -> None:
                 assert any(last_turn(r.prompt) == asked.content and answered.content in r.rejected for r in others)
 
 
+class Plain:
+    """A tokenizer without a chat template."""
+
+    eos_token_id = 0
+
+
 def test_demonstrations_are_answered_in_the_form_of_the_prompt_template() -> None:
     records = numbered(2)
     first, second = attacked(records, "few_shot")
-    text = render_prompt(first.prompt, object(), TEMPLATE)
+    text = render_prompt(first.prompt, Plain(), TEMPLATE)
     forms = [f"Question: question 1?\nAnswer: {a}\nQuestion: question 0?\nAnswer:" for a in records[1].rejected]
     assert text in forms
     turns = tuple(map(Message, ("user", "assistant", "user"), ("question 1?", "bad 1", "question 0?")))
-    assert render_prompt(turns, object(), TEMPLATE) in forms
+    assert render_prompt(turns, Plain(), TEMPLATE) in forms
     assert last_turn(second.prompt) == "question 1?"
 
 
