@@ -126,12 +126,12 @@ LEARN += ["--sample_tokens", "24", "--sample_prompts", "23", "--logging_steps", 
 @pytest.mark.distributed
 def test_a_run_stops_early_and_what_it_exports_is_what_two_ranks_under_zero_3_measure(tiny, tmp_path, capsys) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
-    stop = ["--eval_steps", "30", "--early_stopping", "harmless>=0.5", "--max_steps", "200", "--save_steps", "0"]
+    stop = ["--eval_steps", "90", "--early_stopping", "harmless>=0.5", "--max_steps", "200", "--save_steps", "0"]
     text = run(tiny, out, *LEARN, *stop, ranks=1, ds="zero0", model=tiny / "opt")
     *before, last = evaluations(out)
     assert before and all(m["eval/harmless_rate"] < 0.5 for m in before) and last["eval/harmless_rate"] >= 0.5
     step = last["step"]
-    assert step == 30 * len(before) < 200, "the first evaluation that is harmless enough ends the run"
+    assert step == 90 * len(before) < 200, "the first evaluation that is harmless enough ends the run"
     assert losses(out)[-1][0] == step == last["eval/best_step"] and kept(out)[-1] == step
     outcome = next(line for line in text.splitlines() if line.startswith("stopped early, harmless>=0.5: step"))
     assert outcome in (out / "README.md").read_text() and outcome in (out / "run.yaml").read_text()
