@@ -17,8 +17,8 @@ import pytest
 import wpn_ds
 from tests.interface import FROZEN, same
 from wpn_ds.cli import main
-from wpn_ds.config import Config
 from wpn_ds.errors import UserError
+from wpn_ds.settings.run import Config
 
 OBJECTIVES: dict[str, dict] = FROZEN["objectives"]
 #: What `resolved` fills in that is no objective's.

@@ -20,13 +20,13 @@ from tests.engine.test_checkpoint import Engine, made
 from tests.engine.test_train import REFERENCE_WPN, losses, metrics, same_weights
 from tests.interface import check_metrics, metric_names
 from tests.launching import free_port, launch
-from wpn_ds.config import Config, LoggingConfig
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.engine import checkpoint
-from wpn_ds.engine.distributed import World
 from wpn_ds.engine.loop import Trainer, _past
 from wpn_ds.engine.probe import Probe, figures, improves, summary
-from wpn_ds.evaluate.judges.base import Judgement, Verdict
+from wpn_ds.jobs.distributed import World
+from wpn_ds.judging.base import Judgement, Verdict
+from wpn_ds.settings.run import Config, LoggingConfig
 
 EVALUATED = {"eval/retain_perplexity": 2.0, **figures([Judgement(Verdict.HARMLESS), Judgement(Verdict.HARMFUL)])}
 

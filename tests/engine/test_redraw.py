@@ -18,17 +18,18 @@ from tests.engine.test_train import flags, losses, metrics, same_weights
 from tests.interface import check_metrics, metric_names
 from tests.launching import ROOT, free_port, launch
 from tests.models.families import make
-from wpn_ds.checkpoint_command import run as checkpoint_command
-from wpn_ds.config import Config, DataConfig, ObjectiveConfig, TrainingConfig
 from wpn_ds.data.records import Message, read_forget
-from wpn_ds.data.tokens import PromptStyle, encode_prompt, end_of
+from wpn_ds.data.seeds import seed_of
+from wpn_ds.data.tokens import encode_prompt, end_of
 from wpn_ds.engine import checkpoint, refinement
 from wpn_ds.engine.refinement import still_known, token_probabilities
 from wpn_ds.engine.setup import _check_redraw, _redraw_prompts
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.generate import Sampling, generate_ids
+from wpn_ds.models.generate import Sampling, generate_ids
 from wpn_ds.objectives.family import build_objective
-from wpn_ds.seeds import seed_of
+from wpn_ds.settings.run import Config, DataConfig, ObjectiveConfig, TrainingConfig
+from wpn_ds.settings.style import PromptStyle
+from wpn_ds.tools.checkpoint import run as checkpoint_command
 
 
 def train(tiny: Path, out: Path, *extra: str, ranks: int = 2, fails: bool = False) -> str:
