@@ -17,9 +17,9 @@ from benchmarks.protocol import serve
 from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Item, Role
 from wpn_ds.data.tokens import Segment
+from wpn_ds.losses.likelihood import Tokens
 from wpn_ds.models.load import Source, load_model
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.objectives.likelihood import Tokens
 
 SEGMENTS = 8
 

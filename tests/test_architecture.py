@@ -16,7 +16,8 @@ BELOW["system"] = {"errors"}
 BELOW["settings"] = {"errors", "system"}
 BELOW["jobs"] = {"__init__", "errors", "system", "settings"}
 BELOW["data"] = {"errors", "system", "settings"}
-BELOW["objectives"] = BELOW["data"] | {"data"}
+BELOW["losses"] = set()
+BELOW["objectives"] = BELOW["data"] | {"losses", "data"}
 BELOW["models"] = BELOW["objectives"] | {"objectives"}  # the head computes losses
 BELOW["judging"] = {"errors"}
 LOWER = set(BELOW)
@@ -102,9 +103,9 @@ def test_the_parts_themselves_point_one_way() -> None:
         ("wpn_ds.data.plan", "from wpn_ds.engine.step import Step"),
         ("wpn_ds.data.plan", "def f():\n    import transformers"),
         ("wpn_ds.data.tokens", "from transformers import AutoTokenizer"),
-        ("wpn_ds.objectives.npair", "import deepspeed.comm as dist"),
-        ("wpn_ds.objectives.npair", "from wpn_ds import models"),
-        ("wpn_ds.objectives.npair", "import wpn_ds.models.load"),
+        ("wpn_ds.losses.npair", "import deepspeed.comm as dist"),
+        ("wpn_ds.losses.npair", "from wpn_ds import models"),
+        ("wpn_ds.losses.npair", "import wpn_ds.models.load"),
         ("wpn_ds.engine.step", "from wpn_ds.evaluate.report.files import write_report"),
         ("wpn_ds.engine.step", "from wpn_ds.evaluate import results"),
         ("wpn_ds.engine.step", "from wpn_ds.tools.demo import run"),

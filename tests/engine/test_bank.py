@@ -15,7 +15,7 @@ from wpn_ds.data.plan import Layout, Role, plan_step
 from wpn_ds.engine import bank as bank_module
 from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, pooled_states, starting_scores
 from wpn_ds.engine.tables import Tables
-from wpn_ds.objectives.npair import npair_losses, similarity
+from wpn_ds.losses.npair import npair_losses, similarity
 from wpn_ds.objectives.objective import FrozenTargets
 from wpn_ds.objectives.wpn import WPN
 

@@ -14,7 +14,7 @@ from wpn_ds.engine import reference as reference_module
 from wpn_ds.engine.reference import CachedTopK, FrozenModel, _Rows, _split, cached_states, cached_topk, frozen_json
 from wpn_ds.engine.tables import Tables
 from wpn_ds.errors import UserError
-from wpn_ds.objectives.likelihood import Distribution, TopK
+from wpn_ds.losses.likelihood import Distribution, TopK
 
 ROLES = frozenset({Role.WANTED, Role.RETAIN})
 EXAMPLES = make_examples()

@@ -18,12 +18,12 @@ from tests.data.made import FORMS
 from tests.models.families import CONFIGS, LLAMA, POSITIONS, WINDOW, make
 from wpn_ds.data.plan import Layout
 from wpn_ds.errors import UserError
+from wpn_ds.losses.likelihood import UNFINISHED
 from wpn_ds.models import attention, packed
 from wpn_ds.models.attention import KERNELS, per_segment_sdpa
 from wpn_ds.models.check import check_exact_reading
 from wpn_ds.models.load import max_positions
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.objectives.likelihood import UNFINISHED
 
 CPU = torch.device("cpu")
 NO_SDPA = ("gpt_neo", "gemma2", "gpt_oss")

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig, MptConfig
 
 from tests.models.shapes import Shapes
+from wpn_ds.losses.likelihood import UNFINISHED, Distribution, Finish, Tokens, TopK
 from wpn_ds.models import head as head_module
 from wpn_ds.models.head import AnswerHead, Parts, finish_of
-from wpn_ds.objectives.likelihood import UNFINISHED, Distribution, Finish, Tokens, TopK
 
 WIDTH, VOCABULARY = 3, 23
 several = settings(max_examples=40, deadline=None)

@@ -26,9 +26,9 @@ from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.tables import Blocks, Tables
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, fill_from_ranks
+from wpn_ds.losses.likelihood import Distribution, Finish, Reading, Targets, TopK, head_logits
 from wpn_ds.models.head import CHUNK
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.objectives.likelihood import Distribution, Finish, Reading, Targets, TopK, head_logits
 
 #: Labels whose rows of a table are in memory at the same time while it is built.
 _BLOCK_LABELS = 4096
@@ -134,7 +134,7 @@ class CachedStates:
 
 
 class CachedTopK:
-    """The starting model's most likely tokens from a table; see :class:`wpn_ds.objectives.likelihood.TopK`."""
+    """The starting model's most likely tokens from a table; see :class:`wpn_ds.losses.likelihood.TopK`."""
 
     def __init__(self, ids: Tensor, logprobs: Tensor, rows: _Rows) -> None:
         self.ids, self.logprobs, self.rows = ids, logprobs, rows

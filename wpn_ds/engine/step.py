@@ -28,7 +28,7 @@ from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.reader import no_point
 from wpn_ds.engine.reference import Reference, StartingLogprobs
 from wpn_ds.jobs.distributed import RngState, World, fill_from_ranks, rng_state, set_rng_state
-from wpn_ds.objectives.likelihood import Reading, Targets
+from wpn_ds.losses.likelihood import Reading, Targets
 from wpn_ds.objectives.objective import FrozenTargets, Objective, StartingScores, States, Term
 
 

@@ -13,9 +13,9 @@ from wpn_ds.data.batch import Batch, collate
 from wpn_ds.data.plan import Item, Layout, Role
 from wpn_ds.data.tokens import Segment
 from wpn_ds.errors import UserError
+from wpn_ds.losses.likelihood import Reading
 from wpn_ds.models.load import accepts_packing, default_attention, max_positions
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.objectives.likelihood import Reading
 
 #: Largest difference of the states, relative to their largest entry. A leak changes them by the order of 1.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 8e-2}

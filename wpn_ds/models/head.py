@@ -1,6 +1,6 @@
 """The LM head where a loss needs it: label by label in chunks, so that [tokens, vocabulary] never exists.
 
-What the predictions are compared to is in :mod:`wpn_ds.objectives.likelihood`.
+What the predictions are compared to is in :mod:`wpn_ds.losses.likelihood`.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from wpn_ds.objectives.likelihood import UNFINISHED, Finish, Targets, head_logits
+from wpn_ds.losses.likelihood import UNFINISHED, Finish, Targets, head_logits
 
 #: Labels whose logits exist at the same time.
 CHUNK = 256

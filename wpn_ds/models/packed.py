@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from wpn_ds.data.batch import Batch
 from wpn_ds.data.plan import Role
+from wpn_ds.losses.likelihood import Reading, Targets, Tokens
 from wpn_ds.models.head import AnswerHead, Parts, finish_of
-from wpn_ds.objectives.likelihood import Reading, Targets, Tokens
 
 
 class PackedLM(nn.Module):

@@ -8,7 +8,7 @@ from typing import Literal
 
 from torch import Tensor
 
-from wpn_ds.objectives.likelihood import Fading, Targets
+from wpn_ds.losses.likelihood import Fading, Targets
 from wpn_ds.objectives.objective import Objective
 
 

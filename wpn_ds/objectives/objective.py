@@ -16,9 +16,9 @@ from torch import Tensor
 
 from wpn_ds.data.batch import Batch, Spans
 from wpn_ds.data.plan import Role, StepPlan
-from wpn_ds.objectives.likelihood import Reading, Targets
-from wpn_ds.objectives.npair import Blocks
-from wpn_ds.objectives.pooling import Pooling, pool, pooling_matrix
+from wpn_ds.losses.likelihood import Reading, Targets
+from wpn_ds.losses.npair import Blocks
+from wpn_ds.losses.pooling import Pooling, pool, pooling_matrix
 
 
 @dataclass(frozen=True)

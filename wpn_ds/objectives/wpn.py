@@ -16,8 +16,9 @@ from torch import Tensor
 
 from wpn_ds.data.batch import Batch, to_device
 from wpn_ds.data.plan import Role, StepPlan
-from wpn_ds.objectives.likelihood import Reading
-from wpn_ds.objectives.npair import Scoring, npair_losses, paired_similarity, similarity, streamed_npair
+from wpn_ds.losses.likelihood import Reading
+from wpn_ds.losses.npair import Scoring, npair_losses, paired_similarity, similarity, streamed_npair
+from wpn_ds.losses.pooling import Pooling
 from wpn_ds.objectives.objective import (
     FrozenTargets,
     Objective,
@@ -27,7 +28,6 @@ from wpn_ds.objectives.objective import (
     changed_from_start,
     pooled,
 )
-from wpn_ds.objectives.pooling import Pooling
 
 Targets = Literal["reference", "detached", "live"]
 Negatives = Literal["step", "own", "bank"]

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from wpn_ds.objectives.likelihood import Distribution, Targets, Tokens, TopK, head_logits
+from wpn_ds.losses.likelihood import Distribution, Targets, Tokens, TopK, head_logits
 
 quick = settings(max_examples=40, deadline=None)
 SHAPES = {

@@ -1,0 +1,250 @@
+"""What an objective is made of: terms, each a mean over the whole optimizer step, and what follows from them.
+
+An objective says which terms it has, and nothing of batches, ranks or micro-batches. There are two kinds:
+
+* :class:`OnTokens`: the mean of the losses of single tokens;
+* :class:`OnAnswers`: the mean of losses that compare whole answers.
+
+No torch here, nor at the top of an objective's file: ``--help`` has none to wait for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, fields
+from enum import IntEnum
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
+
+from wpn_ds.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from wpn_ds.losses.likelihood import LabelTarget
+    from wpn_ds.losses.pooling import Pooling
+
+
+class Role(IntEnum):
+    """What a segment of a batch is for."""
+
+    WANTED = 0
+    UNWANTED = 1
+    RETAIN = 2
+    DEAD = 3
+    """Fills a rank's row where it has nothing to do; counts for nothing."""
+
+
+@dataclass(frozen=True)
+class OnTokens:
+    """The mean, over the tokens of a role, of a loss of each.
+
+    Attributes:
+        name: ``loss/<name>`` in the metrics.
+        weight: its factor in what is minimised; a term of weight 0 is left out.
+        role: whose tokens.
+        target: what the model's prediction of a token is compared to. ``token``: itself, ``-log p(token)``; ``start``
+            (retain tokens only): the starting model's distribution, ``KL(start || p)``; or a function of the token ids
+            [n], and of their log-probabilities [n] under the starting model if ``start``, to a
+            :class:`~wpn_ds.losses.likelihood.LabelTarget`.
+        start: the function asks for those log-probabilities (unwanted tokens only).
+        ascend: the term is minus that mean: minimising it makes the tokens unlikely.
+    """
+
+    name: str
+    weight: float
+    role: Role
+    target: Literal["token", "start"] | Callable[[Tensor, Tensor | None], LabelTarget] = "token"
+    start: bool = False
+    ascend: bool = False
+
+
+@dataclass(frozen=True)
+class NPair:
+    """``log(1 + sum_n exp((s(x, y_n) - s(x, y+)) / temperature))`` of a wanted answer y+ against all its negatives."""
+
+    temperature: float
+
+
+@dataclass(frozen=True)
+class OnAnswers:
+    """The mean of a loss that compares whole answers by a score each.
+
+    The score is either the answer's log-likelihood, ``s(x, y) = beta sum_t w_t log p(y_t | x, y_<t)`` with the weights of
+    ``score``, or the ``similarity`` of the prompt's and the answer's pooled hidden states, with those of ``vectors``.
+
+    Attributes:
+        name, weight: as in :class:`OnTokens`.
+        loss: a function of margins of any shape, element by element: ``m = s(y+) - s(y-)`` for each pair, or
+            ``m = -s(y-)`` for unwanted answers ``alone``, to losses of that shape. Or an :class:`NPair`, whose items are
+            the wanted answers, each with all its negatives.
+        pairs: which unwanted answers a wanted one is compared to: those of its ``own`` prompt, of the whole ``step``, of
+            the whole data set (``bank``: an NPair of frozen vectors only); ``alone``: none, they stand for themselves.
+        score: pooling of the tokens' log-probabilities.
+        beta: factor of such scores; times it they are logged as rewards.
+        relative: such scores are counted from those of the starting model.
+        vectors: pooling of the tokens' hidden states.
+        similarity: of the pooled states.
+        answers: whose states the answers' vectors are: the starting model's (``frozen``), the current model's without
+            gradient (``detached``) or with it (``live``). Prompts are always live.
+    """
+
+    name: str
+    weight: float
+    loss: Callable[[Tensor], Tensor] | NPair
+    pairs: Literal["alone", "own", "step", "bank"] = "own"
+    score: Pooling | None = None
+    beta: float = 1.0
+    relative: bool = False
+    vectors: Pooling | None = None
+    similarity: Literal["cosine", "dot"] = "cosine"
+    answers: Literal["frozen", "detached", "live"] = "live"
+
+    @property
+    def fixed(self) -> bool:
+        """Whether the answers' vectors get no gradient, so that a prompt needs only its own micro-batch."""
+        return self.vectors is not None and self.answers != "live"
+
+    @property
+    def coupled(self) -> bool:
+        """Whether a pair's loss has gradients into other items of the step, which may be on other ranks."""
+        return self.pairs != "alone" and not self.fixed
+
+    @property
+    def roles(self) -> frozenset[Role]:
+        """Whose answers are compared."""
+        return frozenset({Role.UNWANTED} if self.pairs == "alone" else {Role.WANTED, Role.UNWANTED})
+
+
+class Objective:
+    """An unlearning objective: a dataclass whose fields are its flags, and the terms that they make.
+
+    The first line of its doc-string says what it is; the string under a field is the flag's help. A field whose name
+    ends in ``_weight`` is the weight of a term.
+
+    Attributes:
+        name: of ``--objective``.
+        equation: what it minimises, besides the companions' terms, on one line.
+        paper: number on arXiv; "" if there is none.
+        wanted: where wanted answers come from without ``--wanted_file``: the ``records``' own, random answers of the
+            ``retain`` data, or the package's list of ways to say "I don't know" (``dont_know``).
+    """
+
+    name: ClassVar[str] = ""
+    equation: ClassVar[str] = ""
+    paper: ClassVar[str] = ""
+    wanted: ClassVar[Literal["records", "retain", "dont_know"]] = "records"
+
+    def terms(self) -> Iterable[OnTokens | OnAnswers]:
+        """The terms; those of weight 0 may be among them."""
+        raise NotImplementedError
+
+    def resolved(self) -> Any:
+        """The same with every setting that was left open filled in."""
+        return self
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weights by their flags."""
+        names = [entry.name for entry in fields(self) if entry.name.endswith("_weight")]  # type: ignore[arg-type]
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The terms that count, and everything the engine has to know of an objective.
+
+    Attributes:
+        tokens, answers: the terms of each kind whose weight is above 0.
+    """
+
+    tokens: tuple[OnTokens, ...]
+    answers: tuple[OnAnswers, ...]
+
+    @classmethod
+    def of(cls, objective: Objective, *, retain: bool = True) -> Terms:
+        """Those of ``objective``; ``retain``: there are retain data, else terms on them are left out.
+
+        Raises:
+            UserError: the terms don't go together.
+        """
+        every = [term for term in objective.resolved().terms() if term.weight > 0]
+        tokens = tuple(t for t in every if isinstance(t, OnTokens) and (retain or t.role is not Role.RETAIN))
+        terms = cls(tokens, tuple(t for t in every if isinstance(t, OnAnswers)))
+        if fault := terms._fault():
+            raise UserError(f"--objective {objective.name}: {fault}")
+        return terms
+
+    def _fault(self) -> str:
+        names = [term.name for term in (*self.tokens, *self.answers)]
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            return f"two terms are called {twice}: give each a name of its own"
+        targets: dict[Role, Any] = {role: "token" for role in self.scored}
+        for term in self.tokens:
+            if targets.setdefault(term.role, term.target) != term.target:
+                return f"{term.name} compares {term.role.name.lower()} tokens to something else than another term does"
+            if term.target == "start" and term.role is not Role.RETAIN:
+                return f"{term.name}: only retain tokens can be compared to the starting model's distribution"
+            if term.start and term.role is not Role.UNWANTED:
+                return f"{term.name}: the starting model's log-probabilities are there for unwanted tokens only"
+        for answer in self.answers:
+            if (answer.score is None) == (answer.vectors is None):
+                return f"{answer.name}: give either score or vectors"
+            if answer.vectors is not None and not isinstance(answer.loss, NPair):
+                return f"{answer.name}: vectors are compared by an NPair"
+            if answer.pairs == "bank" and (answer.vectors is None or answer.answers != "frozen"):
+                return f"{answer.name}: a bank holds frozen vectors"
+            if isinstance(answer.loss, NPair) and answer.pairs == "alone":
+                return f"{answer.name}: an NPair compares pairs"
+        return ""
+
+    @property
+    def weights(self) -> dict[str, float]:
+        """The weight of each term by its name; other figures are only logged."""
+        return {term.name: term.weight for term in (*self.answers, *self.tokens)}
+
+    @cached_property
+    def scored(self) -> frozenset[Role]:
+        """The roles whose answers get a score, made of the losses of their tokens."""
+        return frozenset(role for term in self.answers if term.score is not None for role in term.roles)
+
+    @cached_property
+    def predicted(self) -> frozenset[Role]:
+        """The roles whose tokens go through the head."""
+        return frozenset(term.role for term in self.tokens) | self.scored
+
+    @cached_property
+    def read(self) -> frozenset[Role]:
+        """The roles whose segments are forwarded: also the prompts, and the answers where their vectors are live."""
+        vectors = (term for term in self.answers if term.vectors is not None)
+        return self.predicted | {role for t in vectors for role in ({Role.WANTED} if t.fixed else t.roles)}
+
+    @property
+    def compares_wanted(self) -> bool:
+        """Whether wanted answers are trained on or compared with."""
+        return Role.WANTED in self.read
+
+    @property
+    def retain_weight(self) -> float:
+        """Weight of what holds the model to the retain data, all together; 0: nothing does."""
+        return sum(term.weight for term in self.tokens if term.role is Role.RETAIN)
+
+    @property
+    def forgets(self) -> bool:
+        """Whether anything but the retain data is trained on."""
+        return bool(self.answers) or any(term.role is not Role.RETAIN for term in self.tokens)
+
+    @property
+    def needs_start_distribution(self) -> bool:
+        """Whether the starting model's distribution at the retain tokens is asked for."""
+        return any(term.target == "start" for term in self.tokens)
+
+    @property
+    def needs_start_logprobs(self) -> bool:
+        """Whether the starting model's log-probability of every unwanted token is asked for."""
+        return any(term.start for term in self.tokens)
+
+    @property
+    def keeps_answers(self) -> bool:
+        """Whether something that the starting model said of the records' own answers is kept."""
+        return self.needs_start_logprobs or any(t.relative or t.fixed for t in self.answers)
