@@ -70,16 +70,16 @@ class NPair:
 class OnAnswers:
     """The mean of a loss that compares whole answers by a score each.
 
-    The score is either the answer's log-likelihood, ``s(x, y) = beta sum_t w_t log p(y_t | x, y_<t)`` with the weights of
-    ``score``, or the ``similarity`` of the prompt's and the answer's pooled hidden states, with those of ``vectors``.
+    The score is either the answer's log-likelihood, ``s(x, y) = beta sum_t w_t log p(y_t | x, y_<t)`` with the weights
+    of ``score``, or the ``similarity`` of the prompt's and the answer's pooled states, with the weights of ``vectors``.
 
     Attributes:
         name, weight: as in :class:`OnTokens`.
         loss: a function of margins of any shape, element by element: ``m = s(y+) - s(y-)`` for each pair, or
-            ``m = -s(y-)`` for unwanted answers ``alone``, to losses of that shape. Or an :class:`NPair`, whose items are
-            the wanted answers, each with all its negatives.
-        pairs: which unwanted answers a wanted one is compared to: those of its ``own`` prompt, of the whole ``step``, of
-            the whole data set (``bank``: an NPair of frozen vectors only); ``alone``: none, they stand for themselves.
+            ``m = -s(y-)`` for unwanted answers ``alone``, to losses of that shape. Or an :class:`NPair`, whose items
+            are the wanted answers, each with all its negatives.
+        pairs: which unwanted answers a wanted one is compared to: those of its ``own`` prompt, of the whole ``step``,
+            of the data set (``bank``: an NPair of frozen vectors only); ``alone``: none, they stand for themselves.
         score: pooling of the tokens' log-probabilities.
         beta: factor of such scores; times it they are logged as rewards.
         relative: such scores are counted from those of the starting model.
