@@ -15,6 +15,7 @@ from tests.engine.gradient_cases import make_examples
 from tests.engine.redraw_worker import DECAY, STEPS
 from tests.engine.small import CONFIG, alone, small_reader
 from tests.engine.test_train import flags, losses, metrics, same_weights
+from tests.interface import check_metrics, metric_names
 from tests.launching import ROOT, free_port, launch
 from tests.models.families import make
 from wpn_ds.checkpoint_command import run as checkpoint_command
@@ -75,6 +76,7 @@ def test_drawn_answers_are_trained_on(redrawn, tiny, tmp_path) -> None:
     assert not same_weights(redrawn, tmp_path / "own")
     taken = [m["redraw/taken"] for m in metrics(redrawn) if "redraw/taken" in m]
     assert len(taken) == 2 and min(taken) > 0.5
+    check_metrics(metric_names(redrawn / "metrics.jsonl"), "--validation_file", "simnpo", "--redraw_steps")
 
 
 @pytest.mark.distributed
@@ -284,6 +286,7 @@ def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(tiny, tm
     assert left[0] == 23 and left[-1] == 0 and left == sorted(left, reverse=True) and steps[-1] < 40
     assert len(set(left)) > 2, "all left at once: nothing is seen of an order of those that stay"
     assert "all is forgotten" in said and (tmp_path / "whole/DONE").exists()
+    check_metrics(metric_names(tmp_path / "whole/metrics.jsonl"), "--validation_file", "ga", "--forgotten_below")
     begun = next(step for step, count in zip(steps, left, strict=True) if 0 < count < 23)
     state = checkpoint.read_state(tmp_path / f"whole/checkpoint-{begun}")
     assert state is not None and state.left is not None and state.left_since == begun

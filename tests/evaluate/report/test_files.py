@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 
 from tests.evaluate.report.made_up import JUDGES, SETTINGS, everything, mixed, suite, utility, write_metrics
+from tests.interface import check_report
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.base import Judgement, Verdict
 from wpn_ds.evaluate.report.answers import answers_data
@@ -112,6 +113,9 @@ def strict(text: str) -> Any:
 def test_the_json_has_the_agreed_shape(whole, whole_report) -> None:
     before, after = whole
     found = strict((whole_report / "report.json").read_text(encoding="utf-8"))
+    measured = {key: value for key, value in found.items() if key not in ("settings", "judges")}  # those are made up
+    check_report(measured, "top", "suites.*", "suites.*.always_harmless", "suites.*.answers[]", "retain")
+    check_report(measured, "changes.*", "utility.*", "utility_change.*")
     assert set(found) == {
         *("suites", "retain", "utility", "tofu", "baseline", "changes", "utility_change", "retain_perplexity_ratio"),
         *("judges", "notes", "settings", "wpn_ds_version"),
