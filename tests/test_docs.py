@@ -278,8 +278,10 @@ def help_of(*words: str) -> str:
     return printed.getvalue()
 
 
-def flags_of(*words: str) -> set[str]:
-    return set(re.findall(r"--[a-z][\w-]*", help_of(*words)))
+def flags_in(helped: str) -> set[str]:
+    """The flags at the beginning of a help's lines, not those that its sentences name."""
+    heads = re.findall(r"^ {2}(-.*?)(?: {2}|$)", helped, re.MULTILINE)
+    return {flag for head in heads for flag in re.findall(r"(?<!\S)--[a-z][\w-]*", head)}
 
 
 @cache
@@ -289,11 +291,6 @@ def subcommands(command: str) -> tuple[str, ...]:
     return tuple(found[1].split(",")) if found else ()
 
 
-def module_flags(name: str) -> set[str]:
-    """Of ``python -m name``."""
-    return set(re.findall(r"--[a-z][\w-]*", importlib.import_module(name).parser().format_help()))
-
-
 @cache
 def known_flags() -> frozenset[str]:
     """The flags of all commands of ours, and of the launcher."""
@@ -301,8 +298,11 @@ def known_flags() -> frozenset[str]:
     assert {"train", "evaluate", "judge"} <= found
     calls = [(command, *more) for command in found for more in ([()] + [(name,) for name in subcommands(command)])]
     calls += [("train", "--objective", path.stem) for path in (ROOT / "launch/recipes/objectives").glob("*.yaml")]
-    ours = {flag for words in calls for flag in flags_of(*words)}
-    ours |= {flag for name in ("gpu", "tofu", "result") for flag in module_flags(f"benchmarks.{name}")}
+    texts = [help_of(*words) for words in calls]
+    texts += [
+        importlib.import_module(f"benchmarks.{name}").parser().format_help() for name in ("gpu", "tofu", "result")
+    ]
+    ours = {flag for text in texts for flag in flags_in(text)}
     headers = "".join(path.read_text() for path in slurm_scripts())
     ours |= set(re.findall(r"^#SBATCH (--[\w-]+)", headers, re.MULTILINE))
     return frozenset(ours | {"--num_accelerators", "--num_gpus"} | OF_OTHERS)
