@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from wpn_ds.data.batch import Batch, Spans
-from wpn_ds.data.plan import Role, StepPlan
+from wpn_ds.data.plan import StepPlan
 from wpn_ds.losses.likelihood import Reading, Targets
 from wpn_ds.losses.npair import Blocks
 from wpn_ds.losses.pooling import Pooling, pool, pooling_matrix
+from wpn_ds.objectives.terms import Role
 
 
 @dataclass(frozen=True)

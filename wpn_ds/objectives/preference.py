@@ -26,9 +26,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wpn_ds.data.batch import to_device
-from wpn_ds.data.plan import Role, StepPlan
+from wpn_ds.data.plan import StepPlan
 from wpn_ds.losses.pooling import Pooling
 from wpn_ds.objectives.objective import Objective, StartingScores, States, Term, changed_from_start
+from wpn_ds.objectives.terms import Role
 
 
 def preference_losses(margins: Tensor, beta: float, gamma: float = 0.0) -> Tensor:

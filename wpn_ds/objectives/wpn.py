@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from wpn_ds.data.batch import Batch, to_device
-from wpn_ds.data.plan import Role, StepPlan
+from wpn_ds.data.plan import StepPlan
 from wpn_ds.losses.likelihood import Reading
 from wpn_ds.losses.npair import Scoring, npair_losses, paired_similarity, similarity, streamed_npair
 from wpn_ds.losses.pooling import Pooling
@@ -28,6 +28,7 @@ from wpn_ds.objectives.objective import (
     changed_from_start,
     pooled,
 )
+from wpn_ds.objectives.terms import Role
 
 Targets = Literal["reference", "detached", "live"]
 Negatives = Literal["step", "own", "bank"]
