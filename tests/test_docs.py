@@ -18,10 +18,10 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher import runner
-
-from wpn_ds.cli import main
 from wpn_ds.config import parse_args
 from wpn_ds.demo import recipe
+
+from wpn_ds.cli import main
 from wpn_ds.errors import UserError
 
 ROOT = Path(__file__).parent.parent

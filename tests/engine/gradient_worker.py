@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from wpn_ds.objectives.family import build_objective
+from wpn_ds.objectives.objective import Objective, StartingScores
 
 from tests.data.made import FORMS
 from tests.engine.gradient_cases import VOCABULARY, WEIGHTS, make_examples
@@ -26,8 +28,6 @@ from wpn_ds.engine.tables import Tables
 from wpn_ds.jobs.distributed import init, shutdown, sum_over_ranks
 from wpn_ds.models.load import Source, load_model
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.objectives.family import build_objective
-from wpn_ds.objectives.objective import Objective, StartingScores
 from wpn_ds.objectives.wpn import WPN
 from wpn_ds.settings.run import ObjectiveConfig
 

@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
+from wpn_ds.objectives.family import build_objective
 
 from tests.engine.gradient_cases import make_examples
 from tests.engine.redraw_worker import DECAY, STEPS
@@ -26,7 +27,6 @@ from wpn_ds.engine.refinement import still_known, token_probabilities
 from wpn_ds.engine.setup import _check_redraw, _redraw_prompts
 from wpn_ds.errors import UserError
 from wpn_ds.models.generate import Sampling, generate_ids
-from wpn_ds.objectives.family import build_objective
 from wpn_ds.settings.run import Config, DataConfig, ObjectiveConfig, TrainingConfig
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.tools.checkpoint import run as checkpoint_command

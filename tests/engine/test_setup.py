@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from transformers import Gemma3Config, OPTConfig
+from wpn_ds.objectives.family import build_objective
 
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.engine.setup import (
@@ -21,7 +22,6 @@ from wpn_ds.engine.setup import (
     cache_folder,
 )
 from wpn_ds.errors import UserError
-from wpn_ds.objectives.family import build_objective
 from wpn_ds.settings.run import Config, ObjectiveConfig
 
 
