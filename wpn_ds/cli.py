@@ -20,6 +20,7 @@ _COMMANDS = {
     "report": "report.html anew, or several runs side by side",
     "judge": "train a judge of your own on labelled answers, or hold judges against them",
     "ablate": "what each part of the objective buys: a grid of short runs, one table and a plot",
+    "objectives": "the losses that --objective names: what each minimises, its paper, its defaults",
     "estimate": "memory and communication of a run, whether it fits, and what to change if not",
     "status": "how far a run is, and whether it lives; for a login node",
     "checkpoint": "list, verify, convert and export a run's checkpoints",
@@ -44,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: wpn-ds COMMAND ...    (wpn-ds COMMAND --help for its flags)\n\n" + "\n".join(lines))
         return 0 if args else 2
     if args[0] not in _COMMANDS:
-        from wpn_ds.settings.run import nearest
+        from wpn_ds.errors import nearest
 
         print(f"error: {args[0]!r} is not a command{nearest(args[0], _COMMANDS)}", file=sys.stderr)
         return 2
@@ -81,7 +82,8 @@ def train(argv: Sequence[str]) -> int:
             config = parse_args(argv, base=recipe())
     except UserError as error:
         return _fail(error)  # which all ranks see
-    from wpn_ds.engine.loop import run_guarded, train
+    from wpn_ds.engine.train import train
+    from wpn_ds.jobs.guard import run_guarded
 
     if launcher not in ("none", "environment") and os.environ["RANK"] == "0":
         print(f"started by {launcher}: {os.environ['WORLD_SIZE']} ranks", file=sys.stderr)
@@ -164,6 +166,7 @@ _COMMAND_FUNCTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "report": _lazily("wpn_ds.evaluate.report.command:run"),
     "judge": _lazily("wpn_ds.evaluate.judges.command:run"),
     "ablate": _lazily("wpn_ds.tools.ablate.command:run"),
+    "objectives": _lazily("wpn_ds.tools.objectives:run"),
     "estimate": _lazily("wpn_ds.tools.estimate:run"),
     "status": _lazily("wpn_ds.tools.status:run"),
     "checkpoint": _lazily("wpn_ds.tools.checkpoint:run"),

@@ -7,17 +7,16 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from wpn_ds.objectives.objective import FrozenTargets
 
 from tests.data.made import FORMS
 from tests.engine.gradient_cases import make_examples
 from tests.engine.small import alone, silent, small_reader
-from wpn_ds.data.plan import Layout, plan_step
+from wpn_ds.data.plan import Layout, Role, plan_step
 from wpn_ds.engine import bank as bank_module
 from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, pooled_states, starting_scores
 from wpn_ds.engine.tables import Tables
 from wpn_ds.losses.npair import npair_losses, similarity
-from wpn_ds.objectives.objective import FrozenTargets
-from wpn_ds.objectives.terms import Role
 from wpn_ds.objectives.wpn import WPN
 
 CPU = torch.device("cpu")

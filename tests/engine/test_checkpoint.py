@@ -17,9 +17,10 @@ import pytest
 import torch
 from wpn_ds.engine.build import remove_stale_locks
 from wpn_ds.engine.loop import Trainer
+from wpn_ds.objectives.objective import Objective
 
 from tests.engine.gradient_cases import make_examples
-from wpn_ds.data.plan import ORDER_FORMAT, Layout, retain_seed, step_indices
+from wpn_ds.data.plan import ORDER_FORMAT, Layout, Role, retain_seed, step_indices
 from wpn_ds.engine import checkpoint, export
 from wpn_ds.engine.checkpoint import (
     SaveError,
@@ -33,8 +34,6 @@ from wpn_ds.engine.checkpoint import (
 )
 from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
-from wpn_ds.objectives.objective import Objective
-from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import Config, ObjectiveConfig
 
 #: A run's settings, resolved as they are when a checkpoint is written.

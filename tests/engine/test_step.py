@@ -9,6 +9,8 @@ import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
+from wpn_ds.objectives.family import build_objective
+from wpn_ds.objectives.objective import Objective, StartingScores
 
 from tests.data.made import FORMS
 from tests.engine.gradient_cases import make_examples
@@ -21,8 +23,6 @@ from wpn_ds.engine.step import Step, StepResult, Sums
 from wpn_ds.engine.tables import Tables
 from wpn_ds.engine.telemetry import Window
 from wpn_ds.models import attention
-from wpn_ds.objectives.family import build_objective
-from wpn_ds.objectives.objective import Objective, StartingScores
 from wpn_ds.objectives.wpn import WPN
 from wpn_ds.settings.run import ObjectiveConfig
 

@@ -5,14 +5,13 @@ from __future__ import annotations
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from wpn_ds.objectives.family import build_objective
 
 from tests.data.made import PAD, example_sets, flat, items_of, layout, plan_of
 from wpn_ds.data.batch import collate
-from wpn_ds.data.plan import Item
+from wpn_ds.data.plan import Item, Role
 from wpn_ds.data.tokens import Segment
 from wpn_ds.losses.likelihood import Reading, Tokens
-from wpn_ds.objectives.family import build_objective
-from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import ObjectiveConfig
 
 several = settings(max_examples=40, deadline=None)

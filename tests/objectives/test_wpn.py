@@ -12,15 +12,14 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from wpn_ds.objectives.objective import FrozenTargets, StartingScores, States, Term
 
 from tests.data.made import PAD, example_sets, flat, layout, layouts, plan_of
 from wpn_ds.data.batch import Batch, collate
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
-from wpn_ds.data.plan import Layout, MicroBatch, StepPlan
+from wpn_ds.data.plan import Layout, MicroBatch, Role, StepPlan
 from wpn_ds.data.tokens import Segment
 from wpn_ds.losses.likelihood import Reading
-from wpn_ds.objectives.objective import FrozenTargets, StartingScores, States, Term
-from wpn_ds.objectives.terms import Role
 from wpn_ds.objectives.wpn import WPN
 
 WIDTH, VOCABULARY = 6, 91

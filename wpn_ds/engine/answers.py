@@ -54,7 +54,7 @@ def label_gradients(term: OnAnswers, gradients: dict[str, Tensor], batch: Batch,
 
 
 def means_of(term: OnAnswers, states: States, plan: StepPlan, fixed: Fixed) -> dict[str, Mean]:
-    """The term of the items in ``states``, all that they are compared to among them or in ``fixed``, and its figures."""
+    """A term of the items in ``states``, all that they are compared to among them or in ``fixed``, and its figures."""
     n_wanted, n_unwanted = len(plan.wanted_ids), len(plan.unwanted_ids)
     if isinstance(fixed, AnswerVectors):
         assert isinstance(term.loss, NPair)

@@ -40,8 +40,7 @@ def pooled_states(
 
 
 def answer_scores(reader: Reader, pooling: Pooling, segments: Sequence[Segment]) -> Tensor:
-    """``[len(segments)]`` fp32 pooled log-probabilities of the answers' tokens by the current weights, the same on every
-    rank."""
+    """``[len(segments)]`` fp32 pooled log-probabilities of the answers' tokens by the current weights, everywhere."""
     parts = []
     items = [Item(segment, Role.WANTED, k) for k, segment in enumerate(segments)]
     for batch, output in reader.read(items, frozenset({Role.WANTED})):

@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.jobs import signals
 from wpn_ds.jobs.distributed import World, announce, from_all, on_main, patiently, rng_state, set_rng_state
 from wpn_ds.jobs.heartbeat import Stopped
+from wpn_ds.objectives.registry import find
 from wpn_ds.settings.run import Config, LoggingConfig, UnlearningConfig
 from wpn_ds.system.files import cause, remove_abandoned, sync
 
@@ -447,7 +448,8 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
     # DeepSpeed restores the optimizer's own settings: another flag would have no effect.
     restored = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optimizer", "zero stage")
     defaults = Config.from_flat({"objective": new.settings["objective"]}).resolved().to_flat()
-    objective = {entry.name for entry in fields(UnlearningConfig)} | own_flags(new.settings["objective"])
+    kinds: tuple[Any, ...] = (UnlearningConfig, find(new.settings["objective"]))
+    objective = {entry.name for kind in kinds for entry in fields(kind)}
     decisive = {"seed", "global_batch_size", "retain_batch_size", "bf16", *restored, *objective} - {"reference"}
     if new.settings["reference"] != "topk":
         decisive -= {"reference_topk"}

@@ -1,5 +1,5 @@
-"""Which examples a step takes, and what is forgotten of them by now: the order of the data, examples that leave, unwanted
-answers that the model draws anew.
+"""Which examples a step takes: their order, examples that leave once they are forgotten, unwanted answers that the model
+draws anew.
 
 Examples leave after ICU (arXiv 2407.20271), which compares what the model generates with the unwanted answer, by BLEU
 and BERTScore; here, as a reconstruction, an answer is forgotten once the model gives it a low probability, which one
@@ -114,7 +114,7 @@ class Feed:
 
 
 def still_known(reader: Reader, examples: Sequence[ForgetExample], left: Sequence[int], below: float) -> list[int]:
-    """Those of ``left`` that have an unwanted answer whose tokens' probability (geometric mean) is at least ``below``."""
+    """Those of ``left`` that have an unwanted answer whose tokens' geometric mean probability is at least ``below``."""
     answers = [(i, answer.segment) for i in left for answer in examples[i].unwanted]
     probabilities = answer_scores(reader, "mean", [segment for _, segment in answers]).exp().tolist()
     known = {i for (i, _), p in zip(answers, probabilities, strict=True) if not p < below}

@@ -423,8 +423,8 @@ def _wanted_answers(config: Config, retain: Sequence[RetainRecord]) -> list[str]
         return read_answers([embedded_file("dont_know", "txt")])
     if not retain:
         raise UserError(
-            f"--objective {config.unlearning.objective} draws its wanted answers from retain data: add --retain_file or "
-            "--wanted_file"
+            f"--objective {config.unlearning.objective} draws its wanted answers from retain data: add --retain_file "
+            "or --wanted_file"
         )
     return [record.response for record in retain if record.prompt is not None] or [r.response for r in retain]
 

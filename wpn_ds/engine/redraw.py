@@ -125,8 +125,8 @@ class Redraw:
 
 
 def check_redraw(name: str, ema: float, ds_json: Mapping[str, Any], terms: Terms) -> None:
-    """Raises UserError where answers that --objective ``name`` draws anew have nothing to be compared to, or there is no
-    place for weights averaged with the decay ``ema``."""
+    """Raises UserError where answers that are drawn anew have nothing to be compared to under --objective ``name``, or
+    there is no place for weights averaged with the decay ``ema``."""
     if terms.keeps_answers:
         raise UserError(
             f"--redraw_steps: --objective {name} compares to what is kept of the records' own answers, and there is "

@@ -228,7 +228,7 @@ class Step:
     def _total(self, means: Mapping[str, Mean]) -> Tensor:
         """The weighted sum of the terms among ``means``: a scalar, with the gradient of this micro-batch's share."""
         weights = {name: weight for name, weight in self.terms.weights.items() if name in means}
-        parts = [weight * means[name].total / max(1, means[name].count) for name, weight in weights.items()]
+        parts = [weight * means[name].total / max(1, means[name].n) for name, weight in weights.items()]
         return torch.stack(parts).sum() if parts else torch.zeros((), device=self.world.device)
 
     def _cached_gradients(

@@ -15,11 +15,10 @@ from typing import TypeVar
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.records import ForgetRecord, RetainRecord
 from wpn_ds.data.sources import Problems, field_problem, file_rows
-from wpn_ds.errors import UserError
+from wpn_ds.errors import UserError, nearest
 from wpn_ds.evaluate.attacks import ATTACKS, attack
 from wpn_ds.evaluate.published import PUBLISHED, FoundList, find_published, unique_prompts
 from wpn_ds.judging.base import Kind
-from wpn_ds.settings.run import nearest
 
 QUICK_LIMIT = 64
 """Prompts of each suite under ``--suite quick`` (ours: what a CPU answers in minutes)."""

@@ -13,11 +13,11 @@ from wpn_ds.losses.npair import Blocks, Similarity, npair_losses, paired_similar
 
 
 class Mean(NamedTuple):
-    """A mean over the optimizer step: of this micro-batch's own items the sum ``total`` (scalar), divided by the
-    ``count`` of such items in the whole step, over all ranks and micro-batches."""
+    """A mean over the optimizer step: of this micro-batch's own items the sum ``total`` (scalar), divided by the number
+    ``n`` of such items in the whole step, over all ranks and micro-batches."""
 
     total: Tensor
-    count: int
+    n: int
 
 
 class AnswerScores(NamedTuple):

@@ -43,8 +43,11 @@ def pool(states: Tensor, matrix: Tensor) -> Tensor:
 class Spans(Protocol):
     """Places ``start:stop`` of some sequence, two ``[S]``."""
 
-    start: Tensor
-    stop: Tensor
+    @property
+    def start(self) -> Tensor: ...
+
+    @property
+    def stop(self) -> Tensor: ...
 
 
 def pooled(states: Tensor, spans: Spans, pooling: Pooling) -> Tensor:

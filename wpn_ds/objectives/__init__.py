@@ -1,1 +1,1 @@
-"""The mathematics: pure torch, no deepspeed, no transformers. Sums are fp32, whatever the model's type."""
+"""Unlearning objectives, one a file: their flags, and the terms that they make. No torch until a loss is computed."""

@@ -11,12 +11,12 @@ No torch here, nor at the top of an objective's file: ``--help`` has none to wai
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass, fields
+from dataclasses import Field, dataclass, fields
 from enum import IntEnum
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
-from wpn_ds.errors import UserError
+from wpn_ds.errors import UserError, require
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -135,6 +135,15 @@ class Objective:
     paper: ClassVar[str] = ""
     wanted: ClassVar[Literal["records", "retain", "dont_know"]] = "records"
 
+    def __post_init__(self) -> None:
+        weights = self.weights
+        for name, value in weights.items():
+            require(self, name, value >= 0, "at least 0")
+        if weights and not any(weights.values()):
+            *first, last = weights
+            some = f"--{', --'.join(first)} and --{last} are all" if first else f"--{last} is"
+            raise UserError(f"{some} 0: nothing would be trained")
+
     def terms(self) -> Iterable[OnTokens | OnAnswers]:
         """The terms; those of weight 0 may be among them."""
         raise NotImplementedError
@@ -146,8 +155,14 @@ class Objective:
     @property
     def weights(self) -> dict[str, float]:
         """The weights by their flags."""
-        names = [entry.name for entry in fields(self) if entry.name.endswith("_weight")]  # type: ignore[arg-type]
+        names = [flag.name for flag in flags(type(self)) if flag.name.endswith("_weight")]
         return {name: getattr(self, name) for name in names}
+
+
+def flags(kind: type) -> list[Field[Any]]:
+    """The fields of a dataclass, those that it brings itself before those of its bases."""
+    place = {name: k for k, part in enumerate(kind.__mro__) for name in getattr(part, "__dataclass_fields__", {})}
+    return sorted(fields(kind), key=lambda entry: place[entry.name])
 
 
 @dataclass(frozen=True)
@@ -176,7 +191,7 @@ class Terms:
         return terms
 
     def _fault(self) -> str:
-        names = [term.name for term in (*self.tokens, *self.answers)]
+        names = [term.name for term in self.every]
         if twice := next((name for name in names if names.count(name) > 1), None):
             return f"two terms are called {twice}: give each a name of its own"
         targets: dict[Role, Any] = {role: "token" for role in self.scored}
@@ -199,9 +214,13 @@ class Terms:
         return ""
 
     @property
+    def every(self) -> list[OnTokens | OnAnswers]:
+        return [*self.answers, *self.tokens]
+
+    @property
     def weights(self) -> dict[str, float]:
         """The weight of each term by its name; other figures are only logged."""
-        return {term.name: term.weight for term in (*self.answers, *self.tokens)}
+        return {term.name: term.weight for term in self.every}
 
     @cached_property
     def scored(self) -> frozenset[Role]:

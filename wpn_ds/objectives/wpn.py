@@ -1,156 +1,91 @@
-"""The WPN objective: ``L = w_np L_np + w_nll L_nll + w_retain L_retain + w_ascent L_ascent``.
-
-The equations that the paper (arXiv 2408.09459) leaves open are this project's reconstruction; each choice is a field
-of :class:`WPN`.
-"""
+"""WPN: prompts near their wanted answers and far from unwanted ones."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+from collections.abc import Iterator
 from typing import Literal
 
-import numpy as np
-import torch
-import torch.nn.functional as F
-from torch import Tensor
-
-from wpn_ds.data.batch import Batch, to_device
-from wpn_ds.data.plan import StepPlan
-from wpn_ds.losses.likelihood import Reading
-from wpn_ds.losses.npair import Scoring, npair_losses, paired_similarity, similarity, streamed_npair
-from wpn_ds.losses.pooling import Pooling
-from wpn_ds.objectives.objective import (
-    FrozenTargets,
-    Objective,
-    StartingScores,
-    States,
-    Term,
-    changed_from_start,
-    pooled,
-)
-from wpn_ds.objectives.terms import Role
-
-Targets = Literal["reference", "detached", "live"]
-Negatives = Literal["step", "own", "bank"]
+from wpn_ds.errors import UserError, require
+from wpn_ds.objectives.companions import Companions
+from wpn_ds.objectives.registry import objective
+from wpn_ds.objectives.terms import NPair, OnAnswers, OnTokens
 
 
-@dataclass(frozen=True, kw_only=True)
-class WPN(Objective):
-    """Weighted Positional N-pair with its companions.
+@objective
+class WPN(Companions):
+    """WPN, the weighted positional N-pair (arXiv 2408.09459): prompts near their wanted answers, far from unwanted
+    ones. The equations that the paper leaves open are a reconstruction; each choice is a flag."""
 
-    Attributes:
-        pooling: weights inside a span.
-        scoring: ``cosine`` or ``dot`` of pooled states; ``likelihood``: ``s(x, y) = sum_t w_t log pi(y_t | x, y_<t)``;
-            ``likelihood_ratio``: that minus its value at the starting model. With pooling ``sum``, ``own`` negatives
-            and temperature 1 / beta the last is DPO (arXiv 2305.18290).
-        temperature: tau of the N-pair.
-        targets: where the answers' vectors come from: the frozen starting model, the current model without gradient,
-            or the current model.
-        negatives: unwanted answers of the whole step, of the example itself, or of the whole data set.
-        wpn_weight: weight of the N-pair.
-    """
+    equation = "log(1 + sum_n exp((s(x, y_n) - s(x, y+)) / temperature)) + L_nll"
+    paper = "2408.09459"
 
-    pooling: Pooling = "weighted"
-    scoring: Scoring = "cosine"
-    temperature: float = 0.05
-    targets: Targets = "reference"
-    negatives: Negatives = "step"
     wpn_weight: float = 1.0
+    """Weight of the N-pair term; 0 leaves it out."""
+    wpn_pooling: Literal["weighted", "mean", "last", "sum"] = "weighted"
+    """How a span's tokens become one: weights that grow with the position, equal ones, the last token, or a sum."""
+    wpn_scoring: Literal["cosine", "dot", "likelihood", "likelihood_ratio"] = "cosine"
+    """Score of a prompt and an answer: similarity of pooled vectors, the answer's weighted log-likelihood, or that
+    minus its value at the start."""
+    wpn_temperature: float | None = None
+    """Temperature of the scores; without it, 0.05 for cosine and 1.0 for the others."""
+    wpn_targets: Literal["auto", "reference", "detached", "live"] = "auto"
+    """Answer vectors: of the frozen start, the current model without or with gradient; auto: reference, or live for
+    likelihoods."""
+    wpn_negatives: Literal["auto", "step", "own", "bank"] = "auto"
+    """Unwanted answers in the contrast: the step's, the prompt's own, or the data set's; auto: step, or own for
+    likelihoods."""
+    nll_weight: float = 1.0
+    retain_loss: Literal["kl", "nll"] = "kl"
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.wpn_temperature is not None:
+            require(self, "wpn_temperature", self.wpn_temperature > 0, "greater than 0")
+        if self._by_likelihood:
+            for name, only in (("wpn_targets", "live"), ("wpn_negatives", "own")):
+                if getattr(self, name) not in ("auto", only):
+                    raise UserError(
+                        f"--wpn_scoring {self.wpn_scoring} works with --{name} {only}, not with {getattr(self, name)}: "
+                        f"leave --{name} out"
+                    )
+        elif self.wpn_pooling == "sum":
+            raise UserError("--wpn_pooling sum is for likelihoods: vectors of long texts would only be longer")
+        if self.wpn_negatives == "bank" and self.wpn_targets not in ("auto", "reference"):
+            raise UserError(
+                f"--wpn_negatives bank needs --wpn_targets reference, not {self.wpn_targets}: "
+                "the vectors of the whole data set are computed once, by the starting model"
+            )
 
     @property
-    def contrasts(self) -> bool:
-        """Whether there is an N-pair term at all."""
-        return self.wpn_weight > 0
+    def _by_likelihood(self) -> bool:
+        return self.wpn_scoring.startswith("likelihood")
 
-    @property
-    def by_likelihood(self) -> bool:
-        """Whether an answer's score is made of its tokens' probabilities."""
-        return self.scoring in ("likelihood", "likelihood_ratio")
+    def resolved(self) -> WPN:
+        targets, negatives, temperature = self.wpn_targets, self.wpn_negatives, self.wpn_temperature
+        if targets == "auto":
+            targets = "live" if self._by_likelihood else "reference"
+        if negatives == "auto":
+            negatives = "own" if self._by_likelihood else "step"
+        if temperature is None:
+            temperature = 0.05 if self.wpn_scoring == "cosine" else 1.0
+        return dataclasses.replace(self, wpn_targets=targets, wpn_negatives=negatives, wpn_temperature=temperature)
 
-    @property
-    def coupled(self) -> bool:
-        """Whether a pair's loss has gradients into other items of the step, which may be on other ranks."""
-        return self.contrasts and (self.targets == "live" or self.by_likelihood)
-
-    @property
-    def frozen(self) -> bool:
-        """Whether the step needs :class:`FrozenTargets`."""
-        return self.contrasts and not self.coupled
-
-    @property
-    def needs_starting_scores(self) -> bool:
-        """Whether the step needs the starting model's scores of its answers."""
-        return self.contrasts and self.scoring == "likelihood_ratio"
-
-    @property
-    def score_pooling(self) -> Pooling:
-        return self.pooling
-
-    @property
-    def predicted(self) -> frozenset[Role]:
-        scored = {Role.WANTED, Role.UNWANTED} if self.by_likelihood and self.contrasts else set()
-        return super().predicted | scored
-
-    @property
-    def read(self) -> frozenset[Role]:
-        contrasted = ({Role.WANTED} if self.contrasts else set()) | ({Role.UNWANTED} if self.coupled else set())
-        return self.predicted | contrasted
-
-    def states(self, reading: Reading, batch: Batch) -> States:
-        """The per-item states that the N-pair is a function of.
-
-        Pooled: ``anchor`` [n, d] and, if targets are live, ``positive`` [n, d] and ``negative`` [m, d].
-        Likelihood: ``positive`` [n] and ``negative`` [m] weighted scores.
-        """
-        if self.by_likelihood:
-            return super().states(reading, batch)
-        spans = {"anchor": batch.prompts}
-        if self.coupled:
-            spans |= {"positive": batch.wanted, "negative": batch.unwanted}
-        return {name: pooled(reading.hidden, of, self.pooling) for name, of in spans.items()}
-
-    def mask(self, plan: StepPlan) -> np.ndarray:
-        """[pairs, unwanted of the step] True where the unwanted answer is a negative of the pair."""
-        return plan.own_mask if self.negatives == "own" else plan.negative_mask
-
-    def contrast_frozen(self, states: States, targets: FrozenTargets, pairs: int) -> dict[str, Term]:
-        """The N-pair of this micro-batch's own anchors against frozen targets."""
-        anchors, index = states["anchor"]
-        figures = {"norm/anchor": Term(anchors.detach().norm(dim=-1).sum(), pairs)}
-        positives = targets.positive[index].to(anchors)
-        blocks = ((vectors.to(anchors), mask) for vectors, mask in targets.negatives(index))
-        if self.scoring == "cosine":
-            anchors, positives = F.normalize(anchors, dim=-1), F.normalize(positives, dim=-1)
-            blocks = ((F.normalize(vectors, dim=-1), mask) for vectors, mask in blocks)
-        positive = (anchors * positives).sum(-1)
-        losses, negative = streamed_npair(anchors, positive, blocks, self.temperature)
-        return figures | _pair_terms(losses, positive.detach(), negative, pairs)
-
-    def contrast(self, states: States, plan: StepPlan, start: StartingScores | None = None) -> dict[str, Term]:
-        """The N-pair of the pairs in ``states``, whose negatives are in there too; ``start`` for likelihood ratios."""
-        (positives, rows), (negatives, columns) = states["positive"], states["negative"]
-        mask = to_device(torch.from_numpy(self.mask(plan)), positives.device)[rows][:, columns]
-        if self.by_likelihood:
-            scores = changed_from_start(states, start)
-            positive, negative = scores["positive"], scores["negative"].expand(len(rows), -1)
+    def terms(self) -> Iterator[OnAnswers | OnTokens]:
+        targets, negatives, pooling = self.wpn_targets, self.wpn_negatives, self.wpn_pooling
+        assert targets != "auto" and negatives != "auto" and self.wpn_temperature is not None, "terms are of resolved"
+        loss = NPair(self.wpn_temperature)
+        if self.wpn_scoring == "cosine" or self.wpn_scoring == "dot":
+            yield OnAnswers(
+                "npair",
+                self.wpn_weight,
+                loss,
+                negatives,
+                vectors=pooling,
+                similarity=self.wpn_scoring,
+                answers="frozen" if targets == "reference" else targets,
+            )
         else:
-            positive = paired_similarity(states["anchor"][0], positives, self.scoring)
-            negative = similarity(states["anchor"][0], negatives, self.scoring)
-        losses = npair_losses(positive, negative, mask, self.temperature)
-        with torch.no_grad():
-            mean = negative.masked_fill(~mask, 0).sum(1) / mask.sum(1).clamp(min=1)
-        return _pair_terms(losses, positive.detach(), mean, plan.counts["pairs"])
-
-    @property
-    def weights(self) -> dict[str, float]:
-        return {"npair": self.wpn_weight} | super().weights
-
-
-def _pair_terms(losses: Tensor, positive: Tensor, negative: Tensor, pairs: int) -> dict[str, Term]:
-    """``[n]`` losses, similarities to the wanted answer and mean similarities to the unwanted ones, as terms."""
-    return {
-        "npair": Term(losses.sum(), pairs),
-        "sim/positive": Term(positive.sum(), pairs),
-        "sim/negative": Term(negative.sum(), pairs),
-        "sim/margin": Term((positive - negative).sum(), pairs),
-    }
+            relative = self.wpn_scoring == "likelihood_ratio"
+            yield OnAnswers("npair", self.wpn_weight, loss, negatives, score=pooling, relative=relative)
+        yield from self.companions()

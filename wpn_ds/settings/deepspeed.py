@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from wpn_ds.errors import UserError
+from wpn_ds.errors import UserError, nearest
 from wpn_ds.settings.deepspeed_keys import FREE, TABLE, Only, entry_of, meaning
-from wpn_ds.settings.run import Config, nearest
+from wpn_ds.settings.run import Config
 
 OPTIMIZER_FLAGS: Mapping[str, frozenset[str]] = {
     name: frozenset(keys.split())

@@ -47,9 +47,11 @@ from typing import Any
 
 from wpn_ds.errors import UserError
 from wpn_ds.models.sizes import KNOWN, Architecture, architecture
+from wpn_ds.objectives.registry import find
+from wpn_ds.objectives.terms import Terms
 from wpn_ds.settings.deepspeed import resolve_deepspeed
 from wpn_ds.settings.flags import above_0, positive
-from wpn_ds.settings.run import OBJECTIVES, Config, DataConfig, ObjectiveConfig, TrainingConfig
+from wpn_ds.settings.run import Config, DataConfig, TrainingConfig
 
 HEAD_CHUNK = 256
 """Labels whose logits exist at the same time."""
@@ -372,7 +374,7 @@ def _parser() -> argparse.ArgumentParser:
     tokens = TrainingConfig.tokens_per_micro_batch
     add("--tokens_per_micro_batch", type=positive, default=tokens, help="as in training (default: %(default)s)")
     add("--max_length", type=positive, default=DataConfig.max_length, help="as in training (default: %(default)s)")
-    add("--objective", choices=tuple(OBJECTIVES), default="wpn", metavar="NAME",
+    add("--objective", default="wpn", metavar="NAME",
         help="as in training (default: %(default)s): whether there is a term with KL")  # fmt: skip
     add("--reference", choices=("sharded", "cpu", "nvme", "states", "topk", "none"),
         help="the starting model, for KL: a sharded copy, one offloaded, its head and cached states, cached top-k "
@@ -402,7 +404,7 @@ def _job(options: argparse.Namespace) -> Job:
             f"--tokens_per_micro_batch {options.tokens_per_micro_batch} is less than one row of --max_length "
             f"{options.max_length}: raise the one or lower the other"
         )
-    model, with_kl = architecture(options.model), ObjectiveConfig(objective=options.objective).keeps_distribution
+    model, objective = architecture(options.model), find(options.objective)()
     said = {} if options.bf16 is None else {"bf16": options.bf16}
     resolved = resolve_deepspeed(
         options.deepspeed or {"zero_optimization": _ZERO3},
@@ -420,7 +422,7 @@ def _job(options: argparse.Namespace) -> Job:
         gradient_checkpointing=options.gradient_checkpointing,
         tokens_per_micro_batch=options.tokens_per_micro_batch,
         max_length=options.max_length,
-        reference=options.reference or ("sharded" if with_kl else "none"),
+        reference=options.reference or ("sharded" if Terms.of(objective).needs_start_distribution else "none"),
         global_batch_size=options.global_batch_size,
         tokens_per_example=options.tokens_per_example,
     )

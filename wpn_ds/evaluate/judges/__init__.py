@@ -7,9 +7,8 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from wpn_ds.errors import UserError
+from wpn_ds.errors import UserError, nearest
 from wpn_ds.judging.base import Judge
-from wpn_ds.settings.run import nearest
 
 if TYPE_CHECKING:
     import torch
