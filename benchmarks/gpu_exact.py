@@ -19,11 +19,12 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from wpn_ds.data.batch import collate
-from wpn_ds.data.plan import Item, Role
+from wpn_ds.data.plan import Item
 from wpn_ds.data.tokens import Segment
 from wpn_ds.models.attention import KERNELS
 from wpn_ds.models.load import default_attention
 from wpn_ds.models.packed import PackedLM
+from wpn_ds.objectives.terms import Role
 
 LENGTHS = (700, 300, 33, 5)
 PROMPT, ANSWERS = 120, (200, 90, 40)

@@ -16,12 +16,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
+from wpn_ds.engine.loop import Trainer
 
 from benchmarks.protocol import serve
 from wpn_ds.engine import setup
-from wpn_ds.engine.loop import Trainer
 from wpn_ds.engine.telemetry import measure_peak_flops, peak_memory_bytes, step_flops, synchronize
-from wpn_ds.jobs.heartbeat import Points
+from wpn_ds.jobs.heartbeat import Heartbeat
 from wpn_ds.models.load import checkpoint_activations, load_config
 from wpn_ds.settings.run import parse_args
 
@@ -55,7 +55,7 @@ def main() -> None:
     own, flags = parser.parse_known_args()
     setup.check_place = lambda flag, name: None  # a folder without weights is meant here
     job = setup.prepare(parse_args(flags))
-    trainer = Measured(job, Points(job.world, hang_timeout=0), job.start)
+    trainer = Measured(job, Heartbeat(job.world, hang_timeout=0), job.start)
     device, objective = job.world.device, job.objective
     peak_flops = measure_peak_flops(device, trainer.model.lm.dtype)
     if device.type == "cuda":  # of the steps alone: loading has a peak of its own

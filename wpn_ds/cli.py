@@ -82,7 +82,8 @@ def train(argv: Sequence[str]) -> int:
             config = parse_args(argv, base=recipe())
     except UserError as error:
         return _fail(error)  # which all ranks see
-    from wpn_ds.engine.loop import run_guarded, train
+    from wpn_ds.engine.train import train
+    from wpn_ds.jobs.guard import run_guarded
 
     if launcher not in ("none", "environment") and os.environ["RANK"] == "0":
         print(f"started by {launcher}: {os.environ['WORLD_SIZE']} ranks", file=sys.stderr)

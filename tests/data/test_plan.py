@@ -17,7 +17,6 @@ from wpn_ds.data.plan import (
     ORDER_FORMAT,
     Item,
     Layout,
-    Role,
     Row,
     dead_row,
     example_order,
@@ -26,6 +25,7 @@ from wpn_ds.data.plan import (
     step_indices,
 )
 from wpn_ds.data.tokens import Segment
+from wpn_ds.objectives.terms import Role
 
 ONE = layout("rows")
 SIDES = ((Role.WANTED, "wanted"), (Role.UNWANTED, "unwanted"))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from safetensors.torch import save_file
+from wpn_ds.engine.build import build_policy, full_weights
 from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.objective import Objective, StartingScores
 
@@ -19,7 +20,6 @@ from tests.engine.gradient_cases import VOCABULARY, WEIGHTS, make_examples
 from tests.engine.small import silent
 from wpn_ds.data.plan import Layout, Role, plan_step
 from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, starting_scores
-from wpn_ds.engine.build import build_policy, full_weights
 from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.reference import FrozenModel, cached_states, cached_topk, frozen_json, starting_logprobs

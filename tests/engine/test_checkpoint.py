@@ -15,12 +15,13 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from wpn_ds.engine.build import remove_stale_locks
+from wpn_ds.engine.loop import Trainer
 from wpn_ds.objectives.objective import Objective
 
 from tests.engine.gradient_cases import make_examples
 from wpn_ds.data.plan import ORDER_FORMAT, Layout, Role, retain_seed, step_indices
 from wpn_ds.engine import checkpoint, export
-from wpn_ds.engine.build import remove_stale_locks
 from wpn_ds.engine.checkpoint import (
     SaveError,
     Saver,
@@ -31,7 +32,6 @@ from wpn_ds.engine.checkpoint import (
     read_state,
     refuse_other_run,
 )
-from wpn_ds.engine.loop import Trainer
 from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
 from wpn_ds.settings.run import Config, ObjectiveConfig

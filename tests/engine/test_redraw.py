@@ -10,6 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
+from wpn_ds.engine.refinement import still_known, token_probabilities
+from wpn_ds.engine.setup import _check_redraw, _redraw_prompts
 from wpn_ds.objectives.family import build_objective
 
 from tests.engine.gradient_cases import make_examples
@@ -23,8 +25,6 @@ from wpn_ds.data.records import Message, read_forget
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.data.tokens import encode_prompt, end_of
 from wpn_ds.engine import checkpoint, refinement
-from wpn_ds.engine.refinement import still_known, token_probabilities
-from wpn_ds.engine.setup import _check_redraw, _redraw_prompts
 from wpn_ds.errors import UserError
 from wpn_ds.models.generate import Sampling, generate_ids
 from wpn_ds.settings.run import Config, DataConfig, ObjectiveConfig, TrainingConfig

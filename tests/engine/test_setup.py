@@ -8,9 +8,6 @@ from pathlib import Path
 
 import pytest
 from transformers import Gemma3Config, OPTConfig
-from wpn_ds.objectives.family import build_objective
-
-from wpn_ds.data.embedded import embedded_file
 from wpn_ds.engine.setup import (
     _check_harmony,
     _check_monitors,
@@ -21,6 +18,9 @@ from wpn_ds.engine.setup import (
     _read_records,
     cache_folder,
 )
+from wpn_ds.objectives.family import build_objective
+
+from wpn_ds.data.embedded import embedded_file
 from wpn_ds.errors import UserError
 from wpn_ds.settings.run import Config, ObjectiveConfig
 

@@ -12,32 +12,32 @@ import torch
 from tests.launching import ROOT, environment
 from wpn_ds.jobs import preflight, signals
 from wpn_ds.jobs.distributed import World
-from wpn_ds.jobs.heartbeat import HANG_EXIT_CODE, Points, Stopped
+from wpn_ds.jobs.heartbeat import HANG_EXIT_CODE, Heartbeat, Stopped
 from wpn_ds.jobs.preflight import Facts, unfit
 from wpn_ds.system.files import NoRoom
 
 
 def test_a_signal_stops_at_the_next_point(world, monkeypatch) -> None:
-    points = Points(world, hang_timeout=0)
-    points.pass_by("a micro-batch")
+    points = Heartbeat(world, hang_timeout=0)
+    points.beat("a micro-batch")
     monkeypatch.setattr(signals, "_received", [signals.STOP[0]])
     with pytest.raises(Stopped, match="SIGUSR1"):
-        points.pass_by("a micro-batch")
+        points.beat("a micro-batch")
 
 
 PROGRAM = """
 import sys, time
 from pathlib import Path
 from wpn_ds.jobs.distributed import init
-from wpn_ds.jobs.heartbeat import Points
-points = Points(init(1), 1.0, Path(sys.argv[1]))
+from wpn_ds.jobs.heartbeat import Heartbeat
+points = Heartbeat(init(1), 1.0, Path(sys.argv[1]))
 for _ in range(6):
-    points.pass_by("micro-batch 7")
+    points.beat("micro-batch 7")
     time.sleep(0.5)
 points.pause()
 time.sleep(2.5)
 print("ALIVE", flush=True)
-points.pass_by("micro-batch 8")
+points.beat("micro-batch 8")
 {hang}
 """
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wpn_ds.data.plan import Item, MicroBatch, Role, Row
+from wpn_ds.data.plan import Item, MicroBatch, Row
+from wpn_ds.objectives.terms import Role
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from enum import IntEnum
 from functools import lru_cache
 
 import numpy as np
@@ -18,15 +17,7 @@ from wpn_ds.data.examples import ExampleSet
 from wpn_ds.data.packing import pack, spread
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.data.tokens import Segment
-
-
-class Role(IntEnum):
-    """What a segment is for."""
-
-    WANTED = 0
-    UNWANTED = 1
-    RETAIN = 2
-    DEAD = 3
+from wpn_ds.objectives.terms import Role
 
 
 @dataclass(frozen=True)
@@ -187,8 +178,7 @@ class StepPlan:
             ``--wpn_negatives step``: its text is not one of the example's wanted texts.
         own_mask: the same for ``own``: the unwanted answer is also the example's own.
         wanted_texts: per pair, the ``text_id`` of all of its example's wanted answers (masks the bank's negatives).
-        counts: global number of the items that each mean is over: pairs, and tokens of wanted ("nll"), retain and
-            unwanted answers ("ascent").
+        label_tokens: by role, the global number of tokens that its answers have, which a mean over them is divided by.
         tokens: real tokens of all ranks' rows; a shared prompt counts once.
         padded_tokens: the same with padding and dead rows.
         micro_batches: [rank][k].
@@ -201,7 +191,7 @@ class StepPlan:
     negative_mask: np.ndarray
     own_mask: np.ndarray
     wanted_texts: tuple[frozenset[int], ...]
-    counts: dict[str, int]
+    label_tokens: dict[Role, int]
     tokens: int
     padded_tokens: int
     micro_batches: list[list[MicroBatch]]
@@ -210,8 +200,12 @@ class StepPlan:
         """The roles in any rank's micro-batch ``k``."""
         return frozenset(item.role for rank in self.micro_batches for row in rank[k] for item in row)
 
+    def mask(self, pairs: str) -> np.ndarray:
+        """[n_wanted, n_unwanted] True where the two are compared, by :attr:`OnAnswers.pairs`."""
+        return self.own_mask if pairs == "own" else self.negative_mask
+
     def is_local(self, mask: np.ndarray) -> bool:
-        """Whether every pair has its negatives (True in ``mask`` [pairs, unwanted]) in its own micro-batch."""
+        """Whether every pair (True in ``mask`` [n_wanted, n_unwanted]) has both answers in one micro-batch."""
         places = {Role.WANTED: np.zeros(mask.shape[0], int), Role.UNWANTED: np.zeros(mask.shape[1], int)}
         every = (micro_batch for rank in self.micro_batches for micro_batch in rank)
         for number, micro_batch in enumerate(every):
@@ -255,11 +249,10 @@ def plan_step(
         negative_mask=negative_mask,
         own_mask=negative_mask & (example[:, None] == unwanted_example[None, :]),
         wanted_texts=tuple(texts[e] for e, _ in wanted),
-        counts={
-            "pairs": len(wanted),
-            "nll": sum(answer.segment.answer_length for _, answer in wanted),
-            "retain": sum(examples.retain[i].answer_length for i in retain_indices),
-            "ascent": sum(answer.segment.answer_length for _, answer in unwanted),
+        label_tokens={
+            Role.WANTED: sum(answer.segment.answer_length for _, answer in wanted),
+            Role.UNWANTED: sum(answer.segment.answer_length for _, answer in unwanted),
+            Role.RETAIN: sum(examples.retain[i].answer_length for i in retain_indices),
         },
         tokens=sum(i.tokens for rows in flat for row in rows for i in row if i.role is not Role.DEAD),
         padded_tokens=sum(_padded_tokens(micro_batch) for micro_batch in flat),

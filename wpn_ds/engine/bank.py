@@ -1,4 +1,5 @@
-"""What the starting model says of every answer, computed once: pooled vectors, or likelihood scores."""
+"""What a model says of answers without gradient: pooled vectors, or likelihood scores. Of the starting model it is
+computed once and kept."""
 
 from __future__ import annotations
 
@@ -12,13 +13,14 @@ from torch import Tensor
 
 from wpn_ds.data.batch import to_device
 from wpn_ds.data.examples import Answer, ExampleSet
-from wpn_ds.data.plan import Item, Role, StepPlan
+from wpn_ds.data.plan import Item, StepPlan
 from wpn_ds.data.tokens import Segment
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.tables import Blocks, Tables
 from wpn_ds.jobs.distributed import fill_from_ranks
-from wpn_ds.objectives.objective import FrozenTargets, Objective, pooled
-from wpn_ds.objectives.wpn import WPN
+from wpn_ds.losses.answers import AnswerVectors
+from wpn_ds.losses.pooling import Pooling, pooled
+from wpn_ds.objectives.terms import Role
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]
 
@@ -27,21 +29,24 @@ BLOCK = 8192
 
 
 def pooled_states(
-    reader: Reader, objective: WPN, segments: Sequence[Segment], of: Literal["prompt", "answer"]
+    reader: Reader, pooling: Pooling, segments: Sequence[Segment], of: Literal["prompt", "answer"]
 ) -> Tensor:
     """``[len(segments), d]`` fp32 pooled states by the current weights, the same on every rank."""
     parts = []
-    for batch, reading in reader.read([Item(s, Role.WANTED, k) for k, s in enumerate(segments)], frozenset()):
+    for batch, output in reader.read([Item(s, Role.WANTED, k) for k, s in enumerate(segments)], frozenset()):
         spans = batch.prompts if of == "prompt" else batch.wanted
-        parts.append(pooled(reading.hidden, spans, objective.pooling))
+        parts.append((pooled(output.hidden, spans, pooling), spans.index))
     return gathered(parts, len(segments))
 
 
-def answer_scores(reader: Reader, objective: Objective, segments: Sequence[Segment]) -> Tensor:
-    """``[len(segments)]`` fp32 likelihood scores of the answers by the current weights."""
+def answer_scores(reader: Reader, pooling: Pooling, segments: Sequence[Segment]) -> Tensor:
+    """``[len(segments)]`` fp32 pooled log-probabilities of the answers' tokens by the current weights, everywhere."""
+    parts = []
     items = [Item(segment, Role.WANTED, k) for k, segment in enumerate(segments)]
-    read = reader.read(items, frozenset({Role.WANTED}))
-    return gathered([objective.states(reading, batch)["positive"] for batch, reading in read], len(segments))
+    for batch, output in reader.read(items, frozenset({Role.WANTED})):
+        spans = batch.wanted_labels
+        parts.append((pooled(-output.losses[:, None], spans, pooling).squeeze(1), spans.index))
+    return gathered(parts, len(segments))
 
 
 def gathered(parts: Sequence[tuple[Tensor, Tensor]], n: int) -> Tensor:
@@ -69,65 +74,67 @@ class Bank:
         ids, texts = torch.tensor([[a.answer_id, a.text_id] for a in unwanted], dtype=torch.long).reshape(-1, 2).T
         return cls(vectors, ids.contiguous(), texts.contiguous())
 
-    def targets(self, plan: StepPlan, objective: WPN, device: torch.device) -> FrozenTargets:
-        """The step's targets: its own unwanted answers, or with ``negatives="bank"`` all of the data set's."""
-        positive = to_device(self.vectors[torch.from_numpy(plan.wanted_ids)], device)
-        if objective.negatives != "bank":
-            negative = to_device(self.vectors[torch.from_numpy(plan.unwanted_ids)], device)
-            return step_targets(positive, negative, plan, objective)
+    def answers(self, plan: StepPlan, pairs: str, device: torch.device) -> AnswerVectors:
+        """The step's answers, with its own unwanted ones as negatives, or with ``pairs="bank"`` all of the data set."""
+        wanted = to_device(self.vectors[torch.from_numpy(plan.wanted_ids)], device)
+        if pairs != "bank":
+            unwanted = to_device(self.vectors[torch.from_numpy(plan.unwanted_ids)], device)
+            return of_step(wanted, unwanted, plan, pairs)
         width = max(map(len, plan.wanted_texts), default=1)
         padded = [[*texts, *[-1] * (width - len(texts))] for texts in map(sorted, plan.wanted_texts)]
-        wanted = to_device(torch.tensor(padded).reshape(-1, width), device)
+        texts_of = to_device(torch.tensor(padded).reshape(-1, width), device)
 
         def blocks(index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
             if not len(index):  # no pair here: a retain or dead micro-batch
                 return
-            own = wanted[index]
+            own = texts_of[index]
             for ids, texts in zip(self.unwanted_ids.split(BLOCK), self.unwanted_texts.split(BLOCK), strict=True):
                 is_own = to_device(texts, device)[None, :, None] == own[:, None, :]
                 yield to_device(self.vectors[ids], device), ~is_own.any(-1)
 
-        return FrozenTargets(positive, blocks)
+        return AnswerVectors(wanted, blocks)
 
 
-def step_targets(positive: Tensor, negative: Tensor, plan: StepPlan, objective: WPN) -> FrozenTargets:
-    """Targets with the step's own unwanted answers as negatives: [pairs, d] and [m, d] vectors."""
-    mask = to_device(torch.from_numpy(objective.mask(plan)), positive.device)
-    return FrozenTargets(positive, lambda index: [(negative, mask[index])])
+def of_step(wanted: Tensor, unwanted: Tensor, plan: StepPlan, pairs: str) -> AnswerVectors:
+    """[n, d] wanted answers of the step, with its own [m, d] unwanted ones as negatives."""
+    mask = to_device(torch.from_numpy(plan.mask(pairs)), wanted.device)
+    return AnswerVectors(wanted, lambda index: [(unwanted, mask[index])])
 
 
-def fresh_targets(reader: Reader, objective: WPN, examples: ExampleSet, plan: StepPlan) -> FrozenTargets:
-    """``--wpn_targets detached``: the step's targets by the current weights, without gradient."""
+def current_vectors(
+    reader: Reader, pooling: Pooling, pairs: str, examples: ExampleSet, plan: StepPlan
+) -> AnswerVectors:
+    """The step's answers by the current weights, without gradient."""
     ids = [*plan.wanted_ids.tolist(), *plan.unwanted_ids.tolist()]
-    vectors = pooled_states(reader, objective, [examples.answers[i].segment for i in ids], "answer")
+    vectors = pooled_states(reader, pooling, [examples.answers[i].segment for i in ids], "answer")
     n = len(plan.wanted_ids)
-    return step_targets(vectors[:n], vectors[n:], plan, objective)
+    return of_step(vectors[:n], vectors[n:], plan, pairs)
 
 
 def bank_vectors(
-    reader: Reader, objective: WPN, answers: Sequence[Answer], width: int, tables: Tables, progress: Progress
+    reader: Reader, pooling: Pooling, answers: Sequence[Answer], width: int, tables: Tables, progress: Progress
 ) -> Tensor:
     """``[answers, width]`` pooled answers, each read after its prompt: answer tokens only, EOS included."""
 
     def build() -> Blocks:
         for start, segments in _in_blocks(answers, progress, "pooling answers"):
-            yield start, {"vectors": pooled_states(reader, objective, segments, "answer")}
+            yield start, {"vectors": pooled_states(reader, pooling, segments, "answer")}
 
     shapes = {"vectors": ((len(answers), width), np.float32)}
-    return tables.load_or_build("bank", {"pooling": objective.pooling}, shapes, reader.world, build)["vectors"]
+    return tables.load_or_build("bank", {"pooling": pooling}, shapes, reader.world, build)["vectors"]
 
 
 def starting_scores(
-    reader: Reader, objective: Objective, answers: Sequence[Answer], tables: Tables, progress: Progress
+    reader: Reader, pooling: Pooling, answers: Sequence[Answer], tables: Tables, progress: Progress
 ) -> Tensor:
     """``[answers]`` likelihood scores of every answer by the starting model."""
 
     def build() -> Blocks:
         for start, segments in _in_blocks(answers, progress, "scoring answers"):
-            yield start, {"scores": answer_scores(reader, objective, segments)}
+            yield start, {"scores": answer_scores(reader, pooling, segments)}
 
     shapes = {"scores": ((len(answers),), np.float32)}
-    return tables.load_or_build("scores", {"pooling": objective.score_pooling}, shapes, reader.world, build)["scores"]
+    return tables.load_or_build("scores", {"pooling": pooling}, shapes, reader.world, build)["scores"]
 
 
 def _in_blocks(answers: Sequence[Answer], progress: Progress, what: str) -> Iterator[tuple[int, list[Segment]]]:

@@ -8,6 +8,7 @@ first. So a folder with a name and a manifest that fits its files is whole.
 from __future__ import annotations
 
 import json
+import math
 import os
 import re
 import shutil
@@ -17,21 +18,22 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from wpn_ds.data.seeds import seed_of
+from wpn_ds.engine.redraw import Ema
 from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
 from wpn_ds.jobs import signals
-from wpn_ds.jobs.distributed import World, from_all, on_main, patiently, rng_state, set_rng_state
+from wpn_ds.jobs.distributed import World, announce, from_all, on_main, patiently, rng_state, set_rng_state
 from wpn_ds.jobs.heartbeat import Stopped
-from wpn_ds.settings.run import Config, ObjectiveConfig
+from wpn_ds.objectives.registry import find
+from wpn_ds.settings.run import Config, LoggingConfig, UnlearningConfig
 from wpn_ds.system.files import cause, remove_abandoned, sync
 
 MANIFEST = "trainer_state.json"
@@ -59,16 +61,7 @@ class TrainerState:
         model: fingerprint of the starting model.
         settings: the resolved flags.
         places: what of them names files and folders, absolute, as seen from where the run was started.
-        skipped_steps: how many of the steps had a gradient that was not finite.
-        evaluated: the evaluation that is due after ``step`` was done.
-        tokens, train_seconds: what the steps took, over all starts.
-        start_perplexity: of the retain examples before training; None without any.
-        best_step: that of the best evaluation so far (--early_stopping), whose checkpoint stays; 0: none yet.
-        best: its figures.
-        left: the examples that are trained on (--forgotten_below); None: all.
-        left_since: the step after which these were.
-        drawn: (example, token ids) of the unwanted answers that the model has drawn (--redraw_steps).
-        order_format: see :data:`wpn_ds.data.plan.ORDER_FORMAT`; a checkpoint that doesn't say has the first.
+        parts: what else the run's parts go on with: {part: its state}.
     """
 
     step: int
@@ -76,18 +69,16 @@ class TrainerState:
     data: str
     model: str
     settings: dict[str, Any]
-    skipped_steps: int = 0
-    evaluated: bool = True
-    tokens: int = 0
-    train_seconds: float = 0.0
-    start_perplexity: float | None = None
-    best_step: int = 0
-    best: dict[str, float] = field(default_factory=dict)
-    left: list[int] | None = None
-    left_since: int = 0
-    drawn: list[tuple[int, list[int]]] = field(default_factory=list)
-    order_format: int = 1
     places: dict[str, Any] = field(default_factory=dict)
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+#: Where earlier versions, which had one flat dict, kept what is in a part now.
+_FLAT = {
+    "run": ("skipped_steps", "tokens", "train_seconds"),
+    "feed": ("left", "left_since", "drawn", "order_format"),
+    "validation": ("evaluated", "start_perplexity", "best_step", "best"),
+}
 
 
 class Saver:
@@ -98,27 +89,23 @@ class Saver:
         engine: Any,
         output_dir: Path,
         world: World,
-        *,
-        keep: int,
-        background: bool,
-        done: Callable[[int, float], None] = lambda step, seconds: None,
+        logging: LoggingConfig,
+        ema: Ema | None = None,
     ) -> None:
-        """``keep``: how many checkpoints stay; ``background``: the run goes on from a copy in host memory meanwhile;
-        ``done`` is told the step and the seconds of every checkpoint that is whole."""
+        """``logging``: how many checkpoints stay, and whether the run goes on from a copy in host memory while one is
+        written; ``ema``: a running mean of the weights that belongs to them."""
         self._engine = engine
         self._output_dir = output_dir
         self._world = world
-        self._keep = keep
-        self._background = background
-        self._writer = engine.checkpoint_engine = Writer(background=background)
-        self._done = done
+        self._keep = logging.save_total_limit
+        self._background = logging.async_save
+        self._ema = ema
+        self._writer = engine.checkpoint_engine = Writer(background=self._background)
         self._pending: TrainerState | None = None
         self._begun = 0.0
 
-    def save(self, state: TrainerState, ema: list[Tensor] | None = None) -> None:
+    def save(self, state: TrainerState) -> None:
         """Write ``checkpoint-<step>`` and then :meth:`rotate`; the save before is finished first.
-
-        ``ema``: this rank's part of the weights' running mean, if its file is to hold one.
 
         Raises:
             SaveError: a file can't be written (a full disk, a quota). The checkpoints before are intact.
@@ -136,8 +123,8 @@ class Saver:
             on_main(self._world, prepare)
             self._engine.save_checkpoint(str(partial), tag=STATE, save_latest=False)
             self._writer.save(rng_state(self._world.device), partial / f"rng-{self._world.rank}.pt")
-            if ema is not None:
-                self._writer.save(ema, partial / f"ema-{self._world.rank}.pt")
+            if self._ema is not None and self._ema.holder == self._world.rank:
+                self._writer.save(self._ema.mean, partial / f"ema-{self._world.rank}.pt")
         except OSError as error:
             raise self._refusal(partial, f"rank {self._world.rank}", error) from error
         self._pending = state
@@ -172,7 +159,7 @@ class Saver:
             on_main(self._world, lambda: self._commit(state, partial, files))
         except OSError as error:
             raise self._refusal(partial, "rank 0", error) from error
-        self._done(state.step, seconds)
+        _tell(self._world, state.step, seconds)
 
     def _commit(self, state: TrainerState, partial: Path, files: Mapping[str, tuple[int, str]]) -> None:
         """``files``: {name: (size, SHA-256)} as the ranks that wrote them tell; rank 0's view of the folder may lack
@@ -186,16 +173,16 @@ class Saver:
         _remove(final)  # of a line that was given up by resuming before it, as is what lies after this step
         os.replace(partial, final)
         sync(self._output_dir)
-        self.rotate(state)
+        self.rotate(state.step, state.parts.get("validation", {}).get("best_step", 0))
 
-    def rotate(self, state: TrainerState) -> None:
-        """Delete all but the newest checkpoints and the best one, on rank 0; others of ``state``'s future go too.
+    def rotate(self, step: int, best_step: int) -> None:
+        """Delete all but the newest checkpoints and the best one, on rank 0; those of steps after ``step`` go too.
 
-        That of ``state`` itself stays, even if this node doesn't see all of its files yet.
+        That of ``step`` itself stays, even if this node doesn't see all of its files yet.
         """
-        kept = [path for step, path in complete(self._output_dir) if step <= state.step][-self._keep :]
+        kept = [path for done, path in complete(self._output_dir) if done <= step][-self._keep :]
         for _, path in list(_checkpoints(self._output_dir)):
-            if path not in [*kept, path_of(self._output_dir, state.step), path_of(self._output_dir, state.best_step)]:
+            if path not in [*kept, path_of(self._output_dir, step), path_of(self._output_dir, best_step)]:
                 _remove(path)
 
     def _partial(self, state: TrainerState) -> Path:
@@ -220,8 +207,24 @@ def _told(partial: Path, written: Mapping[Path, tuple[int, str]], rank: int) -> 
     return {str(path.relative_to(partial)): about for path, about in told.items()}
 
 
-def load(engine: Any, path: Path, state: TrainerState, world: World) -> None:
-    """Restore what :class:`Saver` wrote: weights, optimizer, schedule, and on as many ranks as wrote it their RNG."""
+def _tell(world: World, step: int, seconds: float) -> None:
+    """``checkpoint-<step>`` is whole, ``seconds`` after it was begun."""
+    announce(world, f"checkpoint-{step} took {seconds:.1f} s")
+    lead = float(os.environ.get("WPN_SIGNAL_LEAD") or "inf")  # the job script says when Slurm's signal comes
+    if 2 * seconds > lead:
+        more = math.ceil(4 * seconds)
+        announce(
+            world,
+            f"that is more than half of the {lead:g} s between Slurm's signal and the time limit: "
+            f"sbatch --signal=B:USR1@{more} with WPN_SIGNAL_LEAD={more}",
+        )
+
+
+def load(engine: Any, path: Path, state: TrainerState, world: World, ema: Ema | None = None) -> None:
+    """Restore what :class:`Saver` wrote: weights, optimizer, schedule, their running mean ``ema``, and on as many ranks
+    as wrote it the RNG."""
+    if ema is not None:
+        ema.restore(torch.load(path / f"ema-{ema.holder}.pt", weights_only=True, map_location="cpu"))
     same = state.world_size == world.size
     convert = not same and is_partitioned(path)
     if convert:
@@ -236,11 +239,6 @@ def load(engine: Any, path: Path, state: TrainerState, world: World) -> None:
         torch.manual_seed(seed_of("ranks", state.settings["seed"], world.rank, state.step))
         return
     set_rng_state(torch.load(path / f"rng-{world.rank}.pt", weights_only=True), world.device)
-
-
-def load_ema(path: Path, holder: int) -> list[Tensor]:
-    """The part of the running mean that rank ``holder`` gave to :meth:`Saver.save`."""
-    return torch.load(path / f"ema-{holder}.pt", weights_only=True, map_location="cpu")
 
 
 def is_partitioned(path: Path) -> bool:
@@ -406,6 +404,10 @@ def read_state(path: Path) -> TrainerState | None:
         files = manifest.pop("files")
         if any((path / name).stat().st_size != size for name, (size, _) in files.items()):
             return None
+        if "parts" not in manifest:
+            parts = {part: {n: manifest.pop(n) for n in names if n in manifest} for part, names in _FLAT.items()}
+            parts["feed"].setdefault("order_format", 1)
+            manifest["parts"] = parts
         return TrainerState(**manifest)
     except (OSError, TypeError):
         return None
@@ -445,7 +447,9 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
         )
     # DeepSpeed restores the optimizer's own settings: another flag would have no effect.
     restored = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optimizer", "zero stage")
-    objective = asdict(ObjectiveConfig().resolved())
+    defaults = Config.from_flat({"objective": new.settings["objective"]}).resolved().to_flat()
+    kinds: tuple[Any, ...] = (UnlearningConfig, find(new.settings["objective"]))
+    objective = {entry.name for kind in kinds for entry in fields(kind)}
     decisive = {"seed", "global_batch_size", "retain_batch_size", "bf16", *restored, *objective} - {"reference"}
     if new.settings["reference"] != "topk":
         decisive -= {"reference_topk"}
@@ -453,7 +457,7 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
         decisive |= {"eval_steps"}
     if new.settings["early_stopping"] is not None:  # the best evaluation so far is compared with those to come
         decisive |= {"probe_prompts", "sample_tokens", "retain_bound", "validation_file"}
-        if old.step and old.start_perplexity is None:
+        if old.step and old.parts.get("validation", {}).get("start_perplexity") is None:
             raise UserError(
                 f"--early_stopping: {path} doesn't say what the retain perplexity was at the start: leave it out, or "
                 "start afresh"
@@ -461,9 +465,8 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
     layout = {"tokens_per_micro_batch", "packing", "share_prefix", "attention", "gradient_checkpointing"}
     quiet = layout | {"output_dir", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir", "logging_steps"}
     notes = []
-    unset = Config().to_flat() | objective  # what a setting was before there was a flag for it
     for name, now in new.settings.items():
-        before = old.settings.get(name, unset.get(name))
+        before = old.settings.get(name, defaults.get(name))  # what it was before there was a flag for it
         same_place = name in new.places and old.places.get(name) == new.places[name]
         if before == now or same_place or name in quiet:
             continue

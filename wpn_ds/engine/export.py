@@ -8,9 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor
 
-from wpn_ds.engine.build import full_weights
 from wpn_ds.engine.checkpoint import STATE, TrainerState, is_partitioned
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, patiently
@@ -31,6 +31,22 @@ def export(lm: Any, tokenizer: Any, output_dir: Path, world: World, config_overr
         patiently(lambda: _write_model(lm, tokenizer, weights or {}, output_dir, config_overrides))
     else:
         patiently(lambda: None)
+
+
+def full_weights(lm: Any, world: World) -> dict[str, Tensor] | None:
+    """The whole model's weights by name on rank 0's CPU, a tied weight once; None on other ranks.
+
+    Gathered one parameter at a time, so no device ever holds more than the largest. Every rank must call it.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, parameter in lm.named_parameters():
+        with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
+            if world.is_main:
+                weights[name] = parameter.detach().to("cpu", copy=True)
+    if world.is_main:
+        persistent = set(lm.state_dict().keys())
+        weights |= {name: b.detach().to("cpu", copy=True) for name, b in lm.named_buffers() if name in persistent}
+    return weights if world.is_main else None
 
 
 def _write_model(

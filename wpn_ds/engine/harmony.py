@@ -2,14 +2,35 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World
-from wpn_ds.objectives.objective import Term
+from wpn_ds.losses.answers import Mean
+from wpn_ds.objectives.terms import Terms
+from wpn_ds.settings.deepspeed import stage_of
+
+
+def check_harmony(ds_json: Mapping[str, Any], terms: Terms) -> None:
+    """Raises UserError where one of the two gradients is not there, or they are not both in one place."""
+    if terms.retain_weight == 0:
+        raise UserError("--harmonise goes by the gradient of the retain term, which is off: add --retain_file")
+    if not terms.forgets:
+        raise UserError(
+            "--harmonise: nothing forgets, since all weights but --retain_weight are 0: leave it out, or give one"
+        )
+    stage, bf16 = stage_of(ds_json), ds_json.get("bf16", {}).get("enabled", False)
+    offload = ds_json.get("zero_optimization", {}).get("offload_optimizer", {}).get("device", "none") != "none"
+    if stage not in (0, 3) or offload or (stage == 0 and bf16):
+        raise UserError(
+            "--harmonise works under ZeRO stage 3 without offload_optimizer, or stage 0 in fp32: pass such a JSON "
+            "with --deepspeed, for example ds_configs/zero3.json"
+        )
 
 
 class Harmony:
@@ -34,7 +55,7 @@ class Harmony:
                 dist.all_reduce(gradient)
                 gradient /= self.world.size
 
-    def harmonise(self) -> dict[str, Term]:
+    def harmonise(self) -> dict[str, Mean]:
         """Call it after the last micro-batch, before the update; returns the gradients' cosine, to log."""
         both = self._gradients()
         retain = [whole - forget for whole, forget in zip(both, self.forget, strict=True)]
@@ -47,7 +68,7 @@ class Harmony:
             whole += share.to(whole.dtype) * part
         self.forget = []
         cosine = opposed / (of_retain * of_forget).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-        return {"harmony/cosine": Term(cosine / self.world.size, 1)}  # it will be summed over ranks
+        return {"harmony/cosine": Mean(cosine / self.world.size, 1)}  # it will be summed over ranks
 
     def _gradients(self) -> list[Tensor]:
         """Where DeepSpeed sums a step's gradients: under ZeRO-3 this rank's share of all of them, in one piece."""

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from wpn_ds.data.records import ForgetRecord, prompt_text
 from wpn_ds.data.tokens import encode_prompt, naming, render_prompt
-from wpn_ds.engine.asking import Asking
-from wpn_ds.jobs.distributed import World
+from wpn_ds.engine.generation import Generation
 from wpn_ds.judging.base import Case, Judgement, Verdict
 from wpn_ds.judging.reference import ReferenceJudge
 from wpn_ds.judging.statistics import Rate
@@ -60,13 +59,10 @@ class Probe:
         judge = ReferenceJudge()
         return cls(prompts, cases, tokens, judge if judge.can_judge(cases) else None)
 
-    def answers(
-        self, lm: Any, tokenizer: Any, world: World, *, synced: bool, point: Callable[[str], None]
-    ) -> list[str]:
+    def answers(self, generation: Generation) -> list[str]:
         """The greedy answer to every prompt, on every rank; all of them must call it."""
-        asking = Asking(lm, tokenizer, world, synced, lambda: point("an answer to the probe's prompts"))
-        said = asking(self.prompts, self.tokens)
-        return [tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
+        said = generation("an answer to the probe's prompts", self.prompts, self.tokens)
+        return [generation.tokenizer.decode(ids, skip_special_tokens=True).strip() for ids in said]
 
     def judgements(self, answers: Sequence[str]) -> list[Judgement]:
         """One an answer; none at all without a judge."""

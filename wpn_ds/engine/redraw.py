@@ -7,16 +7,25 @@ under a prompt that asks for bad answers; the papers' further machinery (SAPO's 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from wpn_ds.data.examples import ExampleSet
+from wpn_ds.data.plan import Layout
+from wpn_ds.data.records import ForgetRecord
 from wpn_ds.data.seeds import seed_of
-from wpn_ds.engine.asking import Asking
+from wpn_ds.data.tokens import encoded_prompt, end_of, is_chat, naming
+from wpn_ds.engine.generation import Generation
+from wpn_ds.errors import UserError
+from wpn_ds.jobs.distributed import World, announce
+from wpn_ds.models.load import max_positions
+from wpn_ds.objectives.terms import Role, Terms
+from wpn_ds.settings.run import Config, UnlearningConfig
+from wpn_ds.settings.style import PromptStyle
 
 
 class Ema:
@@ -79,7 +88,7 @@ class Redraw:
     """How unwanted answers are drawn.
 
     Attributes:
-        asking: who answers: all ranks together.
+        generation: who answers: all ranks together.
         prompts: what is asked for each example of the training data.
         tokens: most tokens of an answer.
         max_length: most tokens of an example's own prompt with it.
@@ -87,22 +96,92 @@ class Redraw:
         ema: whose answers they are, if not those of the weights as they are.
     """
 
-    asking: Asking
+    generation: Generation
     prompts: Sequence[Request]
     tokens: int
     max_length: int
     seed: int
     ema: Ema | None
 
+    @classmethod
+    def of(
+        cls, config: Config, prompts: Sequence[Request], layout: Layout, generation: Generation, ema: Ema | None
+    ) -> Redraw:
+        """As the settings ask for it."""
+        tokens, seed = config.unlearning.redraw_tokens, config.training.seed
+        return cls(generation, prompts, tokens, layout.row_length, seed, ema)
+
     def __call__(self, examples: ExampleSet, chosen: Sequence[int], step: int) -> dict[int, list[int]]:
         """An answer for each example of ``chosen``, on every rank: token ids, with the one that ends it where it ended
         by itself."""
         with self.ema.in_place() if self.ema else contextlib.nullcontext():
-            said = self.asking(
-                [self.prompts[i].ids for i in chosen], self.tokens, [seed_of(self.seed, step, i) for i in chosen]
-            )
+            prompts, seeds = [self.prompts[i].ids for i in chosen], [seed_of(self.seed, step, i) for i in chosen]
+            said = self.generation("an unwanted answer that is drawn anew", prompts, self.tokens, seeds)
         drawn = {}
         for i, ids in zip(chosen, said, strict=True):
             whole = [*ids, self.prompts[i].end] if len(ids) < self.tokens else ids
             drawn[i] = whole[: self.max_length - examples.forget[i].unwanted[0].segment.answer_start]
         return drawn
+
+
+def check_redraw(name: str, ema: float, ds_json: Mapping[str, Any], terms: Terms) -> None:
+    """Raises UserError where answers that are drawn anew have nothing to be compared to under --objective ``name``, or
+    there is no place for weights averaged with the decay ``ema``."""
+    if terms.keeps_answers:
+        raise UserError(
+            f"--redraw_steps: --objective {name} compares to what is kept of the records' own answers, and there is "
+            "nothing of new ones: take another objective, such as neat or simnpo (wpn can have --wpn_targets live, or "
+            "--wpn_scoring likelihood)"
+        )
+    if Role.UNWANTED not in terms.read:
+        raise UserError("--redraw_steps: no term of the objective reads unwanted answers: leave it out")
+    zero = ds_json.get("zero_optimization", {})
+    on_disk = zero.get("offload_param", {}).get("device") == "nvme"
+    if ema and (on_disk or zero.get("zero_hpz_partition_size", 1) > 1):
+        raise UserError("--redraw_ema works neither with parameters on NVMe nor with zero_hpz_partition_size")
+
+
+def redraw_requests(
+    o: UnlearningConfig,
+    forget: Sequence[ForgetRecord],
+    style: PromptStyle,
+    tokenizer: Any,
+    lm_config: Any,
+    row_length: int,
+    world: World,
+) -> list[Request]:
+    """What is asked for an unwanted answer of each example; nothing if none are drawn. Under ``auto`` the text of
+    --redraw_template is what the user says; in a plain template it stands in place of that.
+
+    Raises:
+        UserError: a prompt is a chat, which no template can change, or leaves no room for an answer.
+    """
+    if not o.redraw_steps:
+        return []
+    requests, cut = [], 0
+    for record in forget:
+        asked, written = record.prompt, style
+        if o.redraw_template is not None:
+            if not is_chat(asked, tokenizer, style):
+                written = replace(style, template=o.redraw_template)
+            elif isinstance(asked, str):
+                asked = o.redraw_template.replace("{prompt}", asked)
+            else:
+                raise UserError("--redraw_template: a chat has the tokenizer's own template: leave it out")
+        with naming(record.source):
+            prompt = encoded_prompt(asked, tokenizer, written, row_length)
+        requests.append(Request(prompt.ids, end_of(asked, tokenizer, written)))
+        cut += prompt.truncated
+    if cut and o.redraw_template is not None:
+        announce(
+            world,
+            f"--redraw_template: {cut} of {len(requests)} prompts lose their start, the template's own first words "
+            f"among it: they keep half of --max_length {row_length}",
+        )
+    longest, positions = max(len(request.ids) for request in requests), max_positions(lm_config)
+    if positions is not None and longest + o.redraw_tokens > positions:
+        raise UserError(
+            f"--redraw_tokens {o.redraw_tokens}: the longest prompt has {longest} tokens and the model only "
+            f"{positions} positions: give at most {positions - longest}"
+        )
+    return requests

@@ -19,28 +19,30 @@ from torch import Tensor
 
 from wpn_ds.data.batch import Batch, to_device
 from wpn_ds.data.examples import Answer
-from wpn_ds.data.plan import Item, Role
+from wpn_ds.data.plan import Item
 from wpn_ds.data.tokens import Segment
 from wpn_ds.engine.bank import Progress
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.tables import Blocks, Tables
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.distributed import World, fill_from_ranks
-from wpn_ds.losses.likelihood import Distribution, Finish, Reading, Targets, TopK, head_logits
+from wpn_ds.jobs.distributed import World, announce, fill_from_ranks
+from wpn_ds.losses.likelihood import Distribution, Finish, LabelTarget, TopK, head_logits
 from wpn_ds.models.head import CHUNK
-from wpn_ds.models.packed import PackedLM
+from wpn_ds.models.packed import Output, PackedLM
+from wpn_ds.objectives.terms import Role
+from wpn_ds.settings.run import UnlearningConfig
 
 #: Labels whose rows of a table are in memory at the same time while it is built.
 _BLOCK_LABELS = 4096
 
 #: What of a batch's reading is wanted, a row for each of its (retain) labels.
-_OfBatch = Callable[[Batch, Reading], Tensor]
+_OfBatch = Callable[[Batch, Output], Tensor]
 
 
 class Reference(Protocol):
     """What a step asks for."""
 
-    def targets(self, batch: Batch) -> contextlib.AbstractContextManager[Targets]:
+    def targets(self, batch: Batch) -> contextlib.AbstractContextManager[LabelTarget]:
         """What the batch's retain labels are compared to, while the context lasts."""
 
 
@@ -68,7 +70,7 @@ class FrozenModel:
         self.model = model
 
     @contextlib.contextmanager
-    def targets(self, batch: Batch) -> Iterator[Targets]:
+    def targets(self, batch: Batch) -> Iterator[LabelTarget]:
         with torch.no_grad():
             states = self.model(batch)[batch.labels_of(Role.RETAIN)]
         # Gathered here and not by its own forward: the policy's head needs it, chunk by chunk.
@@ -103,6 +105,28 @@ def frozen_json(ds_json: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return config | {"zero_optimization": zero}
 
 
+def reference_of(
+    settings: UnlearningConfig,
+    reader: Reader,
+    retain: Sequence[Segment],
+    tables: Tables,
+    progress: Progress,
+    frozen: Callable[[], Reference],
+) -> Reference:
+    """What --reference asks for: a table that the reader's engine, which must have the starting weights, fills now; or
+    what ``frozen`` makes, a model beside it."""
+    if settings.reference == "states":
+        return cached_states(reader, retain, tables, progress)
+    if settings.reference != "topk":
+        return frozen()
+    k = min(settings.reference_topk, reader.engine.module.lm.config.get_text_config().vocab_size - 1)
+    cached = cached_topk(reader, retain, k, tables, progress)
+    mean, worst = cached.unknown_mass()
+    told = f"the {k} likeliest tokens hold all but {mean:.2%} (at worst {worst:.2%}) of a retain label"
+    announce(reader.world, told)
+    return cached
+
+
 @dataclass(frozen=True)
 class _Rows:
     """Which rows of a table a batch's retain labels have: those of segment i are ``start[i]:start[i + 1]``."""
@@ -128,7 +152,7 @@ class CachedStates:
         self.states, self.weight, self.bias, self.finish, self.rows = states, weight, bias, finish, rows
 
     @contextlib.contextmanager
-    def targets(self, batch: Batch) -> Iterator[Targets]:
+    def targets(self, batch: Batch) -> Iterator[LabelTarget]:
         states = to_device(self.states[self.rows.at(batch.retain_items)], self.weight.device)
         yield Distribution(states.to(self.weight.dtype), self.weight, self.bias, self.finish)
 
@@ -140,7 +164,7 @@ class CachedTopK:
         self.ids, self.logprobs, self.rows = ids, logprobs, rows
 
     @contextlib.contextmanager
-    def targets(self, batch: Batch) -> Iterator[Targets]:
+    def targets(self, batch: Batch) -> Iterator[LabelTarget]:
         rows, device = self.rows.at(batch.retain_items), batch.label_ids.device
         yield TopK(to_device(self.ids[rows].long(), device), to_device(self.logprobs[rows], device))
 
@@ -228,18 +252,18 @@ def _of_labels(
         base = int(rows.start[first])
         items = [Item(segments[i], Role.RETAIN, i) for i in range(first, last)]
         parts, places = [], []
-        for batch, reading in reader.read(items, frozenset({Role.RETAIN})):
-            parts.append(what(batch, reading))
+        for batch, output in reader.read(items, frozenset({Role.RETAIN})):
+            parts.append(what(batch, output))
             places.append(to_device(rows.at(batch.retain_items) - base, reader.world.device))
         yield base, fill_from_ranks(torch.cat(parts), torch.cat(places), int(rows.start[last]) - base)
 
 
-def _states(batch: Batch, reading: Reading) -> Tensor:
-    return reading.hidden[batch.label_positions[batch.labels_of(Role.RETAIN)]]
+def _states(batch: Batch, output: Output) -> Tensor:
+    return output.hidden[batch.label_positions[batch.labels_of(Role.RETAIN)]]
 
 
-def _logprobs(batch: Batch, reading: Reading) -> Tensor:
-    return -reading.losses[batch.labels_of(Role.RETAIN)]
+def _logprobs(batch: Batch, output: Output) -> Tensor:
+    return -output.losses[batch.labels_of(Role.RETAIN)]
 
 
 def _split(rows: _Rows, size: int) -> list[tuple[int, int]]:

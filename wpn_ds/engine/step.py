@@ -6,44 +6,47 @@ Why each factor is there:
 * DeepSpeed averages gradients over the ``W`` ranks, so each rank multiplies its share of the loss by ``W``.
 * DeepSpeed would divide by its ``gradient_accumulation_steps``; micro-batches here differ from step to step, so
   ``scale_wrt_gas=False`` and the boundary is set by hand.
-* Coupled objectives (live targets, likelihood scores) need all the states of a pair and its negatives at once. Where
-  they lie in different micro-batches they are gathered, the loss is taken once on them, and every micro-batch then
+* Coupled terms (live vectors, pairs of scores) need all the states of a pair and its negatives at once. Where these
+  lie in different micro-batches they are gathered, the loss is taken once on them, and every micro-batch then
   backpropagates ``<states, cached gradient>`` (GradCache, arXiv 2101.06983).
 """
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from wpn_ds.data.batch import Batch, collate, to_device
-from wpn_ds.data.plan import Layout, Role, StepPlan
+from wpn_ds.data.batch import Batch, collate
+from wpn_ds.data.plan import Layout, StepPlan
+from wpn_ds.engine.answers import Fixed, States, label_gradients, means_of, states_of
 from wpn_ds.engine.harmony import Harmony
-from wpn_ds.engine.reader import no_point
-from wpn_ds.engine.reference import Reference, StartingLogprobs
+from wpn_ds.engine.reader import no_beat
+from wpn_ds.engine.start import Start
 from wpn_ds.jobs.distributed import RngState, World, fill_from_ranks, rng_state, set_rng_state
-from wpn_ds.losses.likelihood import Reading, Targets
-from wpn_ds.objectives.objective import FrozenTargets, Objective, StartingScores, States, Term
+from wpn_ds.losses.answers import Mean
+from wpn_ds.models.packed import Output
+from wpn_ds.objectives.terms import OnAnswers, Role, Terms
 
 
 @dataclass
 class Sums:
-    """Running totals of named terms over a rank's micro-batches; device scalars, no host sync until they are read."""
+    """Running totals of named means over a rank's micro-batches; device scalars, no host sync until they are read."""
 
     totals: dict[str, Tensor] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
 
-    def add(self, terms: dict[str, Term]) -> None:
-        for name, term in terms.items():
-            total = term.total.detach().double()
+    def add(self, means: Mapping[str, Mean]) -> None:
+        for name, (total, count) in means.items():
+            total = total.detach().double()
             self.totals[name] = self.totals[name] + total if name in self.totals else total
-            self.counts[name] = term.count
+            self.counts[name] = count
 
 
 @dataclass(frozen=True)
@@ -51,19 +54,21 @@ class StepResult:
     """What one optimizer step did on this rank.
 
     Attributes:
-        sums: the terms' totals of this rank, to be summed over ranks and divided by their global counts.
+        sums: the means' totals of this rank, to be summed over ranks and divided by their global counts.
         grad_norm: global gradient norm before clipping, on the device if DeepSpeed leaves it there; inf if the
             gradient was not finite.
         skipped: the gradient was not finite on some rank; all ranks left the weights alone.
+        data_seconds: how long it waited for its batches.
     """
 
     sums: Sums
     grad_norm: Tensor | float
     skipped: bool
+    data_seconds: float
 
 
-#: Gradients of the term on whole answers with respect to a micro-batch's states, by name.
-Cached = dict[str, Tensor]
+#: The gradients of a micro-batch's states, by the name of their term and what they are of.
+Cached = dict[str, dict[str, Tensor]]
 
 
 class Step:
@@ -72,45 +77,37 @@ class Step:
     def __init__(
         self,
         engine: Any,
-        objective: Objective,
+        terms: Terms,
         world: World,
         layout: Layout,
         pad_id: int,
-        reference: Reference | None = None,
-        logprobs: StartingLogprobs | None = None,
+        start: Start,
         harmony: Harmony | None = None,
-        point: Callable[[str], None] = no_point,
+        beat: Callable[[str], None] = no_beat,
     ) -> None:
-        """``reference``: what retain labels are compared to, if ``objective.keeps_distribution``; ``logprobs``: of the
-        answers' tokens, if ``objective.needs_starting_logprobs``; ``harmony``: what mediates between forgetting and
-        retaining, if anything does.
-
-        ``point`` is called before every micro-batch; it may raise to leave the step, which then has changed nothing.
-        """
+        """``start``: what the terms are compared to; ``harmony``: what mediates between forgetting and retaining, if
+        anything does; ``beat`` is called before every micro-batch, and may raise to leave the step, which then has
+        changed nothing."""
         self.engine = engine
-        self.objective = objective
+        self.terms = terms
         self.world = world
         self.layout = layout
         self.pad_id = pad_id
-        self.reference = reference
-        self.logprobs = logprobs
+        self.start = start
         self.harmony = harmony
-        self.point = point
-        self.data_seconds = 0.0  # how long the last step waited for its batches
+        self.beat = beat
+        self._data_seconds = 0.0
+        self._collator = ThreadPoolExecutor(1, thread_name_prefix="collate")
 
-    def __call__(self, plan: StepPlan, targets: FrozenTargets | StartingScores | None) -> StepResult:
-        """Forward, backward and update.
-
-        ``targets``: :class:`FrozenTargets` if ``objective.frozen``, :class:`StartingScores` if
-        ``objective.needs_starting_scores``.
-        """
+    def __call__(self, plan: StepPlan) -> StepResult:
+        """Forward, backward and update."""
         sums = Sums()
-        self.data_seconds = 0.0
-        coupled = self.objective.coupled and not plan.is_local(self.objective.mask(plan))
-        shares = self._coupled_shares(plan, targets, sums) if coupled else self._shares(plan, targets, sums)
+        self._data_seconds = 0.0
+        fixed = self.start.of(plan)
+        apart = any(t.coupled and not plan.is_local(plan.mask(t.pairs)) for t in self.terms.answers)
         count = len(plan.micro_batches[self.world.rank])
         retain = next((k for k in range(count) if Role.RETAIN in plan.roles(k)), None) if self.harmony else None
-        for k, loss in enumerate(shares):
+        for k, loss in enumerate((self._gathered_shares if apart else self._shares)(plan, fixed, sums)):
             if self.harmony is not None and k == retain:
                 self.harmony.keep_forget()
             self.engine.set_gradient_accumulation_boundary(k == count - 1)
@@ -119,106 +116,146 @@ class Step:
             sums.add(self.harmony.harmonise())
         return self._update(sums)
 
-    def _shares(self, plan: StepPlan, targets: Any, sums: Sums) -> Iterator[Tensor]:
+    def _shares(self, plan: StepPlan, fixed: Mapping[str, Fixed], sums: Sums) -> Iterator[Tensor]:
         """The micro-batches' shares of the loss, where no pair looks beyond its micro-batch."""
-        objective = self.objective
-        for k in range(len(plan.micro_batches[self.world.rank])):
-            batch, reading = self._read(plan, k)
-            terms = objective.likelihoods(reading, batch, plan.counts)
-            pairs: dict[str, Term] = {}
-            if objective.contrasts:
-                states = objective.states(reading, batch)
-                if objective.frozen:
-                    pairs = objective.contrast_frozen(states, targets, plan.counts["pairs"])
-                else:
-                    pairs = objective.contrast(states, plan, targets)
-            sums.add(terms | pairs)
-            yield _with_every_weight(self._likelihood_loss(reading, terms) + objective.total(pairs), reading)
+        for k, batch in self._batches(plan, self.terms.predicted):
+            output = self._read(plan, k, batch)
+            means = self._token_means(output, batch, plan)
+            loss = self._total(means) if output.losses.requires_grad else output.weighted
+            compared = self._answer_means(self.terms.answers, output, batch, plan, fixed)
+            sums.add(means | compared)
+            yield _with_every_weight(loss + self._total(compared), output)
 
-    def _coupled_shares(self, plan: StepPlan, targets: Any, sums: Sums) -> Iterator[Tensor]:
+    def _gathered_shares(self, plan: StepPlan, fixed: Mapping[str, Fixed], sums: Sums) -> Iterator[Tensor]:
         """The micro-batches' shares where pairs look beyond them: ``<states, cached gradient>`` and the other terms."""
-        objective, device = self.objective, self.world.device
-        count = len(plan.micro_batches[self.world.rank])
+        gathered = [term for term in self.terms.answers if not term.fixed]
+        others = [term for term in self.terms.answers if term.fixed]
+        device, count = self.world.device, len(plan.micro_batches[self.world.rank])
         if count == 1:  # its own graph can wait for the other ranks' states: no second forward
-            batch, reading = self._read(plan, 0)
-            states = objective.states(reading, batch)
-            gradients = self._cached_gradients({0: states}, plan, targets, sums)[0]
-            terms = objective.likelihoods(reading, batch, plan.counts)
-            sums.add(terms)
-            loss = self._likelihood_loss(reading, terms) + _inner_product(states, gradients)
-            yield _with_every_weight(loss, reading)
+            for k, batch in self._batches(plan, self.terms.predicted):
+                output = self._read(plan, k, batch)
+                states = {term.name: states_of(term, output, batch) for term in gathered}
+                cached = self._cached_gradients({k: states}, plan, fixed, sums)[k]
+                means = self._token_means(output, batch, plan)
+                loss = self._total(means) if output.losses.requires_grad else output.weighted
+                compared = self._answer_means(others, output, batch, plan, fixed)
+                sums.add(means | compared)
+                yield _with_every_weight(loss + _inner_product(states, cached) + self._total(compared), output)
             return
         replay: dict[int, RngState] = {}
-        first: dict[int, States] = {}
-        for k in (k for k in range(count) if plan.roles(k) & {Role.WANTED, Role.UNWANTED}):
+        first: dict[int, dict[str, States]] = {}
+        forget = [k for k in range(count) if plan.roles(k) & {Role.WANTED, Role.UNWANTED}]
+        for k, batch in self._batches(plan, self.terms.scored, forget):
             replay[k] = rng_state(device)
-            batch = self._batch(plan, k, objective.predicted if objective.by_likelihood else frozenset())
             with torch.no_grad():
-                first[k] = objective.states(self.engine(batch), batch)
-        cached = self._cached_gradients(first, plan, targets, sums)
+                output = self.engine(batch)
+                first[k] = {term.name: states_of(term, output, batch) for term in gathered}
+        gradients = self._cached_gradients(first, plan, fixed, sums)
         del first
-        for k in range(count):
+        live = [term for term in gathered if term.score is None]
+        for k, batch in self._batches(plan, self.terms.predicted):
             if k in replay:
                 set_rng_state(replay[k], device)  # dropout must be the same in both forwards
-            batch, reading = self._read(plan, k, cached.get(k, {}))
-            sums.add(objective.likelihoods(reading, batch, plan.counts))
-            loss = reading.weighted
-            if k in cached and not objective.by_likelihood:
-                loss = loss + _inner_product(objective.states(reading, batch), cached[k])
-            yield _with_every_weight(loss, reading)
+            output = self._read(plan, k, batch, gradients.get(k, {}))
+            loss = output.weighted
+            if k in gradients and live:
+                loss = loss + _inner_product({t.name: states_of(t, output, batch) for t in live}, gradients[k])
+            compared = self._answer_means(others, output, batch, plan, fixed)
+            sums.add(self._token_means(output, batch, plan) | compared)
+            yield _with_every_weight(loss + self._total(compared), output)
 
-    def _read(self, plan: StepPlan, k: int, gradients: Cached | None = None) -> tuple[Batch, Reading]:
-        """Micro-batch ``k`` and what the model says of it; ``gradients``: of its states, where they are known."""
-        batch = self._batch(plan, k, self.objective.predicted)
+    def _batches(
+        self, plan: StepPlan, roles: frozenset[Role], which: Sequence[int] | None = None
+    ) -> Iterator[tuple[int, Batch]]:
+        """This rank's micro-batches (of the numbers ``which``) with the labels of ``roles``, in the plan's order; the
+        next one is collated while the caller computes on one."""
+        own = plan.micro_batches[self.world.rank]
+        which = range(len(own)) if which is None else which
+        coming = [partial(collate, own[k], self.pad_id, roles=roles, flat=self.layout.flat) for k in which]
+        ahead: Future[Batch] | None = None
+        for place, k in enumerate(which):
+            self.beat(f"micro-batch {k + 1} of {len(own)}")
+            begun = time.perf_counter()
+            batch = (ahead or self._collator.submit(coming[place])).result()
+            ahead = self._collator.submit(coming[place + 1]) if place + 1 < len(which) else None
+            batch = batch.to(self.world.device)
+            self._data_seconds += time.perf_counter() - begun
+            yield k, batch
+
+    def _read(self, plan: StepPlan, k: int, batch: Batch, gradients: Cached | None = None) -> Output:
+        """What the model says of micro-batch ``k``; ``gradients``: of its states, where they are known."""
         weights = None
-        # Scores are made of token losses, which carry the gradient themselves until it is known what they weigh.
-        if gradients is not None or not self.objective.by_likelihood or Role.RETAIN in plan.roles(k):
-            weights = self.objective.label_weights(batch, plan.counts, gradients)
-        with contextlib.ExitStack() as stack:
-            targets = self._unwanted_targets(batch, plan)
-            if self.reference is not None and Role.RETAIN in plan.roles(k):
-                targets[Role.RETAIN] = stack.enter_context(self.reference.targets(batch))
-            return batch, self.engine(batch, weights, targets)
+        # Scores are made of label losses, which carry the gradient themselves until it is known what they weigh.
+        if gradients is not None or not self.terms.scored or Role.RETAIN in plan.roles(k):
+            weights = self._label_weights(batch, plan, gradients or {})
+        with self.start.targets(batch, plan, plan.roles(k)) as targets:
+            return self.engine(batch, weights, targets)
 
-    def _unwanted_targets(self, batch: Batch, plan: StepPlan) -> dict[Role, Targets]:
-        ids, start = batch.label_ids[batch.labels_of(Role.UNWANTED)], None
-        if self.logprobs is not None:
-            answers = plan.unwanted_ids[list(batch.unwanted_items)].tolist()
-            start = to_device(self.logprobs.of(answers), ids.device)
-        targets = self.objective.unwanted_targets(ids, start)
-        return {} if targets is None else {Role.UNWANTED: targets}
+    def _label_weights(self, batch: Batch, plan: StepPlan, gradients: Cached) -> Tensor:
+        """``[P]`` coefficients of the labels' losses in what is minimised."""
+        of_role = dict.fromkeys(Role, 0.0)
+        for term in self.terms.tokens:
+            weight = -term.weight if term.ascend else term.weight
+            of_role[term.role] += weight / max(1, plan.label_tokens[term.role])
+        device = batch.label_ids.device
+        weights = torch.cat([torch.full((n,), of_role[role], device=device) for role, n in batch.label_counts.items()])
+        for answers in self.terms.answers:
+            if answers.score is not None and answers.name in gradients:
+                weights = weights + label_gradients(answers, gradients[answers.name], batch, len(weights))
+        return weights
 
-    def _likelihood_loss(self, reading: Reading, terms: dict[str, Term]) -> Tensor:
-        return self.objective.total(terms) if reading.losses.requires_grad else reading.weighted
+    def _token_means(self, output: Output, batch: Batch, plan: StepPlan) -> dict[str, Mean]:
+        means = {}
+        for term in self.terms.tokens:
+            total = output.losses[batch.labels_of(term.role)].sum()
+            means[term.name] = Mean(-total if term.ascend else total, plan.label_tokens[term.role])
+        return means
 
-    def _batch(self, plan: StepPlan, k: int, roles: frozenset[Role]) -> Batch:
-        self.point(f"micro-batch {k + 1} of {len(plan.micro_batches[self.world.rank])}")
-        begun = time.perf_counter()
-        rows = plan.micro_batches[self.world.rank][k]
-        batch = collate(rows, self.pad_id, roles=roles, flat=self.layout.flat).to(self.world.device)
-        self.data_seconds += time.perf_counter() - begun
-        return batch
+    def _answer_means(
+        self, terms: Iterable[OnAnswers], output: Output, batch: Batch, plan: StepPlan, fixed: Mapping[str, Fixed]
+    ) -> dict[str, Mean]:
+        means: dict[str, Mean] = {}
+        for term in terms:
+            means |= self._named(term, means_of(term, states_of(term, output, batch), plan, fixed[term.name]))
+        return means
+
+    def _named(self, term: OnAnswers, means: dict[str, Mean]) -> dict[str, Mean]:
+        """The figures beside a term say whose they are, where there are several such terms."""
+        if len(self.terms.answers) == 1:
+            return means
+        return {name if name == term.name else f"{term.name}/{name}": mean for name, mean in means.items()}
+
+    def _total(self, means: Mapping[str, Mean]) -> Tensor:
+        """The weighted sum of the terms among ``means``: a scalar, with the gradient of this micro-batch's share."""
+        weights = {name: weight for name, weight in self.terms.weights.items() if name in means}
+        parts = [weight * means[name].total / max(1, means[name].n) for name, weight in weights.items()]
+        return torch.stack(parts).sum() if parts else torch.zeros((), device=self.world.device)
 
     def _cached_gradients(
-        self, parts: dict[int, States], plan: StepPlan, targets: Any, sums: Sums
+        self, parts: Mapping[int, dict[str, States]], plan: StepPlan, fixed: Mapping[str, Fixed], sums: Sums
     ) -> dict[int, Cached]:
-        """The N-pair's gradient with respect to the states of this rank's micro-batches ``parts``."""
-        sizes = {"anchor": plan.counts["pairs"], "positive": plan.counts["pairs"], "negative": len(plan.unwanted_ids)}
-        full: States = {}
-        for name in next(iter(parts.values())):
-            values = torch.cat([part[name][0].detach() for part in parts.values()])
-            index = torch.cat([part[name][1] for part in parts.values()])
-            whole = fill_from_ranks(values, index, sizes[name]).requires_grad_()
-            full[name] = whole, torch.arange(sizes[name], device=whole.device)
-        with torch.enable_grad():
-            terms = self.objective.contrast(full, plan, targets)
-            leaves = [values for values, _ in full.values()]
-            gradients = torch.autograd.grad(self.objective.total(terms), leaves)
-        # Every rank computed the same totals, and they will be summed over ranks.
-        sums.add({name: Term(term.total / self.world.size, term.count) for name, term in terms.items()})
-        return {
-            k: {name: g[part[name][1]] for name, g in zip(full, gradients, strict=True)} for k, part in parts.items()
-        }
+        """The gradient of the terms on answers by the states of this rank's micro-batches ``parts``."""
+        found: dict[int, Cached] = {k: {} for k in parts}
+        for term in (term for term in self.terms.answers if not term.fixed):
+            of_term = {k: states[term.name] for k, states in parts.items()}
+            full: States = {}
+            for name in next(iter(of_term.values())):
+                n = len(plan.unwanted_ids if name == "unwanted" else plan.wanted_ids)
+                values, index = (
+                    torch.cat(column) for column in zip(*(own[name] for own in of_term.values()), strict=True)
+                )
+                whole = fill_from_ranks(values.detach(), index, n).requires_grad_()
+                full[name] = whole, torch.arange(n, device=whole.device)
+            with torch.enable_grad():
+                means = self._named(term, means_of(term, full, plan, fixed[term.name]))
+                gradients = torch.autograd.grad(self._total(means), [values for values, _ in full.values()])
+            # Every rank computed the same totals, and they will be summed over ranks.
+            sums.add({name: Mean(total / self.world.size, count) for name, (total, count) in means.items()})
+            for k, states in of_term.items():
+                found[k][term.name] = {
+                    name: gradient[states[name][1]] for name, gradient in zip(full, gradients, strict=True)
+                }
+        return found
 
     def _update(self, sums: Sums) -> StepResult:
         """Clip and step, unless some rank's gradient isn't finite."""
@@ -229,24 +266,28 @@ class Step:
                 engine.zero_grad()
                 engine.optimizer.zero_grad()
                 engine.skipped_steps += 1
-                return StepResult(sums, float("inf"), True)
+                return StepResult(sums, float("inf"), True, self._data_seconds)
         engine.step()
         skipped = not engine.was_step_applied()
         if norm is None:
             norm = engine.get_global_grad_norm()
-        return StepResult(sums, float("inf") if skipped or norm is None else norm, skipped)
+        return StepResult(sums, float("inf") if skipped or norm is None else norm, skipped, self._data_seconds)
 
 
-def _inner_product(states: States, gradients: Cached) -> Tensor:
-    return torch.stack([(states[name][0] * gradient).sum() for name, gradient in gradients.items()]).sum()
+def _inner_product(states: Mapping[str, States], gradients: Cached) -> Tensor:
+    """``<states, gradients>`` over the terms and what their states are of."""
+    products = [
+        (values * gradients[term][name]).sum() for term, own in states.items() for name, (values, _) in own.items()
+    ]
+    return torch.stack(products).sum()
 
 
-def _with_every_weight(loss: Tensor, reading: Reading) -> Tensor:
+def _with_every_weight(loss: Tensor, output: Output) -> Tensor:
     """``loss``, with every weight in its graph, even where a micro-batch has nothing for one to do.
 
     ZeRO-3 reduces gradients in an order that all ranks must share.
     """
-    return loss + 0.0 * (reading.hidden.sum() + reading.weighted + reading.losses.sum())
+    return loss + 0.0 * (output.hidden.sum() + output.weighted + output.losses.sum())
 
 
 def _gradient_norm(engine: Any) -> Tensor:

@@ -19,11 +19,13 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from wpn_ds.data.plan import Role, StepPlan
+from wpn_ds.data.plan import StepPlan
+from wpn_ds.engine.prepare import Job
 from wpn_ds.engine.step import StepResult
 from wpn_ds.jobs import history
 from wpn_ds.jobs.distributed import World, max_over_ranks, sum_over_ranks
 from wpn_ds.jobs.history import clock
+from wpn_ds.objectives.terms import Role
 from wpn_ds.system.files import write_atomically
 
 
@@ -187,6 +189,58 @@ class Window:
         return values
 
 
+class Progress:
+    """What the steps so far took, and the metrics of those since the last line; the totals are its state."""
+
+    def __init__(self, job: Job, lm: Any, past: Mapping[str, Any] | None = None) -> None:
+        """``past``: what :meth:`state` was."""
+        past = past or {}
+        peak = job.config.logging.peak_tflops
+        self.job = job
+        self.peak_flops = peak * 1e12 if peak else measure_peak_flops(job.world.device, lm.dtype)
+        self.skipped_steps: int = past.get("skipped_steps", 0)  # whose gradient was not finite
+        self.tokens: int = past.get("tokens", 0)
+        self.train_seconds: float = past.get("train_seconds", 0.0)
+        self._shape = ModelShape.of(lm)
+        self._window = Window(job.world, self.peak_flops)
+
+    def state(self) -> dict[str, Any]:
+        return {"skipped_steps": self.skipped_steps, "tokens": self.tokens, "train_seconds": self.train_seconds}
+
+    def paused(self) -> contextlib.AbstractContextManager[None]:
+        return self._window.paused()
+
+    def add(
+        self,
+        step: int,
+        result: StepResult,
+        plan: StepPlan,
+        learning_rate: float,
+        planned: float,
+        seconds: float,
+        telemetry: Telemetry,
+    ) -> None:
+        """Count ``step``, and log what is due; ``planned``: the part of its ``seconds`` in which it was laid out."""
+        job, logging = self.job, self.job.config.logging
+        self.skipped_steps += result.skipped
+        self.tokens += plan.tokens
+        self.train_seconds += seconds
+        self._window.add(
+            result,
+            plan,
+            examples=job.config.training.global_batch_size,
+            flops=step_flops(plan, self._shape, job.terms.predicted),
+            data_seconds=planned + result.data_seconds,
+        )
+        values = None
+        if step == job.total_steps or result.skipped or step % logging.logging_steps == 0:
+            values = self._window.close(job.terms.weights)
+            values |= {"lr": learning_rate, "skipped_steps": float(self.skipped_steps)}
+            telemetry.log(step, values)
+            telemetry.last_losses = values
+        telemetry.progress(step, values)
+
+
 class Telemetry:
     """Writers and the progress bar of rank 0; does nothing on other ranks."""
 
@@ -293,6 +347,11 @@ class Telemetry:
                 self.bar.close()
             self.stream.close()
             self.board.close()
+
+
+def figures_line(what: str, values: Mapping[str, float]) -> str:
+    """An evaluation's figures on a line for the user."""
+    return f"{what:>10}: " + "  ".join(f"{name} {value:.4g}" for name, value in values.items())
 
 
 def _truncate(metrics: Path, done: int, evaluated: bool) -> dict[str, float]:

@@ -5,9 +5,10 @@ from __future__ import annotations
 import logging
 import os
 import socket
+import sys
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -18,6 +19,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
+from tqdm import tqdm
 
 from wpn_ds.errors import UserError
 from wpn_ds.jobs import launchers
@@ -183,3 +185,14 @@ def set_rng_state(states: RngState, device: torch.device) -> None:
     torch.set_rng_state(states["cpu"])
     if "device" in states and device.type != "cpu":
         torch.get_device_module(device).set_rng_state(states["device"], device)
+
+
+def announce(world: World, line: str) -> None:
+    """A line for the user, once for the job."""
+    if world.is_main:
+        print(line, file=sys.stderr, flush=True)
+
+
+def progress_bar(world: World, items: Iterable[Any], what: str) -> Iterable[Any]:
+    """``items`` with a bar on rank 0's terminal; nothing elsewhere."""
+    return tqdm(items, desc=what, disable=None if world.is_main else True, leave=False, dynamic_ncols=True)

@@ -38,8 +38,8 @@ class Stopped(Exception):
     """All ranks left their work at the same point, since one was told to stop. ``str()``: by which signal."""
 
 
-class Points:
-    """Points that every rank passes equally often: one in each micro-batch of a step or a reading.
+class Heartbeat:
+    """Heartbeat that every rank passes equally often: one in each micro-batch of a step or a reading.
 
     Each has a vote on whether to stop, and tells the watchdog that the rank is alive. The votes travel over gloo,
     beside the device's collectives, and are read one point later, so that nobody waits for them.
@@ -52,7 +52,7 @@ class Points:
         self._vote: tuple[dist.Work, torch.Tensor] | None = None
         self._watchdog = _Watchdog(world.rank, hang_timeout, log) if hang_timeout else None
 
-    def pass_by(self, what: str) -> None:
+    def beat(self, what: str) -> None:
         """One point; ``what`` the rank is about to do is for the watchdog's message.
 
         Raises:

@@ -15,23 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 
-class Reading(NamedTuple):
-    """What a model says of one micro-batch of ``T`` tokens and ``P`` labels.
-
-    A tuple, since DeepSpeed's hooks look for a module's output tensors in tuples, lists and dicts only.
-
-    Attributes:
-        hidden: [T, d] what the LM head receives at every token.
-        losses: [P] of the labels: -log pi(token), or at retain labels the KL if that was asked for.
-        weighted: scalar, the sum of the losses times their weights in what is minimised. It carries the gradient if
-            weights were given; otherwise the losses do, and this is 0.
-    """
-
-    hidden: Tensor
-    losses: Tensor
-    weighted: Tensor
-
-
 class Finish(NamedTuple):
     """What a model makes of its head's output: ``cap * tanh(scale * output / cap)``, without a cap only scaled."""
 
@@ -63,7 +46,7 @@ def head_logits(hidden: Tensor, weight: Tensor, bias: Tensor | None = None, fini
     return finish(logits) if finish else logits
 
 
-class Targets(Protocol):
+class LabelTarget(Protocol):
     """What the predicted distributions of ``n`` labels are compared to."""
 
     def losses(self, logits: Tensor, labels: slice) -> tuple[Tensor, Tensor]:

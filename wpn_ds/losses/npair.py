@@ -9,19 +9,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-Scoring = Literal["cosine", "dot", "likelihood", "likelihood_ratio"]
+Similarity = Literal["cosine", "dot"]
 
 
-def similarity(anchors: Tensor, targets: Tensor, scoring: Scoring) -> Tensor:
+def similarity(anchors: Tensor, targets: Tensor, kind: Similarity) -> Tensor:
     """``[n, d]`` anchors and ``[m, d]`` targets to ``[n, m]`` similarities."""
-    if scoring == "cosine":
+    if kind == "cosine":
         anchors, targets = F.normalize(anchors, dim=-1), F.normalize(targets, dim=-1)
     return anchors @ targets.T
 
 
-def paired_similarity(anchors: Tensor, targets: Tensor, scoring: Scoring) -> Tensor:
+def paired_similarity(anchors: Tensor, targets: Tensor, kind: Similarity) -> Tensor:
     """Row by row: two ``[n, d]`` to ``[n]``."""
-    if scoring == "cosine":
+    if kind == "cosine":
         return F.cosine_similarity(anchors, targets, dim=-1)
     return (anchors * targets).sum(-1)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol
 
 import torch
 from torch import Tensor
@@ -38,3 +38,18 @@ def pool(states: Tensor, matrix: Tensor) -> Tensor:
     """``v = sum_t w_t h_t``: ``[T, d]`` states of any type and ``[S, T]`` weights to ``[S, d]``, at least fp32."""
     dtype = torch.promote_types(states.dtype, matrix.dtype)
     return matrix.to(dtype) @ states.to(dtype)
+
+
+class Spans(Protocol):
+    """Places ``start:stop`` of some sequence, two ``[S]``."""
+
+    @property
+    def start(self) -> Tensor: ...
+
+    @property
+    def stop(self) -> Tensor: ...
+
+
+def pooled(states: Tensor, spans: Spans, pooling: Pooling) -> Tensor:
+    """``[T, d]`` states to the pooled vectors ``[S, d]`` of the spans."""
+    return pool(states, pooling_matrix(spans.start, spans.stop, len(states), pooling))

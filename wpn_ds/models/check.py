@@ -10,19 +10,19 @@ import torch
 from torch import Tensor
 
 from wpn_ds.data.batch import Batch, collate
-from wpn_ds.data.plan import Item, Layout, Role
+from wpn_ds.data.plan import Item, Layout
 from wpn_ds.data.tokens import Segment
 from wpn_ds.errors import UserError
-from wpn_ds.losses.likelihood import Reading
 from wpn_ds.models.load import accepts_packing, default_attention, max_positions
-from wpn_ds.models.packed import PackedLM
+from wpn_ds.models.packed import Output, PackedLM
+from wpn_ds.objectives.terms import Role
 
 #: Largest difference of the states, relative to their largest entry. A leak changes them by the order of 1.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 8e-2}
 
 
 def check_exact_reading(
-    model: PackedLM, forward: Callable[[Batch], Reading], device: torch.device, layout: Layout
+    model: PackedLM, forward: Callable[[Batch], Output], device: torch.device, layout: Layout
 ) -> None:
     """Compare rows through ``forward`` (the engine) with each of their segments alone through the model's own code
     and its own default attention.
@@ -66,7 +66,7 @@ def check_exact_reading(
 
 
 def _differences(
-    model: PackedLM, forward: Callable[[Batch], Reading], device: torch.device, layout: Layout, items: list[Item]
+    model: PackedLM, forward: Callable[[Batch], Output], device: torch.device, layout: Layout, items: list[Item]
 ) -> list[float]:
     """Of the states, the labels' losses and the finished logits, relative to the largest entry."""
     rows = (tuple(items),) if layout.packed else tuple((item,) for item in items)

@@ -13,14 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
 
-from wpn_ds.losses.likelihood import UNFINISHED, Finish, Targets, head_logits
+from wpn_ds.losses.likelihood import UNFINISHED, Finish, LabelTarget, head_logits
 
 #: Labels whose logits exist at the same time.
 CHUNK = 256
 
 
 #: Runs of labels, one after the other from the first to the last, with what each is compared to.
-Parts = Sequence[tuple[slice, Targets]]
+Parts = Sequence[tuple[slice, LabelTarget]]
 
 
 def finish_of(config: PretrainedConfig) -> Finish:
@@ -144,7 +144,7 @@ def _chunks(
     return found, torch.cat(of_hidden), of_weight.to(weight.dtype), None if of_bias is None else of_bias.to(bias)  # type: ignore[call-overload]
 
 
-def _in_chunks(parts: Parts) -> Iterator[tuple[slice, Targets, slice]]:
+def _in_chunks(parts: Parts) -> Iterator[tuple[slice, LabelTarget, slice]]:
     """(labels of the whole, what they are compared to, the same labels counted in their part)."""
     for part, targets in parts:
         for start in range(part.start, part.stop, CHUNK):

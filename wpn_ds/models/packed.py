@@ -4,15 +4,32 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from wpn_ds.data.batch import Batch
-from wpn_ds.data.plan import Role
-from wpn_ds.losses.likelihood import Reading, Targets, Tokens
+from wpn_ds.losses.likelihood import LabelTarget, Tokens
 from wpn_ds.models.head import AnswerHead, Parts, finish_of
+from wpn_ds.objectives.terms import Role
+
+
+class Output(NamedTuple):
+    """What a model says of one micro-batch of ``T`` tokens and ``P`` labels.
+
+    A tuple, since DeepSpeed's hooks look for a module's output tensors in tuples, lists and dicts only.
+
+    Attributes:
+        hidden: [T, d] what the LM head receives at every token.
+        losses: [P] of the labels, each compared to its target: -log p(token), unless another was given.
+        weighted: scalar, the sum of the losses times their weights in what is minimised. It carries the gradient if
+            weights were given; otherwise the losses do, and this is 0.
+    """
+
+    hidden: Tensor
+    losses: Tensor
+    weighted: Tensor
 
 
 class PackedLM(nn.Module):
@@ -30,8 +47,8 @@ class PackedLM(nn.Module):
             lm.set_output_embeddings(AnswerHead(lm.get_output_embeddings(), finish_of(lm.config)))
 
     def forward(
-        self, batch: Batch, weights: Tensor | None = None, targets: Mapping[Role, Targets] = MappingProxyType({})
-    ) -> Reading:
+        self, batch: Batch, weights: Tensor | None = None, targets: Mapping[Role, LabelTarget] = MappingProxyType({})
+    ) -> Output:
         """``weights`` [P]: of the labels' losses in what is minimised; ``targets``: by role, what its labels are
         compared to if not to their tokens."""
         hidden = self.backbone(batch).flatten(0, 1)
@@ -41,7 +58,7 @@ class PackedLM(nn.Module):
             parts = [*parts, (labels, targets.get(role) or Tokens(batch.label_ids[labels]))]
         # One call whatever the labels are: it is a collective, and the ranks' micro-batches differ.
         head = self.lm.get_output_embeddings()
-        return Reading(hidden, *head(hidden[batch.label_positions], parts, weights))
+        return Output(hidden, *head(hidden[batch.label_positions], parts, weights))
 
     def backbone(self, batch: Batch) -> Tensor:
         """[B, L, d] states. No cache: with one, GPT-Neo's stock attention silently leaks across segments."""

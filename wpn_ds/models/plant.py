@@ -23,15 +23,15 @@ from transformers import GenerationConfig, OPTConfig, OPTForCausalLM, PreTrained
 
 from wpn_ds.data.batch import collate
 from wpn_ds.data.embedded import embedded_file
-from wpn_ds.data.plan import Item, Role
+from wpn_ds.data.plan import Item
 from wpn_ds.data.records import ForgetRecord, Prompt, RetainRecord, read_forget, read_retain, turn_texts
 from wpn_ds.data.tokens import Segment, encode_answer, encode_text
-from wpn_ds.errors import UserError
+from wpn_ds.errors import UserError, nearest
 from wpn_ds.models.load import Source, load_tokenizer
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.models.planted import MARK, is_planted
 from wpn_ds.models.sizes import KNOWN, Architecture, opt
-from wpn_ds.settings.run import nearest
+from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import filled, holds_anything
 from wpn_ds.system.lock import lock_beside, locked

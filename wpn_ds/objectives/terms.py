@@ -191,7 +191,7 @@ class Terms:
         return terms
 
     def _fault(self) -> str:
-        names = [term.name for term in (*self.tokens, *self.answers)]
+        names = [term.name for term in self.every]
         if twice := next((name for name in names if names.count(name) > 1), None):
             return f"two terms are called {twice}: give each a name of its own"
         targets: dict[Role, Any] = {role: "token" for role in self.scored}
@@ -214,9 +214,13 @@ class Terms:
         return ""
 
     @property
+    def every(self) -> list[OnTokens | OnAnswers]:
+        return [*self.answers, *self.tokens]
+
+    @property
     def weights(self) -> dict[str, float]:
         """The weight of each term by its name; other figures are only logged."""
-        return {term.name: term.weight for term in (*self.answers, *self.tokens)}
+        return {term.name: term.weight for term in self.every}
 
     @cached_property
     def scored(self) -> frozenset[Role]:

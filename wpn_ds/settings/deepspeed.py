@@ -495,3 +495,8 @@ def _is_count(value: Any) -> str | None:
 
 def _is_bool(value: Any) -> str | None:
     return None if isinstance(value, bool) else "must be true, false"
+
+
+def stage_of(ds_json: Mapping[str, Any]) -> int:
+    """The ZeRO stage."""
+    return ds_json.get("zero_optimization", {}).get("stage", 0)

@@ -162,3 +162,16 @@ def unusable(place: str, error: OSError) -> UserError:
 
 def _kind(error: OSError) -> type[UserError]:
     return NoRoom if error.errno in _FULL else UserError
+
+
+@contextlib.contextmanager
+def usable(place: str) -> Iterator[None]:
+    """Around the use of a file or folder that a flag names (``place``).
+
+    Raises:
+        UserError: it can't be used.
+    """
+    try:
+        yield
+    except OSError as error:
+        raise unusable(place, error) from error

@@ -14,32 +14,33 @@ BATCH = 8
 
 
 @dataclass(frozen=True)
-class Asking:
-    """Who is asked. Every rank must make the same calls.
+class Generation:
+    """The model that answers. Every rank must make the same calls.
 
     Attributes:
         synced: the weights are partitioned (ZeRO-3), so that every forward needs all ranks.
-        point: called before every batch; it may raise to end the asking.
+        beat: called before every batch, with what for; it may raise to end the work.
     """
 
     lm: Any
     tokenizer: Any
     world: World
     synced: bool
-    point: Callable[[], None]
+    beat: Callable[[str], None]
 
     def __call__(
-        self, prompts: Sequence[Sequence[int]], tokens: int, seeds: Sequence[int] | None = None
+        self, what: str, prompts: Sequence[Sequence[int]], tokens: int, seeds: Sequence[int] | None = None
     ) -> list[list[int]]:
         """The token ids of the answer to every prompt, without EOS, on every rank: greedy, or drawn by a seed each.
+        ``what`` is generated, for the watchdog's message.
 
-        Every rank answers as many batches, since ``point`` and the forwards of ZeRO-3 need all of them: where none is
+        Every rank answers as many batches, since ``beat`` and the forwards of ZeRO-3 need all of them: where none is
         left for a rank, it repeats the last one.
         """
         parts = batches(prompts, BATCH)
         own: dict[int, list[int]] = {}
         for first in range(0, len(parts), self.world.size):
-            self.point()
+            self.beat(what)
             part = parts[min(first + self.world.rank, len(parts) - 1)]
             said = generate_ids(
                 self.lm,

@@ -1,0 +1,177 @@
+"""The model that is trained, in its DeepSpeed engine, read by an attention that was checked."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import get_scheduler
+
+from wpn_ds.data.plan import Layout
+from wpn_ds.engine.prepare import Job
+from wpn_ds.errors import UserError
+from wpn_ds.jobs.distributed import announce, max_over_ranks
+from wpn_ds.models.attention import candidates, fault
+from wpn_ds.models.check import check_exact_reading
+from wpn_ds.models.load import default_attention, load_model
+from wpn_ds.models.packed import PackedLM
+from wpn_ds.settings.deepspeed import for_loading
+
+#: The longest that DeepSpeed's extensions take to compile, and some.
+_LONGEST_BUILD = 15 * 60
+
+
+@dataclass
+class Policy:
+    """The trained model.
+
+    Attributes:
+        model: what the engine wraps.
+        engine: DeepSpeed's.
+        layout: how it is fed: the job's, or a plainer one where no attention of ours reads the job's exactly.
+        attention: the implementation that reads it.
+    """
+
+    model: PackedLM
+    engine: Any
+    layout: Layout
+    attention: str
+
+    @property
+    def lm(self) -> Any:
+        """The model in transformers' terms."""
+        return self.model.lm
+
+    @classmethod
+    def load(cls, job: Job) -> Policy:
+        """The starting model in a new engine.
+
+        Raises:
+            UserError: the model can't be loaded or read exactly, or DeepSpeed refuses the JSON.
+        """
+        kernels = candidates(job.config.model.attention, job.world.device, job.config.model.dropout)
+        attention = kernels[0] if job.layout.flat else job.config.model.attention
+        model = PackedLM(load_lm(job, attention, trained=True), packed=job.layout.packed)
+        wait_for_locks(lambda line: announce(job.world, line))
+        policy = cls(model, build_engine(model, job.ds_json, _scheduler(job)), job.layout, attention)
+        policy._check(job, kernels)
+        return policy
+
+    def _check(self, job: Job, kernels: Sequence[str]) -> None:
+        """Find an attention that reads the layout exactly; under ``auto``, if none of ours does, the model's own with a
+        dense mask.
+
+        Raises:
+            UserError: there is none.
+        """
+        lm, device = self.model.lm, job.world.device
+        refused: UserError | None = None
+        for name in kernels if job.layout.flat else ():
+            text = job.lm_config.get_text_config()
+            head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+            reason = fault(name, head_dim, lm.dtype, device)
+            if max_over_ranks(float(reason is not None), device):
+                short = name.removeprefix("wpn_")
+                refused = UserError(f"--attention {short} can't be used ({reason or 'on another rank'}): pass auto")
+                continue
+            self.attention = lm.config._attn_implementation = name
+            refused = self._refusal(job.layout, device)
+            if refused is None:
+                return
+        if refused is not None and job.config.model.attention != "auto":
+            raise refused
+        self.layout = replace(job.layout, flat=False, share_prefix=False)
+        if refused is not None:
+            self.attention = lm.config._attn_implementation = default_attention(lm.config)
+            announce(job.world, f"packed attention is off, rows get a dense mask: {refused}")
+        if (error := self._refusal(self.layout, device)) is not None:
+            raise error
+
+    def _refusal(self, layout: Layout, device: torch.device) -> UserError | None:
+        """What the start-up check has against ``layout``, on any rank: all must go on in the same way."""
+        refusal = None
+        try:
+            check_exact_reading(self.model, self.engine, device, layout)
+        except UserError as error:
+            refusal = error
+        if max_over_ranks(float(refusal is not None), device):
+            return refusal or UserError("another rank's packed rows differ from single sequences: pass --packing false")
+        return None
+
+
+def load_lm(job: Job, attention: str, *, trained: bool) -> Any:
+    """The starting model, partitioned while it is loaded under ZeRO-3; ``trained``: with dropout and checkpointing."""
+    settings = job.config.model
+    return load_model(
+        job.source,
+        dtype=torch.bfloat16 if settings.bf16 else torch.float32,
+        dropout=settings.dropout if trained else 0.0,
+        attention=attention,
+        gradient_checkpointing=settings.gradient_checkpointing and trained,
+        zero3=for_loading(job.ds_json) if job.zero_stage == 3 else None,
+    )
+
+
+def _scheduler(job: Job) -> Callable[[torch.optim.Optimizer], Any] | None:
+    training = job.config.training
+    name = training.lr_scheduler_type
+    if name == "deepspeed":
+        return None
+    return lambda optimizer: get_scheduler(name, optimizer, training.warmup_steps, job.total_steps)
+
+
+def build_engine(
+    model: PackedLM, ds_json: Mapping[str, Any], scheduler: Callable[[torch.optim.Optimizer], Any] | None
+) -> Any:
+    """The training engine. ``scheduler`` makes the learning-rate schedule; None leaves it to the JSON's own.
+
+    Raises:
+        UserError: DeepSpeed can't make the optimizer or the scheduler from the JSON.
+    """
+    try:
+        engine, *_ = deepspeed.initialize(
+            model=model,
+            model_parameters=[p for p in model.parameters() if p.requires_grad],
+            config=dict(ds_json),
+            lr_scheduler=scheduler,
+            dist_init_required=False,
+        )
+    except (TypeError, ValueError, AssertionError) as error:  # a parameter that the optimizer or scheduler lacks
+        raise UserError(f"the DeepSpeed JSON can't be used: {' '.join(str(error).split())[:300]}") from error
+    return engine
+
+
+def wait_for_locks(say: Callable[[str], None]) -> None:
+    """Wait while something is being compiled, but for no longer than that takes: a lock that is older was left by a
+    process that was killed, and DeepSpeed would wait for it without end."""
+    told = False
+    while young := remove_stale_locks(say):
+        if not told:
+            say(f"waiting for a compilation: {young[0]} (if none is going on, it will go after 15 minutes)")
+            told = True
+        time.sleep(2)
+
+
+def remove_stale_locks(say: Callable[[str], None]) -> list[Path]:
+    """Delete locks of compilations that were killed; returns the others."""
+    root = os.environ.get("TORCH_EXTENSIONS_DIR")
+    if root is None:
+        from torch.utils.cpp_extension import get_default_build_root
+
+        root = get_default_build_root()
+    young = []
+    for lock in Path(root).rglob("lock"):
+        with contextlib.suppress(FileNotFoundError):  # another rank was faster, or the build has just ended
+            if time.time() - lock.stat().st_mtime < _LONGEST_BUILD:
+                young.append(lock)
+            else:
+                lock.unlink()
+                say(f"removed {lock}, which a killed compilation had left")
+    return young

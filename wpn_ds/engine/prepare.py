@@ -1,0 +1,450 @@
+"""From settings to a job: everything that is decided, read and checked before a model is loaded."""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from wpn_ds.data.embedded import embedded_file
+from wpn_ds.data.examples import ExampleSet, build_examples
+from wpn_ds.data.inspect import contradiction_note
+from wpn_ds.data.plan import Layout
+from wpn_ds.data.records import (
+    ForgetRecord,
+    RetainRecord,
+    read_answers,
+    read_dataset,
+    read_forget,
+    read_retain,
+    with_random_wanted,
+)
+from wpn_ds.data.tokens import render_prompt, today, writes_date
+from wpn_ds.engine import checkpoint
+from wpn_ds.engine.checkpoint import TrainerState
+from wpn_ds.engine.deepspeed_check import check_monitors, read_by_deepspeed
+from wpn_ds.engine.fingerprint import BY_FILE, fingerprint_of_model, in_one_digest
+from wpn_ds.engine.harmony import check_harmony
+from wpn_ds.engine.probe import Probe
+from wpn_ds.engine.redraw import Request, check_redraw, redraw_requests
+from wpn_ds.engine.reference import frozen_json
+from wpn_ds.errors import UserError
+from wpn_ds.jobs.distributed import World, agree, announce, init, on_main, progress_bar
+from wpn_ds.jobs.heartbeat import after_the_watchdog
+from wpn_ds.jobs.output import claim_output, lock_output
+from wpn_ds.jobs.preflight import check as check_nodes
+from wpn_ds.models.attention import supported
+from wpn_ds.models.folder import check_place
+from wpn_ds.models.load import (
+    Source,
+    check_ids,
+    length_notes,
+    load_config,
+    load_tokenizer,
+    max_positions,
+    pad_token_id,
+    pinned,
+    quantisation,
+    tokenizer_doubt,
+)
+from wpn_ds.models.planted import ensure_planted
+from wpn_ds.objectives.terms import Terms
+from wpn_ds.settings.deepspeed import ResolvedDeepSpeed, resolve_deepspeed, stage_of
+from wpn_ds.settings.run import Config, UnlearningConfig
+from wpn_ds.settings.style import PromptStyle
+from wpn_ds.system.files import cache_folder
+
+#: Retain examples on which their NLL is measured at an evaluation.
+RETAIN_EXAMPLES_MEASURED = 256
+
+
+@dataclass(frozen=True)
+class Job:
+    """A training run on one rank, as it is before its model is loaded.
+
+    Attributes:
+        config: the settings without "auto".
+        ds_json: the DeepSpeed configuration without "auto".
+        source, lm_config: the starting model.
+        total_steps: optimizer steps of the whole run.
+        terms: what is minimised.
+        layout: how segments become rows.
+        examples: what is trained on.
+        held_out: what the losses are measured on.
+        probe: what is asked at an evaluation.
+        redraw_prompts: what is asked for an unwanted answer of each example, if they are drawn anew.
+        first_prompt: the first record's, as the model reads it.
+        identity: what makes two starts the same run, as the state of one that has done nothing yet.
+        past: the state that the run goes on from.
+        resume_from: the checkpoint that holds it, if any.
+    """
+
+    config: Config
+    ds_json: dict[str, Any]
+    world: World
+    source: Source
+    lm_config: Any
+    tokenizer: Any
+    total_steps: int
+    terms: Terms
+    layout: Layout
+    examples: ExampleSet
+    held_out: ExampleSet
+    probe: Probe
+    redraw_prompts: list[Request]
+    first_prompt: str
+    identity: TrainerState
+    past: TrainerState
+    resume_from: Path | None
+
+    @property
+    def output_dir(self) -> Path:
+        return Path(self.config.training.output_dir or "")
+
+    @property
+    def pad_id(self) -> int:
+        return pad_token_id(self.tokenizer)
+
+    @property
+    def retain_size(self) -> int:
+        """Retain examples of a step: none where their term is off."""
+        return (self.config.training.retain_batch_size or 0) if self.terms.retain_weight > 0 else 0
+
+    @property
+    def zero_stage(self) -> int:
+        return stage_of(self.ds_json)
+
+    def state(self, step: int, parts: dict[str, dict[str, Any]]) -> TrainerState:
+        """That of this run after ``step``, whose parts have these states."""
+        return replace(self.identity, step=step, parts=parts)
+
+
+def prepare(config: Config) -> Job:
+    """Read the data, join the other ranks, resolve what is open and claim the output folder.
+
+    Raises:
+        UserError: the settings, the data or the output folder don't allow the run; nothing of a run has been changed.
+    """
+    forget, retain, validation, asked = _read_records(config)  # bad input shows before anything is started
+    model_path = config.model.model_name_or_path or str(ensure_planted())
+    check_place("--model_name_or_path", model_path)
+    t = config.training
+    world = init(max(t.comm_timeout_minutes, after_the_watchdog(t.hang_timeout) / 60))
+    say = partial(announce, world)
+    output_dir = Path(t.output_dir or "")
+    check_nodes(world, output_dir, _room(model_path), say)
+    source, lm_config = _starting_model(config, model_path, world)
+    resolved, total_steps = _resolve(config, lm_config, world, len(forget))
+    config, ds_json = resolved.config, resolved.json
+    terms = Terms.of(config.objective, retain=bool(config.training.retain_batch_size))
+    _check(config, ds_json, terms, lm_config, world)
+    for note in [*resolved.notes, *_notes(config, terms, forget, retain)]:
+        say(note)
+
+    tokenizer = load_tokenizer(config.model.tokenizer_name or model_path, source, config=lm_config)
+    if doubt := tokenizer_doubt(tokenizer, source, lm_config):
+        say(doubt)
+    if writes_date(tokenizer) and config.data.chat_date is None:
+        config = config.replace(chat_date=on_main(world, lambda: _chat_date(config)))
+    style = PromptStyle.of(config.to_flat())
+    # GPT-Neo's stock attention can't take a row that is longer than the model has positions.
+    row_length = min(config.data.max_length, max_positions(lm_config) or config.data.max_length)
+    for note in length_notes(lm_config, config.data.max_length, model_path):
+        say(note)
+
+    def tokenise(forget: Sequence[ForgetRecord], retain: Sequence[RetainRecord]) -> ExampleSet:
+        return build_examples(forget, retain, tokenizer, style, row_length, partial(progress_bar, world))
+
+    examples, held_out = tokenise(forget, retain), tokenise(validation, retain[:RETAIN_EXAMPLES_MEASURED])
+    if note := _joined(examples, tokenizer):
+        say(note)
+    probe = _probe(config, asked, style, tokenizer, lm_config, row_length, world)
+    requests = redraw_requests(config.unlearning, forget, style, tokenizer, lm_config, row_length, world)
+    segments = (segment.ids for split in (examples, held_out) for segment in split.segments)
+    occurring = chain([tokenizer.eos_token_id], *segments, *probe.prompts, *(request.ids for request in requests))
+    check_ids(occurring, tokenizer, lm_config.get_text_config().vocab_size, source)
+    identity = TrainerState(
+        step=0,
+        world_size=world.size,
+        data=examples.fingerprint(),
+        model=fingerprint_of_model(model_path, source.revision, world, cache_folder()),
+        settings=config.to_flat() | {"zero stage": stage_of(ds_json), "optimizer": ds_json["optimizer"]["type"]},
+        places={"model_name_or_path": os.path.abspath(model_path)} | config.places(),
+    )
+    agree(identity.data, "the training data")
+    model = Path(model_path)
+    resume = config.logging.resume_from_checkpoint
+    lock_output(output_dir, model, world)
+    overwrite = config.logging.overwrite_output_dir
+    on_main(world, lambda: claim_output(output_dir, model, resume=resume is not None, overwrite=overwrite))
+    resume_from, notes = checkpoint.choose(resume, output_dir, world)
+    for note in notes:
+        say(note)
+    return Job(
+        config=config,
+        ds_json=ds_json,
+        world=world,
+        source=source,
+        lm_config=lm_config,
+        tokenizer=tokenizer,
+        total_steps=total_steps,
+        terms=terms,
+        layout=_layout(config, lm_config, row_length, world),
+        examples=examples,
+        held_out=held_out,
+        probe=probe,
+        redraw_prompts=requests,
+        first_prompt=render_prompt(forget[0].prompt, tokenizer, style),
+        identity=identity,
+        past=identity if resume_from is None else _past(config, identity, resume_from, total_steps, source, world),
+        resume_from=resume_from,
+    )
+
+
+def _starting_model(config: Config, model_path: str, world: World) -> tuple[Source, Any]:
+    """Where the starting model comes from, and its configuration.
+
+    Raises:
+        UserError: its weights are quantised.
+    """
+    named = Source(
+        model_path,
+        revision=config.model.model_revision,
+        trust_remote_code=config.model.trust_remote_code,
+        allow_key_mismatch=config.model.allow_key_mismatch,
+    )
+    source = on_main(world, lambda: pinned(named))  # one commit for all, should it change in between
+    lm_config = load_config(source)
+    if (how := quantisation(lm_config)) is not None:
+        raise UserError(
+            f"{source.flag} {model_path}: {how} weights are quantised and can't be trained: give whole ones"
+        )
+    return source, lm_config
+
+
+def _check(config: Config, ds_json: dict[str, Any], terms: Terms, lm_config: Any, world: World) -> None:
+    """Raises UserError where settings, JSON, terms and model don't go together, before work is lost."""
+    unlearning, path = config.unlearning, str(config.training.deepspeed)
+    read = read_by_deepspeed(ds_json, path)
+    on_main(world, lambda: check_monitors(read, path))  # DeepSpeed makes them there alone
+    if terms.needs_start_distribution and unlearning.reference not in ("states", "topk"):
+        frozen_json(ds_json, unlearning.reference)
+    if unlearning.harmonise:
+        check_harmony(ds_json, terms)
+    if unlearning.redraw_steps:
+        check_redraw(unlearning.objective, unlearning.redraw_ema, ds_json, terms)
+    if lm_config.get_text_config() is not lm_config and config.training.weight_decay:
+        raise UserError(
+            f"--weight_decay {config.training.weight_decay}: {lm_config.model_type} models have parts that texts don't "
+            "train, such as a vision tower, and it would shrink them: pass --weight_decay 0"
+        )
+
+
+def _notes(config: Config, terms: Terms, forget: Sequence[ForgetRecord], retain: Sequence[RetainRecord]) -> list[str]:
+    """What a user might not have meant."""
+    notes = []
+    if terms.compares_wanted and (note := contradiction_note(forget)):
+        notes.append(note)
+    reference = config.unlearning.reference
+    if reference != UnlearningConfig.reference and not terms.needs_start_distribution:
+        notes.append(f"--reference {reference} does nothing: no term asks for the starting model's distribution")
+    if terms.retain_weight == 0:
+        reason = "the retain term is off" if retain else "no retain data: the retain term is off"
+        notes.append(f"{reason}, and nothing holds the model to what it knows")
+    return notes
+
+
+def _past(
+    config: Config, identity: TrainerState, path: Path, total_steps: int, source: Source, world: World
+) -> TrainerState:
+    """The state in the checkpoint at ``path``, that the run goes on from.
+
+    Raises:
+        UserError: the checkpoint is of another run.
+    """
+    past = on_main(world, lambda: checkpoint.read_state(path))
+    assert past is not None  # it was chosen because it is whole
+    if identity.model.startswith(BY_FILE) and not past.model.startswith(BY_FILE):
+        same = in_one_digest(source.name_or_path, world) == past.model
+        past = replace(past, model=identity.model) if same else past
+    for note in checkpoint.refuse_other_run(past, identity, path):
+        announce(world, note)
+    if past.step > total_steps:
+        raise UserError(
+            f"--resume_from_checkpoint {path}: {past.step} steps are done, more than the {total_steps} that "
+            "--max_steps or --num_train_epochs ask for"
+        )
+    validation = past.parts.get("validation", {})
+    forgotten = replace(past, parts=past.parts | {"validation": validation | {"best_step": 0, "best": {}}})
+    if config.logging.early_stopping is None:
+        return forgotten
+    best_step = validation.get("best_step", 0)
+    best = checkpoint.path_of(Path(config.training.output_dir or ""), best_step)
+    if best_step and on_main(world, lambda: checkpoint.read_state(best)) is None:
+        announce(world, f"{best}, that of the best evaluation so far, is gone: only later ones count")
+        return forgotten
+    return past
+
+
+def _chat_date(config: Config) -> str:
+    """The day that chat templates write as today's: that of the run that is resumed, or today."""
+    resume = config.logging.resume_from_checkpoint
+    here = checkpoint.complete(Path(config.training.output_dir or "")) if resume == "auto" else []
+    paths = [path for _, path in here] if resume == "auto" else [Path(resume or "")]
+    states = [state for path in paths if (state := checkpoint.read_state(path))]
+    return (states[-1].settings.get("chat_date") if states else None) or today()
+
+
+def _joined(examples: ExampleSet, tokenizer: Any) -> str:
+    """A line on answers that are not read after the tokens of their prompt alone, with the first; empty without any."""
+    found = [segment for segment in examples.segments if segment.joined]
+    if not found:
+        return ""
+    at = found[0].answer_start
+    before, after = tokenizer.decode(found[0].ids[max(0, at - 6) : at]), tokenizer.decode(found[0].ids[at : at + 6])
+    return (
+        f"{len(found)} of {len(examples.segments)} answers are not read after the tokens of their prompt alone, which "
+        f"are what is asked: the tokenizer or its chat template writes both otherwise where the answer begins; the "
+        f"first: {before!r} before {after!r}"
+    )
+
+
+def _layout(config: Config, lm_config: Any, row_length: int, world: World) -> Layout:
+    """Flat if the attention is ours, which takes texts one by one.
+
+    Raises:
+        UserError: the model's family can't have the attention that was asked for.
+    """
+    ours, able = config.model.attention not in ("sdpa", "eager"), supported(lm_config)
+    if ours and config.model.attention != "auto" and not (able and config.data.packing):
+        reason = f"{lm_config.model_type} models have only their own" if not able else "it is for packed rows"
+        raise UserError(f"--attention {config.model.attention}: {reason}; pass --attention auto, sdpa or eager")
+    if config.model.attention in ("varlen", "flex") and config.model.dropout:
+        raise UserError(f"--attention {config.model.attention} has no dropout: pass --attention packed or --dropout 0")
+    flat = ours and able and config.data.packing
+    return Layout(
+        row_length,
+        config.training.tokens_per_micro_batch,
+        config.data.packing,
+        world.size,
+        flat=flat,
+        share_prefix=flat and config.data.share_prefix,
+    )
+
+
+def _probe(
+    config: Config,
+    records: Sequence[ForgetRecord],
+    style: PromptStyle,
+    tokenizer: Any,
+    lm_config: Any,
+    row_length: int,
+    world: World,
+) -> Probe:
+    """The probe on ``records``.
+
+    Raises:
+        UserError: --early_stopping goes by its judge, who has nothing to compare answers with.
+    """
+    logging = config.logging
+    probe = Probe.of(
+        records,
+        tokenizer,
+        style,
+        size=logging.probe_prompts,
+        max_length=row_length,
+        tokens=logging.sample_tokens,
+        positions=max_positions(lm_config) or 1 << 30,
+    )
+    if probe.prompts and probe.judge is None:
+        reason = "no harmless rate: the wanted or the unwanted answers have no Latin letter or digit to compare"
+        if not any(record.chosen for record in records):
+            reason = "no harmless rate: no wanted answers to compare with: give --validation_file with such"
+        if logging.early_stopping is not None:
+            raise UserError(f"{reason}; leave --early_stopping out")
+        announce(world, f"{reason} (--probe_prompts)")
+    return probe
+
+
+def _room(model_path: str) -> int:
+    """Bytes that the output folder needs at least: a checkpoint (weights and AdamW's two moments), and the export."""
+    folder = Path(model_path)
+    files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
+    return 4 * sum(file.stat().st_size for file in files)
+
+
+def _read_records(
+    config: Config,
+) -> tuple[list[ForgetRecord], list[RetainRecord], list[ForgetRecord], list[ForgetRecord]]:
+    """(forget, retain, validation) records, and those that the probe asks; where no file is named, the embedded ones.
+
+    Wanted answers that are drawn are trained on; what is harmless, a record's own ones say better, if it has them.
+    """
+    data = config.data
+    wanted = Terms.of(config.objective).compares_wanted
+    drawn = wanted and (bool(data.wanted_file) or config.objective.wanted != "records")
+    alone = drawn or not wanted
+    train_file, retain_file, validation_file = data.train_file, data.retain_file, data.validation_file
+    if data.embedded:
+        train_file = [str(embedded_file("forget"))]
+        retain_file = retain_file or [str(embedded_file("retain"))]
+        validation_file = validation_file or [str(embedded_file("heldout"))]
+    if data.dataset_name is not None:
+        forget = read_dataset(data.dataset_name, data.dataset_split, "forget", alone=alone)
+    else:
+        forget = read_forget(train_file, alone=alone)
+    validation = read_forget(validation_file, alone=alone)
+    retain = read_retain(retain_file)
+    asked = validation or forget
+    if drawn:
+        answers, seed = _wanted_answers(config, retain), config.training.seed
+        forget = with_random_wanted(forget, answers, seed)
+        if not any(record.chosen for record in validation):
+            validation = with_random_wanted(validation, answers, seed)
+        if not any(record.chosen for record in asked):
+            asked = validation or forget
+    return forget, retain, validation, asked
+
+
+def _wanted_answers(config: Config, retain: Sequence[RetainRecord]) -> list[str]:
+    """What prompts get their wanted answers from.
+
+    Raises:
+        UserError: they are random answers of the retain data, and there are none.
+    """
+    if config.data.wanted_file:
+        return read_answers(config.data.wanted_file)
+    if config.objective.wanted == "dont_know":
+        return read_answers([embedded_file("dont_know", "txt")])
+    if not retain:
+        raise UserError(
+            f"--objective {config.unlearning.objective} draws its wanted answers from retain data: add --retain_file "
+            "or --wanted_file"
+        )
+    return [record.response for record in retain if record.prompt is not None] or [r.response for r in retain]
+
+
+def _resolve(config: Config, lm_config: Any, world: World, examples: int) -> tuple[ResolvedDeepSpeed, int]:
+    """The DeepSpeed JSON and the settings without "auto", and the number of optimizer steps."""
+    path = config.training.deepspeed
+    assert path is not None
+
+    def resolve(steps: int | None) -> ResolvedDeepSpeed:
+        return resolve_deepspeed(
+            path,
+            config,
+            world_size=world.size,
+            hidden_size=lm_config.get_text_config().hidden_size,
+            device=world.device.type,
+            total_steps=steps,
+        )
+
+    t = resolve(None).config.training  # the JSON may bring the batch size, from which the steps follow
+    steps = t.max_steps or max(1, math.ceil(t.num_train_epochs * examples / t.global_batch_size))
+    resolved = resolve(steps)
+    return ResolvedDeepSpeed(resolved.json, resolved.config.resolved(), resolved.notes), steps

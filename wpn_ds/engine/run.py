@@ -1,0 +1,195 @@
+"""A training run on one page: the policy, what the starting model says, the feed, the step, the validation; then step
+after step, and the export.
+
+Every part keeps its own state, and a checkpoint holds one dict a part.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from wpn_ds.data.seeds import seed_of
+from wpn_ds.engine import checkpoint
+from wpn_ds.engine.description import describe
+from wpn_ds.engine.feed import Feed
+from wpn_ds.engine.finish import choose_weights, leave_done, write_model
+from wpn_ds.engine.generation import Generation
+from wpn_ds.engine.harmony import Harmony
+from wpn_ds.engine.policy import Policy, load_lm
+from wpn_ds.engine.prepare import Job
+from wpn_ds.engine.reader import Reader
+from wpn_ds.engine.redraw import Ema, Redraw
+from wpn_ds.engine.reference import FrozenModel, frozen_json, reference_of
+from wpn_ds.engine.start import Start
+from wpn_ds.engine.step import Step
+from wpn_ds.engine.tables import Tables
+from wpn_ds.engine.telemetry import Progress, Telemetry, energy, figures_line, log_warnings
+from wpn_ds.engine.validation import Validation
+from wpn_ds.errors import UserError
+from wpn_ds.jobs import history
+from wpn_ds.jobs.distributed import announce, on_main, progress_bar, rng_state, set_rng_state, sum_over_ranks
+from wpn_ds.jobs.heartbeat import Heartbeat, Stopped
+from wpn_ds.system.files import cache_folder
+
+MAX_SKIPPED_IN_A_ROW = 5
+
+
+class TrainingStopped(UserError):
+    """Training can't go on; what was saved before is intact."""
+
+    exit_code = 3
+
+
+class Run:
+    """The parts of a run, made in the order in which they need each other."""
+
+    def __init__(self, job: Job) -> None:
+        self.job, self.world, past, config = job, job.world, job.past, job.config
+        self.starts = on_main(self.world, lambda: history.record_start(job.output_dir, past.step, self.world.size))
+        log = log_warnings(job.output_dir, self.world.rank)
+        self.heartbeat = Heartbeat(self.world, config.training.hang_timeout, log)
+        beat = self.heartbeat.beat
+
+        self.policy = Policy.load(job)
+        self.engine, layout = self.policy.engine, self.policy.layout
+        reader = Reader(self.engine, layout, job.pad_id, self.world, beat)
+        tables = Tables(cache_folder(), {"model": past.model, "data": past.data, "dtype": str(self.policy.lm.dtype)})
+        bar = partial(progress_bar, self.world)
+        reference = partial(
+            reference_of, config.unlearning, reader, job.examples.retain, tables, bar, self._frozen_model
+        )
+        self.start = Start.read(job.terms, job.examples, reader, tables, bar, reference)
+        self.heartbeat.pause()
+
+        generation = Generation(self.policy.lm, job.tokenizer, self.world, job.zero_stage == 3, beat)
+        self.ema = Ema(self.engine, config.unlearning.redraw_ema) if config.unlearning.redraw_ema else None
+        redraw = Redraw.of(config, job.redraw_prompts, layout, generation, self.ema) if job.redraw_prompts else None
+        self.feed = Feed.of(job, layout, redraw)
+        harmony = Harmony(self.engine, self.world) if config.unlearning.harmonise else None
+        self.take = Step(self.engine, job.terms, self.world, layout, job.pad_id, self.start, harmony, beat)
+        self.validation = Validation(
+            reader, job.held_out, job.probe, generation, config.logging, past.parts.get("validation")
+        )
+        self.saver = checkpoint.Saver(self.engine, job.output_dir, self.world, config.logging, self.ema)
+        if job.resume_from is not None:  # after what the starting weights say
+            checkpoint.load(self.engine, job.resume_from, past, self.world, self.ema)
+            announce(self.world, f"resumed from {job.resume_from} after step {past.step}")
+        else:
+            torch.manual_seed(seed_of("ranks", config.training.seed, self.world.rank, 0))
+        self.step = self.saved = past.step
+        self.skipped_in_a_row = 0
+        self.joules = energy(self.world.device)
+        self.telemetry = Telemetry(
+            job.output_dir,
+            Path(config.logging.logging_dir or ""),
+            self.world,
+            job.total_steps,
+            self.step,
+            evaluated=self.validation.done and not self.over,  # a run that is over measures once more
+        )
+        self.progress = Progress(job, self.policy.lm, past.parts.get("run"))
+
+    def _frozen_model(self) -> FrozenModel:
+        self.heartbeat.pause()
+        lm = load_lm(self.job, self.policy.attention, trained=False)
+        ds_json = frozen_json(self.job.ds_json, self.job.config.unlearning.reference)
+        return FrozenModel(lm, self.policy.layout.packed, ds_json, self.world)
+
+    @property
+    def over(self) -> bool:
+        """Whether all steps are done, --early_stopping has what it asks for, or --forgotten_below left no example."""
+        return self.validation.reached or self.feed.empty or self.step == self.job.total_steps
+
+    def __call__(self) -> None:
+        """All steps that are left, then the export.
+
+        Raises:
+            Stopped: on all ranks, once a checkpoint of the last whole step is there.
+            TrainingStopped: the gradient was not finite ``MAX_SKIPPED_IN_A_ROW`` steps in a row.
+        """
+        device, telemetry = self.world.device, self.telemetry
+        rng = rng_state(device)
+        try:
+            describe(self.job, self.policy, self.feed.plan(self.step + 1), self.progress.peak_flops, telemetry)
+            if self.step == 0:
+                values = self._evaluate() | self.validation.similarities(self.start, telemetry)
+                announce(self.world, figures_line("start", values))
+            elif not self.validation.done:
+                self._evaluate()
+            while not self.over:
+                with self.progress.paused():
+                    if figures := self.feed.refresh(self.step + 1):
+                        telemetry.log(self.step + 1, figures)
+                self._take_step()
+                rng = rng_state(device)
+                with self.progress.paused():
+                    if not self.validation.done:
+                        self._evaluate()
+                    self._save_if_due()
+            self._finish()
+        except Stopped:
+            if self.step > self.saved:
+                set_rng_state(rng, device)  # the step that was left may have drawn from it
+                self._save()
+            self.saver.finish()
+            raise
+        finally:
+            telemetry.close()
+        self.heartbeat.close()
+
+    def _take_step(self) -> None:
+        step, rate, begun = self.step + 1, self.engine.get_lr()[0], time.perf_counter()
+        plan = self.feed.plan(step)
+        planned = time.perf_counter() - begun
+        result = self.take(plan)
+        if self.ema is not None and not result.skipped:
+            self.ema.update()
+        self.step = step
+        self.validation.weights_changed(step)
+        self.progress.add(step, result, plan, rate, planned, time.perf_counter() - begun, self.telemetry)
+        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
+        if result.skipped:
+            self.telemetry.say(f"step {step}: the gradient is not finite; the update was skipped on all ranks")
+        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW or self.progress.skipped_steps == self.job.total_steps:
+            self.saver.finish()
+            raise TrainingStopped(
+                f"the gradient was not finite {self.skipped_in_a_row} steps in a row, up to step {step}: lower "
+                f"--learning_rate (now {rate:g}) or set --max_grad_norm; checkpoints in {self.job.output_dir} are whole"
+            )
+
+    def _evaluate(self) -> dict[str, float]:
+        below = self.job.config.unlearning.forgotten_below
+        return self.validation.evaluate(self.step, self.telemetry, self.feed, below)
+
+    def _save_if_due(self) -> None:
+        every = self.job.config.logging.save_steps
+        due = self.over or self.step == self.validation.best_step or (every and self.step % every == 0)
+        if due and self.step > self.saved:
+            self.telemetry.flush()  # what is logged of the steps that a resumed run won't repeat
+            self._save()
+        else:
+            self.saver.poll()
+
+    def _save(self) -> None:
+        self.heartbeat.pause()
+        parts = {"run": self.progress.state(), "feed": self.feed.state(), "validation": self.validation.state()}
+        self.saver.save(self.job.state(self.step, parts))
+        self.saved = self.step
+
+    def _finish(self) -> None:
+        """Measure once more, unless that was done, and export the model."""
+        job, validation = self.job, self.validation
+        after = self._evaluate() if validation.measured is None else validation.measured
+        announce(self.world, figures_line("end", after))
+        self.heartbeat.pause()
+        self.saver.finish()
+        exported, outcome = choose_weights(job, self.engine, self.saver, validation, self.feed, self.step)
+        after = after if exported == self.step else validation.best
+        spent = {"joules": energy(self.world.device) - self.joules}
+        joules = sum_over_ranks(spent, self.world.device)["joules"]
+        write_model(job, self.policy, self.telemetry, exported, outcome, self.telemetry.last_losses, after)
+        leave_done(job, self.telemetry, self.starts, self.progress.tokens, self.progress.train_seconds, joules)

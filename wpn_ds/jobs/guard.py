@@ -1,0 +1,51 @@
+"""How a rank ends: with its exit code, at once where others may wait for it, and a user's mistake in one line."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from typing import NoReturn
+
+from wpn_ds.errors import UserError
+from wpn_ds.jobs.distributed import shutdown
+from wpn_ds.system.files import refusal
+
+_LET_RANK_0_SPEAK = 5.0  # seconds
+
+
+def run_guarded(work: Callable[[], None]) -> NoReturn:
+    """``work`` with a user's mistake as one line and its exit code; what is a defect keeps its traceback.
+
+    Leaves at once in the case of an error: other ranks may wait in a collective that will never come. A mistake that
+    all ranks see is said by rank 0; the others wait until the launcher has ended them, and speak only if it has not.
+    """
+    rank = int(os.environ.get("RANK", "0"))
+    try:
+        work()
+    except (UserError, OSError) as error:
+        told = refusal(error) if isinstance(error, OSError) else error
+        if told is None:
+            traceback.print_exc()
+            _leave(1)
+        if rank:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once rank 0 has ended
+            time.sleep(_LET_RANK_0_SPEAK)
+        print(f"error: {f'rank {rank}: ' if rank else ''}{told}", file=sys.stderr, flush=True)
+        _leave(told.exit_code)
+    except KeyboardInterrupt:
+        _leave(130)
+    except BaseException:
+        traceback.print_exc()
+        _leave(1)
+    shutdown()
+    _leave(0)  # gloo's threads sometimes abort a process that ends by itself, after all is done
+
+
+def _leave(code: int) -> NoReturn:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
