@@ -14,6 +14,7 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
+from wpn_ds.engine.loop import Trainer, _past
 
 import wpn_ds.cli
 from tests.engine.test_checkpoint import Engine, made
@@ -22,7 +23,6 @@ from tests.interface import check_metrics, metric_names
 from tests.launching import free_port, launch
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.engine import checkpoint
-from wpn_ds.engine.loop import Trainer, _past
 from wpn_ds.engine.probe import Probe, figures, improves, summary
 from wpn_ds.jobs.distributed import World
 from wpn_ds.judging.base import Judgement, Verdict

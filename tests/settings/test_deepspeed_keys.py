@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-import pytest
-
-from wpn_ds.settings.deepspeed_keys import FREE, KEPT, OURS, TABLE, Only, entry_of, meaning
+from wpn_ds.settings.deepspeed_keys import ROWS, TABLE, meaning
 
 
 def models() -> list[tuple[str, Any]]:
@@ -43,8 +41,9 @@ def models() -> list[tuple[str, Any]]:
 
 def test_a_section_has_the_keys_that_deepspeed_has_by_either_name() -> None:
     for section, model in models():
-        table = entry_of(tuple(section.split(".")))
-        assert isinstance(table, dict)
+        table = TABLE
+        for key in section.split("."):
+            table = table[key]
         theirs = {name for key, about in model.model_fields.items() for name in (key, about.alias) if name}
         gone = {"mics_shard_size", "mics_hierarchical_params_gather", "zeropp_loco_param"}
         assert table.keys() - gone == theirs, section
@@ -67,7 +66,7 @@ def test_every_other_key_at_the_top_is_one_that_deepspeed_names() -> None:
     from deepspeed.runtime import config, constants
 
     removed = config._REMOVED_TOP_LEVEL_CONFIG_KEYS.keys() | config._REMOVED_ZERO_CONFIG_KEYS.keys()
-    assert all(entry_of((key,)) or entry_of(("zero_optimization", key)) for key in removed)
+    assert all(key in TABLE or key in TABLE["zero_optimization"] for key in removed)
     inside = {"params", "type", "enabled", "seed", "global_rank", "data_parallel_group", "ddp_bf16"}
     for name, default in vars(constants).items():
         key = getattr(constants, name.removesuffix("_DEFAULT"), None)
@@ -75,26 +74,6 @@ def test_every_other_key_at_the_top_is_one_that_deepspeed_names() -> None:
             assert key in str(TABLE), (name, default)
 
 
-@pytest.mark.parametrize(
-    ("path", "entry"),
-    [
-        ("train_batch_size", OURS),
-        ("zero_optimization.sub_group_size", KEPT),
-        ("compile.passes.1", KEPT),
-        ("pipeline.stages", FREE),
-        ("hybrid_engine.max_out_tokens", FREE),
-        ("zero_optimization.nothing", None),
-        ("nothing.at.all", None),
-    ],
-)
-def test_an_entry_is_that_of_the_nearest_key_above(path: str, entry: Any) -> None:
-    assert entry_of(tuple(path.split("."))) is entry
-
-
 def test_every_refusal_has_a_reason() -> None:
-    def entries(table: dict[str, Any]) -> Any:
-        for entry in table.values():
-            yield from entries(entry) if isinstance(entry, dict) else [entry]
-
-    only = [entry for entry in entries(TABLE) if isinstance(entry, Only)]
-    assert len(only) > 40 and all(entry.why for entry in only)
+    refused = [row for _, row in ROWS if row.only is not None]
+    assert len(refused) > 40 and all(row.why for row in refused)
