@@ -33,7 +33,7 @@ from wpn_ds.evaluate.suites import (
     resolve_suites,
     take,
 )
-from wpn_ds.evaluate.tofu.log import write_log
+from wpn_ds.evaluate.tofu.data import write_log
 from wpn_ds.evaluate.tofu.task import ANSWER_TOKENS, add_tofu_flags, tofu_task
 from wpn_ds.evaluate.utility import available_utility
 from wpn_ds.judging.base import Judge

@@ -13,7 +13,7 @@ from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal
 
-from wpn_ds.evaluate.tofu.figures import TofuFigures
+from wpn_ds.evaluate.tofu.metrics import TofuFigures
 from wpn_ds.judging.base import DEGENERATE, Judgement, Kind, Verdict
 from wpn_ds.judging.rouge import tokenize
 from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, cohen_kappa, mcnemar

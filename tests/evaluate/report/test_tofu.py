@@ -10,8 +10,7 @@ from wpn_ds.evaluate.report.runs import Run, figures_of
 from wpn_ds.evaluate.report.table import format_table
 from wpn_ds.evaluate.report.tofu import tofu
 from wpn_ds.evaluate.results import Evaluation
-from wpn_ds.evaluate.tofu.figures import SetFigures, TofuFigures
-from wpn_ds.evaluate.tofu.metrics import KSTest
+from wpn_ds.evaluate.tofu.metrics import KSTest, SetFigures, TofuFigures
 
 SETS = {"forget": 400, "retain": 400, "real_authors": 100, "world_facts": 117}
 

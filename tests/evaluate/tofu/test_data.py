@@ -1,12 +1,16 @@
+"""The published files, and the log of what was measured."""
+
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 
-from tests.evaluate.tofu.conftest import row, write_tofu
+from tests.evaluate.tofu.conftest import by_length, made_up, row, write_tofu
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.tofu.data import SETS, read_tofu
+from wpn_ds.evaluate.tofu.data import FILE, SETS, read_log, read_tofu, write_log
+from wpn_ds.evaluate.tofu.metrics import with_fluency
 
 
 def test_every_set_is_read_and_the_answer_stands_for_a_paraphrase_that_a_file_has_not(tofu_dir) -> None:
@@ -69,3 +73,48 @@ def test_the_published_files_are_read_whole(shared_data, split, n) -> None:
     assert {len(item.perturbed) for item in data.items["forget"] + data.items["retain"]} == {5}
     assert {len(item.perturbed) for item in data.items["real_authors"] + data.items["world_facts"]} == {3}
     assert all(item.paraphrased != item.answer for item in data.items["forget"])
+
+
+def test_a_log_is_read_as_it_was_written(tofu_dir, tmp_path) -> None:
+    log = with_fluency(made_up(tofu_dir, 1), by_length)
+    path = write_log(tmp_path / "new", log)
+    assert path.name == FILE and read_log(path, read_tofu(tofu_dir), 200) == log
+
+
+def test_a_retain_only_models_log_must_be_of_the_same_questions(tofu_dir, tmp_path) -> None:
+    data, path = read_tofu(tofu_dir), write_log(tmp_path, made_up(tofu_dir, 1))
+    flag = f"--tofu_retain_log {path}"
+    for other, message in (
+        (replace(data, split="forget05"), "is of the split forget10, not forget05"),
+        (read_tofu(tofu_dir, limit=3), "has n = 5 of forget10, not 3"),
+        (replace(data, items=data.items | {"forget": data.items["forget"][::-1]}), "asks other questions"),
+    ):
+        with pytest.raises(UserError, match=message) as caught:
+            read_log(path, other, 200)
+        assert str(caught.value).startswith(flag) and "\n" not in str(caught.value)
+        assert "evaluate the retain-only model with" in str(caught.value)
+    with pytest.raises(UserError, match="answers of 200 tokens at most, not 48"):
+        read_log(path, data, 48)
+
+
+def test_a_log_that_is_none_is_refused_in_one_line(tofu_dir, tmp_path) -> None:
+    path, data = write_log(tmp_path, made_up(tofu_dir, 1)), read_tofu(tofu_dir)
+    good = json.loads(path.read_text())
+    first = good["sets"]["forget"][0]
+    for broken in (
+        {},
+        [],
+        good | {"format": 99},
+        good | {"sets": {}},
+        good | {"sets": good["sets"] | {"forget": [first | {"loss": "much"}]}},
+        good | {"sets": good["sets"] | {"forget": [first | {"perturbed_losses": []}]}},
+        good | {"sets": good["sets"] | {"forget": [{"question": "?"}]}},
+    ):
+        path.write_text(json.dumps(broken))
+        with pytest.raises(UserError, match=r"is no tofu.json of this version: evaluate the retain-only model again$"):
+            read_log(path, data, 200)
+    path.write_text('{"format": 1,\n oops')
+    with pytest.raises(UserError, match=r"tofu.json:2: bad JSON"):
+        read_log(path, data, 200)
+    with pytest.raises(UserError, match="can't be read"):
+        read_log(tmp_path / "none.json", data, 200)

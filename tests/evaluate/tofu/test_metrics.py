@@ -1,7 +1,8 @@
-"""Each equation against its plain form in float64, and what must hold whatever the numbers."""
+"""Each equation against its plain form in float64, and figures counted again from per-item numbers in plain Python."""
 
 from __future__ import annotations
 
+import json
 import math
 import random
 
@@ -9,7 +10,10 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
+from tests.evaluate.tofu.conftest import by_length, made_up
 from wpn_ds.evaluate.tofu import metrics
+from wpn_ds.evaluate.tofu.data import SETS
+from wpn_ds.evaluate.tofu.metrics import TofuFigures, tofu_figures, with_fluency
 
 losses = st.floats(0.0, 30.0)
 several = st.lists(losses, min_size=1, max_size=6)
@@ -120,3 +124,59 @@ def test_rouge_l_recall_is_the_reference_packages_with_stemming() -> None:
         answer, reference = (" ".join(rng.choices(words, k=rng.randint(1, 15))) for _ in range(2))
         assert metrics.rouge_l_recall(answer, reference) == scorer.score(reference, answer)["rougeL"].recall
     assert metrics.rouge_l_recall("She runs", "running") == 1.0 and metrics.rouge_l_recall("", "a") == 0.0
+
+
+def test_every_figure_is_that_of_its_definition(tofu_dir) -> None:
+    log = with_fluency(made_up(tofu_dir, 1), by_length)
+    found = tofu_figures(log, with_fluency(made_up(tofu_dir, 2), by_length))
+    parts = []
+    for name in SETS:
+        items, figures = log.sets[name], found.sets[name]
+        n = figures.n
+        assert n == len(items) == {"forget": 5, "retain": 4, "real_authors": 5, "world_facts": 4}[name]
+        ratios = [math.exp(i.paraphrased_loss - sum(i.perturbed_losses) / 3) for i in items]
+        if name == "forget":
+            truth = sum(min(ratio, 1 / ratio) for ratio in ratios) / n
+        else:
+            truth = sum(max(0, 1 - ratio) for ratio in ratios) / n
+        true = [math.exp(-i.loss) for i in items]
+        if name in ("real_authors", "world_facts"):
+            pairs = zip(true, items, strict=True)
+            true = [p / (p + sum(math.exp(-loss) for loss in i.perturbed_losses)) for p, i in pairs]
+        rouge = sum(i.rouge_l_recall for i in items) / n
+        assert (figures.truth_ratio, figures.probability, figures.rouge_l_recall) == pytest.approx(
+            (truth, sum(true) / n, rouge)
+        )
+        if name == "forget":
+            assert figures.extraction_strength == pytest.approx(sum(i.extraction_strength for i in items) / n)
+            assert figures.exact_memorization == pytest.approx(sum(i.exact_memorization for i in items) / n)
+        else:
+            assert figures.extraction_strength is figures.exact_memorization is None
+        parts += [] if name == "forget" else [rouge, sum(true) / n, truth]
+    assert found.model_utility == pytest.approx(9 / sum(1 / part for part in parts)) and len(parts) == 9
+    assert found.forget_utility == pytest.approx(sum(by_length(i.generated for i in log.sets["forget"])) / 5)
+    assert found.forget_quality is not None and found.cleanness_indistinguishability is not None
+    assert found.forget_quality.n == found.cleanness_indistinguishability.n == 5 and not found.missing
+
+
+def test_a_model_is_its_own_retain_only_model_and_another_one_is_not(tofu_dir) -> None:
+    log = with_fluency(made_up(tofu_dir, 1), by_length)
+    same = tofu_figures(log, log)
+    assert same.forget_quality and same.forget_quality.p == 1.0
+    assert same.cleanness_indistinguishability and same.cleanness_indistinguishability.p == 1.0
+    other = tofu_figures(made_up(tofu_dir, 1), made_up(tofu_dir, 1, shift=20.0)).forget_quality
+    assert other and other.p < 0.05 and other.statistic == 1.0
+
+
+def test_what_nobody_could_count_is_none_and_says_why(tofu_dir) -> None:
+    alone = tofu_figures(made_up(tofu_dir, 1))
+    assert alone.forget_quality is alone.forget_utility is alone.cleanness_indistinguishability is None
+    assert "--tofu_retain_log" in alone.missing[0] and "--fluency" in alone.missing[1]
+    compared = tofu_figures(made_up(tofu_dir, 1), made_up(tofu_dir, 2))
+    assert compared.forget_quality and compared.cleanness_indistinguishability is None and len(compared.missing) == 1
+
+
+def test_figures_survive_json(tofu_dir) -> None:
+    log = with_fluency(made_up(tofu_dir, 1), by_length)
+    for figures in (tofu_figures(log, log), tofu_figures(made_up(tofu_dir, 1))):
+        assert TofuFigures.from_json(json.loads(json.dumps(figures.to_json()))) == figures

@@ -1,21 +1,120 @@
-"""``wpn-ds evaluate --suite tofu``: flags to files."""
+"""``wpn-ds evaluate --suite tofu``: flags to files, and its classifier of fluent text."""
 
 from __future__ import annotations
 
 import json
+import random
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
+import torch
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from tests.evaluate.judges.conftest import labelled
-from tests.evaluate.tofu.conftest import write_tofu
+from tests.conftest import ROOT
+from tests.evaluate.judges.conftest import bert, labelled
+from tests.evaluate.tofu.conftest import by_length, made_up, write_tofu
 from tests.interface import check_report
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.command import run
-from wpn_ds.evaluate.judges.local import fit, save
+from wpn_ds.evaluate.judges.command import run as judge
+from wpn_ds.evaluate.judges.local import LocalClassifier, fit, save
 from wpn_ds.evaluate.report.files import read_report
 from wpn_ds.evaluate.tofu import answers
+from wpn_ds.evaluate.tofu.data import read_tofu
+from wpn_ds.evaluate.tofu.metrics import tofu_figures, with_fluency
+from wpn_ds.evaluate.tofu.task import Fluency, TofuTask
+from wpn_ds.judging.base import Case
+
+
+def test_both_models_answers_are_scored_by_the_classifier_of_this_call(tofu_dir) -> None:
+    class Counted:
+        def __init__(self) -> None:
+            self.calls = 0
+
+        def scores(self, answers) -> list[float]:
+            self.calls += 1
+            return by_length(answers)
+
+    ours, theirs, fluency = (
+        made_up(tofu_dir, 1),
+        with_fluency(made_up(tofu_dir, 2), lambda a: [0.5] * len(a)),
+        Counted(),
+    )
+    task = TofuTask(read_tofu(tofu_dir), 200, theirs, fluency)  # type: ignore[arg-type]
+    expected = tofu_figures(with_fluency(ours, by_length), with_fluency(theirs, by_length))
+    assert task.figures(task.judged(ours)) == task.figures(task.judged(ours)) == expected
+    assert fluency.calls == 3
+
+
+ANSWERS = ["the answer is kind", "vile vile vile", ""]
+
+
+@pytest.fixture(scope="module")
+def gibberish(tmp_path_factory):
+    """Of its labels, clean is the first, as in the classifier that AltPO takes."""
+    return bert(tmp_path_factory.mktemp("gibberish"), ["clean", "noise", "word salad"])
+
+
+def test_the_score_is_the_probability_of_the_clean_label_even_of_nothing(gibberish) -> None:
+    model = AutoModelForSequenceClassification.from_pretrained(gibberish).eval()
+    tokenizer = AutoTokenizer.from_pretrained(gibberish)
+    with torch.inference_mode():
+        chances = [model(**tokenizer(text, return_tensors="pt")).logits.softmax(-1)[0] for text in ANSWERS]
+    for spec, label in (("", 0), (",clean=clean", 0), (",clean=word salad", 2)):
+        found = Fluency(f"hf:{gibberish}{spec}")
+        assert found.scores(ANSWERS) == pytest.approx([chance[label].item() for chance in chances], abs=1e-6)
+        assert found.describe()["clean"] == [("clean", "noise", "word salad")[label]]
+    assert Fluency(f"hf:{gibberish}").scores([]) == []
+
+
+def test_of_a_local_judge_it_is_what_it_does_not_call_harmful(garbled) -> None:
+    found = Fluency(f"local:{garbled}").scores(ANSWERS)
+    harm = LocalClassifier(garbled).scores([Case(text, "", text) for text in ANSWERS])
+    assert [a + b for a, b in zip(found, harm, strict=True)] == pytest.approx([1.0] * 3)
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("phrases", "give hf:NAME"),
+        ("hf:", "give hf:NAME"),
+        ("hf:{hf},threshold=0.5", "give hf:NAME"),
+        ("hf:{hf},clean=", "give hf:NAME"),
+        ("local:{local},clean=a", "no labels to choose"),
+        ("hf:{hf},clean=fluent", "no label 'fluent'; the model has clean, noise"),
+        ("hf:{hf}/none", "can't be loaded"),
+        ("local:{hf}", "wpn-ds judge train makes one"),
+        ("local:{pair}", "train it with --input answer"),
+    ],
+)
+def test_what_is_no_such_classifier_is_refused_in_one_line(gibberish, garbled, tmp_path, spec, message) -> None:
+    save(tmp_path / "pair", fit(labelled(), "pair"), {})
+    spec = spec.format(hf=gibberish, local=garbled, pair=tmp_path / "pair")
+    with pytest.raises(UserError, match=message) as caught:
+        Fluency(spec)
+    assert str(caught.value).startswith(f"--fluency {spec}: ") and "\n" not in str(caught.value)
+
+
+def test_the_documented_recipe_makes_a_classifier_that_tells_garbled_answers(shared_data, tmp_path) -> None:
+    published = next((shared_data / "tofu").rglob("retain90.json"), None)
+    if published is None:
+        pytest.skip(f"no TOFU in {shared_data}")
+    (tmp_path / "TOFU").symlink_to(published.parent)
+    text = (ROOT / "docs" / "evaluation.md").read_text(encoding="utf-8")
+    found = re.search(r"python > garbled.jsonl <<'EOF'\n(.*?)EOF\n", text, re.DOTALL)
+    assert found is not None
+    with (tmp_path / "garbled.jsonl").open("w") as file:
+        subprocess.run([sys.executable, "-"], input=found[1].encode(), stdout=file, cwd=tmp_path, check=True)
+    judge(["train", "--train_file", str(tmp_path / "garbled.jsonl"), "--output_dir", str(tmp_path / "fluent")])
+    fluency, rng = Fluency(f"local:{tmp_path / 'fluent'}"), random.Random(0)
+    answers = [item.answer for item in read_tofu(published.parent).items["forget"]]  # not in what it was trained on
+    mixed = [" ".join(rng.sample(answer.split(), len(answer.split()))) for answer in answers]
+    true, false = (sum(fluency.scores(texts)) / len(texts) for texts in (answers, mixed))
+    assert true > 0.7 and true - false > 0.25
+
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
 

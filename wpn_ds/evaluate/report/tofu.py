@@ -9,8 +9,7 @@ from wpn_ds.evaluate.report import markup
 from wpn_ds.evaluate.report.figures import Comparison, capitalized
 from wpn_ds.evaluate.report.markup import text
 from wpn_ds.evaluate.tofu.data import FORGET
-from wpn_ds.evaluate.tofu.figures import SetFigures, TofuFigures
-from wpn_ds.evaluate.tofu.metrics import KSTest
+from wpn_ds.evaluate.tofu.metrics import KSTest, SetFigures, TofuFigures
 
 TOFU_NOTE = (
     "Forget quality: p of the Kolmogorov-Smirnov test between the forget set's truth ratios of this model and of one"

@@ -11,8 +11,7 @@ from wpn_ds.data.tokens import Segment, encode_pair
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, SuiteAnswers
 from wpn_ds.evaluate.suites import PromptSuite
-from wpn_ds.evaluate.tofu.data import TofuData, TofuItem
-from wpn_ds.evaluate.tofu.log import ItemScores, TofuLog
+from wpn_ds.evaluate.tofu.data import ItemScores, TofuData, TofuItem, TofuLog
 from wpn_ds.evaluate.tofu.metrics import exact_memorization, extraction_strength, rouge_l_recall
 from wpn_ds.evaluate.utility import answer_scores
 from wpn_ds.evaluate.work import Unit
@@ -28,81 +27,58 @@ class TofuAnswers:
 
     def __init__(self, data: TofuData, asking: Asking, tokenizer: Any) -> None:
         self._data, self._asking = data, asking
-        self._asked = {name: SuiteAnswers(_suite(name, items), asking, tokenizer) for name, items in data.items.items()}
-        self._scored = {name: _Scoring(name, items, asking, tokenizer) for name, items in data.items.items()}
+        self._asked: dict[str, SuiteAnswers] = {}
+        self._losses: dict[str, list[Unit]] = {}
+        self._cut: list[str] = []
+        for name, items in data.items.items():
+            records = tuple(ForgetRecord(item.question, (item.answer,), (), item.source) for item in items)
+            self._asked[name] = SuiteAnswers(PromptSuite(f"tofu/{name}", records, kind="benign"), asking, tokenizer)
+            read = [
+                [encode_pair(item.question, text, tokenizer, asking.style, asking.max_length) for text in item.answers]
+                for item in items
+            ]
+            if cut := sum(any(segment.answer_truncated for segment in segments) for segments in read):
+                lost = f"{cut} of {len(items)} questions have an answer that lost its end"
+                self._cut.append(f"tofu/{name}: {lost} to fit into {asking.max_length} tokens")
+            chunks = [slice(at, at + CHUNK) for at in range(0, len(items), CHUNK)]
+            self._losses[name] = [_unit(name, items[part], read[part], asking.batch_size) for part in chunks]
 
     @property
     def units(self) -> list[Unit]:
-        return [unit for name in self._data.items for unit in (*self._asked[name].units, *self._scored[name].units)]
+        return [unit for name in self._data.items for unit in (*self._asked[name].units, *self._losses[name])]
 
     @property
     def notes(self) -> list[str]:
         """On questions and answers that the model doesn't read whole."""
-        cut = [note for scoring in self._scored.values() for note in scoring.notes]
-        return [note for asked in self._asked.values() for note in asked.notes] + cut
+        return [note for asked in self._asked.values() for note in asked.notes] + self._cut
 
     def log(self, results: Mapping[str, Any], model: str) -> TofuLog:
         """Every item's numbers from the finished units' ``results``."""
         sets = {}
         for name, items in self._data.items.items():
             texts = [answer for _, _, answer, _ in self._asked[name].said(results)]
-            numbers = self._scored[name].numbers(results)
+            numbers = [one for unit in self._losses[name] for one in results[unit.key]]
             sets[name] = tuple(_scores(*one) for one in zip(items, texts, numbers, strict=True))
         return TofuLog(model, self._data.split, self._asking.max_new_tokens, sets)
 
 
-def _suite(name: str, items: Sequence[TofuItem]) -> PromptSuite:
-    records = (ForgetRecord(item.question, (item.answer,), (), item.source) for item in items)
-    return PromptSuite(f"tofu/{name}", tuple(records), kind="benign")
-
-
 def _scores(item: TofuItem, generated: str, numbers: Mapping[str, Any]) -> ItemScores:
-    return ItemScores(
-        question=item.question,
-        answer=item.answer,
-        generated=generated,
-        rouge_l_recall=rouge_l_recall(generated, item.answer),
-        loss=numbers["losses"][0],
-        paraphrased_loss=numbers["losses"][1],
-        perturbed_losses=tuple(numbers["losses"][2:]),
-        extraction_strength=numbers["extraction_strength"],
-        exact_memorization=numbers["exact_memorization"],
-    )
+    true, paraphrased, *perturbed = numbers["losses"]
+    known = numbers["extraction_strength"], numbers["exact_memorization"]
+    recall = rouge_l_recall(generated, item.answer)
+    return ItemScores(item.question, item.answer, generated, recall, true, paraphrased, tuple(perturbed), *known)
 
 
-class _Scoring:
-    """The losses of every answer of every item, and how much of the true one the model knows by heart."""
+def _unit(name: str, items: Sequence[TofuItem], read: Sequence[Sequence[Segment]], batch_size: int) -> Unit:
+    """The losses of every answer of the items, and how much of the true one the model knows by heart."""
 
-    def __init__(self, name: str, items: Sequence[TofuItem], asking: Asking, tokenizer: Any) -> None:
-        self._name, self._length = name, asking.max_length
-        read = [
-            [encode_pair(item.question, text, tokenizer, asking.style, asking.max_length) for text in item.answers]
-            for item in items
-        ]
-        self._cut = sum(any(segment.answer_truncated for segment in segments) for segments in read)
-        self._n = len(items)
-        self.units = [
-            self._unit(items[at : at + CHUNK], read[at : at + CHUNK], asking.batch_size)
-            for at in range(0, len(items), CHUNK)
-        ]
+    def run(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+        distinct = dict.fromkeys(segment for segments in read for segment in segments)
+        scored = _score(model, list(distinct), pad_token_id(tokenizer), batch_size)
+        return [_numbers(item, segments, scored) for item, segments in zip(items, read, strict=True)]
 
-    @property
-    def notes(self) -> list[str]:
-        lost = f"{self._cut} of {self._n} questions have an answer that lost its end to fit into {self._length} tokens"
-        return [f"tofu/{self._name}: {lost}"] if self._cut else []
-
-    def numbers(self, results: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """An entry an item, in their order."""
-        return [one for unit in self.units for one in results[unit.key]]
-
-    def _unit(self, items: Sequence[TofuItem], read: Sequence[Sequence[Segment]], batch_size: int) -> Unit:
-        def run(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-            distinct = dict.fromkeys(segment for segments in read for segment in segments)
-            scored = _score(model, list(distinct), pad_token_id(tokenizer), batch_size)
-            return [_numbers(item, segments, scored) for item, segments in zip(items, read, strict=True)]
-
-        content = [[[segment.ids, segment.answer_start] for segment in segments] for segments in read]
-        return Unit(f"tofu/{self._name} losses", content, len(items), run)
+    content = [[[segment.ids, segment.answer_start] for segment in segments] for segments in read]
+    return Unit(f"tofu/{name} losses", content, len(items), run)
 
 
 _Scored = Mapping[Segment, tuple[float, list[bool]]]
