@@ -5,31 +5,35 @@ from __future__ import annotations
 import argparse
 import json
 import os
-from dataclasses import replace
+from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
-from wpn_ds.engine.build import build_policy, full_weights
-from wpn_ds.objectives.family import build_objective
-from wpn_ds.objectives.objective import Objective, StartingScores
 
 from tests.data.made import FORMS
 from tests.engine.gradient_cases import VOCABULARY, WEIGHTS, make_examples
 from tests.engine.small import silent
-from wpn_ds.data.plan import Layout, Role, plan_step
-from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, starting_scores
+from wpn_ds.data.plan import Layout
+from wpn_ds.engine.answers import states_of
+from wpn_ds.engine.export import full_weights
+from wpn_ds.engine.feed import Feed
 from wpn_ds.engine.harmony import Harmony
+from wpn_ds.engine.policy import build_engine
 from wpn_ds.engine.reader import Reader
-from wpn_ds.engine.reference import FrozenModel, cached_states, cached_topk, frozen_json, starting_logprobs
+from wpn_ds.engine.reference import FrozenModel, frozen_json, reference_of
+from wpn_ds.engine.start import Start
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
-from wpn_ds.jobs.distributed import init, shutdown, sum_over_ranks
+from wpn_ds.jobs.distributed import World, init, shutdown, sum_over_ranks
 from wpn_ds.models.load import Source, load_model
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.objectives.wpn import WPN
-from wpn_ds.settings.run import ObjectiveConfig
+from wpn_ds.objectives.registry import find
+from wpn_ds.objectives.terms import Objective, Role, Terms
+from wpn_ds.settings.run import TrainingConfig, UnlearningConfig
 
 
 def ds_json(stage: int, world_size: int) -> dict:
@@ -46,29 +50,33 @@ def ds_json(stage: int, world_size: int) -> dict:
     }
 
 
-class Watched(WPN):
-    """Keeps the states of every forward."""
+def objective_of(case: dict) -> Objective:
+    """The case's objective, by its flags."""
+    kind = find(case["objective"])
+    settings = {
+        "nll_weight": case["nll"],
+        "retain_weight": WEIGHTS["retain"] if case["objective"] != "ga" else 0.0,
+        "retain_loss": case["retain_loss"],
+        "ascent_weight": case["ascent"],
+        "preference_weight": WEIGHTS["preference"],
+        "wpn_weight": WEIGHTS["npair"],
+        "beta": case["beta"],
+        "gamma": case["gamma"],
+        **{f"wpn_{name}": case[name] for name in ("pooling", "scoring", "temperature", "targets", "negatives")},
+    }
+    own = {entry.name for entry in fields(kind)}
+    return kind(**{name: value for name, value in settings.items() if name in own})
 
-    def states(self, output, batch):
-        found = super().states(output, batch)
-        watched.append({name: values.detach().clone() for name, (values, _) in found.items()})
-        return found
 
-
-def width(lm) -> int:
-    return getattr(lm.config, "word_embed_proj_dim", lm.config.hidden_size)
-
-
-watched: list[dict[str, torch.Tensor]] = []
-
-
-def run_case(case: dict, models: Path, cache: Path, world) -> tuple[dict, dict | None]:
+def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict, dict | None]:
+    """One step of the product's own parts. The starting model is another one than the policy's, or the gradient of KL
+    would be zero."""
     config = ds_json(case["stage"], world.size)
     zero3 = {k: v for k, v in config.items() if k != "train_batch_size"} if case["stage"] == 3 else None
     budget = (24 if "flat" in FORMS[case["layout"]] else 48) if case["several"] else 10_000
     layout = Layout(row_length=48, tokens_per_micro_batch=budget, world_size=world.size, **FORMS[case["layout"]])
 
-    def load(folder: str):
+    def load(folder: str) -> Any:
         return load_model(
             Source(str(models / folder)),
             dtype=torch.float32,
@@ -78,78 +86,57 @@ def run_case(case: dict, models: Path, cache: Path, world) -> tuple[dict, dict |
             zero3=zero3,
         )
 
-    model = PackedLM(load("start"), packed=layout.packed)
-    engine = build_policy(model, config, None)
-    reader = Reader(engine, layout, 0, world)
-    common = {"nll_weight": case["nll"], "retain_weight": WEIGHTS["retain"], "ascent_weight": case["ascent"]}
-    objective: Objective = Watched(
-        **common,
-        pooling=case["pooling"],
-        scoring=case["scoring"],
-        temperature=case["temperature"],
-        targets=case["targets"],
-        negatives=case["negatives"],
-        retain_loss=case["retain_loss"],
-        wpn_weight=WEIGHTS["npair"],
-    )
-    if case["objective"] != "wpn":
-        settings = ObjectiveConfig(objective=case["objective"])
-        own = {"beta": case["beta"], "gamma": case["gamma"], "preference_weight": WEIGHTS["preference"]}
-        own = {name: value for name, value in own.items() if not settings.without_effect(name)}
-        settings = replace(settings, **common, **own, retain_loss=case["retain_loss"])
-        objective = build_objective(settings, retain=case["objective"] != "ga")
-    examples = make_examples()
-    order, retain = [3, 0, 4, 2, 5, 1], range(len(examples.retain))
-    plan = plan_step(examples, order, retain, layout, roles=objective.read)
+    def reader_of(folder: str) -> Reader:
+        return Reader(build_engine(PackedLM(load(folder), packed=layout.packed), config, None), layout, 0, world)
+
+    def frozen() -> FrozenModel:
+        return FrozenModel(load("reference"), layout.packed, frozen_json(config, case["reference"]), world)
+
+    policy, starting = reader_of("start"), reader_of("reference")
+    lm = policy.engine.module.lm
+    terms, examples, tables = Terms.of(objective_of(case)), make_examples(), Tables(cache, {"case": str(case)})
+    # With all tokens but one, topk is exact.
+    settings = UnlearningConfig(reference=case["reference"], reference_topk=VOCABULARY - 1)
+    reference = partial(reference_of, settings, starting, examples.retain, tables, silent, frozen)
+    start = Start.read(terms, examples, starting, tables, silent, reference)
+    start.reader = policy
+    training = TrainingConfig(global_batch_size=len(examples.forget))
+    plan = Feed(examples, training, len(examples.retain), layout, terms.read).plan(1)
     count = len(plan.micro_batches[world.rank])
-    kinds = len({role is Role.RETAIN for role in objective.read})
+    kinds = len({role is Role.RETAIN for role in terms.read})
     assert (count > kinds) if case["several"] else (count == kinds), "the case is to have one or several micro-batches"
-    tables = Tables(cache, {"case": str(case)})
-    targets: Any = None
-    if case["targets"] == "detached":
-        targets = fresh_targets(reader, objective, examples, plan)
-    elif objective.frozen:
-        vectors = bank_vectors(reader, objective, examples.answers, width(model.lm), tables, silent)
-        targets = Bank.of(examples, vectors).targets(plan, objective, world.device)
-    reference, other = None, None
-    by_start = objective.needs_starting_scores or objective.needs_starting_logprobs
-    if by_start or case["reference"] in ("states", "topk"):
-        other = Reader(build_policy(PackedLM(load("reference"), packed=layout.packed), config, None), layout, 0, world)
-    if objective.needs_starting_scores:
-        scores = starting_scores(other, objective, examples.answers, tables, silent)
-        scores = scores.to(world.device)
-        targets = StartingScores(scores[torch.from_numpy(plan.wanted_ids)], scores[torch.from_numpy(plan.unwanted_ids)])
-    if objective.keeps_distribution and case["reference"] == "states":
-        reference = cached_states(other, examples.retain, tables, silent)
-    elif objective.keeps_distribution and case["reference"] == "topk":  # with all tokens but one it is exact
-        reference = cached_topk(other, examples.retain, VOCABULARY - 1, tables, silent)
-    elif objective.keeps_distribution:
-        reference = FrozenModel(load("reference"), layout.packed, frozen_json(config, case["reference"]), world)
-    logprobs = None
-    if objective.needs_starting_logprobs:
-        logprobs = starting_logprobs(other, examples.answers, tables, silent)
-    harmony = Harmony(engine, world) if case["harmonise"] else None
-    step = Step(engine, objective, world, layout, 0, reference, logprobs, harmony)
-    runs = []
-    norm = next(m for name, m in model.lm.named_modules() if name.endswith((".0.self_attn_layer_norm", ".0.ln_1")))
+    harmony = Harmony(policy.engine, world) if case["harmonise"] else None
+    step = Step(policy.engine, terms, world, layout, 0, start, harmony)
+    runs: list[int] = []
+    norm = next(m for name, m in lm.named_modules() if name.endswith((".0.self_attn_layer_norm", ".0.ln_1")))
     norm.register_forward_hook(lambda *_: runs.append(1))
-    watched.clear()
-    result = step(plan, targets)
-    two_passes = objective.coupled and count > 1 and not plan.is_local(objective.mask(plan))
+    watched: list[dict[str, torch.Tensor]] = []
+
+    def watching(*arguments: Any) -> Any:
+        states = states_of(*arguments)
+        watched.append({name: values.detach().clone() for name, (values, _) in states.items()})
+        return states
+
+    with mock.patch("wpn_ds.engine.step.states_of", watching):
+        result = step(plan)
+    two_passes = count > 1 and any(t.coupled and not plan.is_local(plan.mask(t.pairs)) for t in terms.answers)
+    detached = any(t.answers == "detached" and t.vectors for t in terms.answers)  # read once more, before the step
     passes = [bool(plan.roles(k) & {Role.WANTED, Role.UNWANTED}) for k in range(count)]
-    if two_passes and not objective.by_likelihood:
+    if two_passes and not terms.scored:
         firsts, seconds = watched[: sum(passes)], watched[sum(passes) :]
         for first, second in zip(firsts, seconds, strict=True):
             for name in first:
                 assert torch.equal(first[name], second[name]), "the second forward isn't the first again"
     planned = count + two_passes * sum(passes)
-    assert len(runs) == planned + (count if case["checkpointing"] else 0), "the case isn't the one it says it is"
+    again = count if case["checkpointing"] else 0
+    assert detached or len(runs) == planned + again, "the case isn't the one it says it is"
     assert not result.skipped
     totals = sum_over_ranks(result.sums.totals, world.device)
     parts = {name: total / result.sums.counts[name] for name, total in totals.items()}
-    weights = full_weights(model.lm, world)
+    weights = full_weights(lm, world)
     parts["grad_norm"] = float(result.grad_norm)
-    engine.destroy()
+    policy.engine.destroy()
+    starting.engine.destroy()
     return parts, weights
 
 
@@ -166,7 +153,7 @@ def main() -> None:
         if weights is not None:
             save_file(weights, args.out / f"{k}.safetensors", metadata={"parts": json.dumps(parts)})
     shutdown()
-    os._exit(0)  # see wpn_ds.engine.loop.run_guarded
+    os._exit(0)  # see wpn_ds.jobs.guard
 
 
 if __name__ == "__main__":

@@ -130,10 +130,10 @@ def pooled(hidden: Tensor, start: int, stop: int, kind: str) -> Tensor:
     return (weights(stop - start, kind)[:, None] * hidden[start:stop]).sum(0)
 
 
-def objective(lm, start_lm, reference_lm, examples, retain, settings) -> dict[str, Tensor]:
+def objective(lm, start_lm, examples, retain, settings) -> dict[str, Tensor]:
     """The loss parts of one step over ``examples`` (ForgetExample) and ``retain`` (Segment), and their total.
 
-    ``start_lm`` gives reference targets, ``reference_lm`` the KL's reference distribution and the start of likelihoods.
+    ``start_lm`` is the starting model: of vectors, of the KL and of likelihoods.
     """
     kind, scoring = settings["pooling"], settings["scoring"]
     answers = []
@@ -146,7 +146,7 @@ def objective(lm, start_lm, reference_lm, examples, retain, settings) -> dict[st
                     [logp[t - 1, segment.ids[t]] for t in range(segment.answer_start, len(segment.ids))]
                 )
                 with torch.no_grad():
-                    start = sequence(reference_lm, segment.ids)[1]
+                    start = sequence(start_lm, segment.ids)[1]
                 places = range(segment.answer_start, len(segment.ids))
                 begun = torch.stack([start[t - 1, segment.ids[t]] for t in places])
                 if scoring == "likelihood_ratio":
@@ -177,7 +177,7 @@ def objective(lm, start_lm, reference_lm, examples, retain, settings) -> dict[st
         _, logp = sequence(lm, segment.ids)
         if settings["retain_loss"] == "kl":
             with torch.no_grad():
-                _, reference = sequence(reference_lm, segment.ids)
+                _, reference = sequence(start_lm, segment.ids)
             token = (reference.exp() * (reference - logp)).sum(-1)
             retained.append(token[segment.answer_start - 1 : -1])
         else:

@@ -40,14 +40,14 @@ def models(tmp_path_factory):
 
 @cache
 def expected(folder: Path, key: str) -> tuple[dict[str, float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """(loss parts, start weights, gradients) of the plain reference in fp64."""
-    lm, start, other = (
+    """(loss parts, weights before the step, gradients) of the plain reference in fp64."""
+    lm, start = (
         AutoModelForCausalLM.from_pretrained(folder / part, dtype=torch.float64, attn_implementation="eager").eval()
-        for part in ("start", "start", "reference")
+        for part in ("start", "reference")
     )
     examples = make_examples()
     settings = {**json.loads(key), "weights": WEIGHTS}
-    parts = reference.objective(lm, start, other, examples.forget, examples.retain, settings)
+    parts = reference.objective(lm, start, examples.forget, examples.retain, settings)
     parts["total"].backward()
     gradients = {name: p.grad for name, p in lm.named_parameters()}
     return {k: v.item() for k, v in parts.items()}, dict(lm.named_parameters()), gradients
