@@ -11,11 +11,12 @@ ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("wpn_ds", "launch") for path in (ROOT / folder).rglob("*.py"))
 
 #: What each part may import of the package, besides itself. A module that is named here is not of the part around it.
-BASE = {"wpn_ds", "wpn_ds.errors", "wpn_ds.files", "wpn_ds.lock", "wpn_ds.seeds"}
+BASE = {"wpn_ds", "wpn_ds.errors", "wpn_ds.files", "wpn_ds.lock", "wpn_ds.seeds", "wpn_ds.tables"}
 BELOW = {
     "wpn_ds": set(),
     "wpn_ds.errors": set(),
     "wpn_ds.seeds": set(),
+    "wpn_ds.tables": set(),
     "wpn_ds.files": {"wpn_ds", "wpn_ds.errors"},
     "wpn_ds.lock": {"wpn_ds", "wpn_ds.errors", "wpn_ds.files"},
     "wpn_ds.config": BASE,
@@ -65,6 +66,7 @@ PURE = {
     "wpn_ds.config": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
     "wpn_ds.errors": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
     "wpn_ds.seeds": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
+    "wpn_ds.tables": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
     "wpn_ds.files": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
     "wpn_ds.lock": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
     "wpn_ds.launchers": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},

@@ -10,6 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
+from wpn_ds import tables
 from wpn_ds.ablate.grid import Row
 from wpn_ds.ablate.measure import Training
 from wpn_ds.errors import UserError
@@ -160,9 +161,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     head = ["row", "changed", *(column for name in names for column in (f"{name} harmless", "against default"))]
     head += [f"{first} degenerate", "retain perplexity", "NLL wanted", "NLL unwanted", "seconds", "seeds"]
     start = {"name": "(start)", "said": "not trained", "default": False, "against_default": {}, **found["start"]}
-    lines = [head, ["---"] * len(head), *(_cells(row, names) for row in [start, *found["rows"]])]
+    rows = [head, *(_cells(row, names) for row in [start, *found["rows"]])]
     sizes = ", ".join(f"{found['start']['suites'][name]['n']} {name}" for name in names)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + (
+    return tables.markdown(rows) + (
         f"\n\nHarmless and degenerate: % of the greedy answers to {sizes} prompts, with the Wilson 95 % interval; "
         "against default: points of that rate, paired by prompt, with the bootstrap 95 % interval, each by itself: of "
         "20 rows that change nothing, one shows a difference by chance; retain "
