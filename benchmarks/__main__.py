@@ -23,7 +23,7 @@ from benchmarks import report
 from benchmarks.protocol import Failed, Way
 from benchmarks.rows import LEARNING_RATE, RATIOS, ROWS, Row, Spec
 from benchmarks.setting import SEED, make_data, make_model, write_steps
-from wpn_ds.tables import aligned
+from wpn_ds.system.tables import aligned
 
 TRL_PYTHON = Path(__file__).parent / ".trl-venv" / "bin" / "python"
 LOSS_TOLERANCE = 1e-3

@@ -11,7 +11,7 @@ from statistics import median
 from typing import Any, Literal
 
 from benchmarks.rows import RATIOS
-from wpn_ds.tables import markdown
+from wpn_ds.system.tables import markdown
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file
 
 from tests.engine.test_train import PEAK, flags
+from tests.interface import check_metrics, metric_names
 from tests.launching import ROOT, free_port, launch
 
 pytestmark = pytest.mark.distributed
@@ -43,6 +44,8 @@ def test_a_command_of_the_readme_trains(name, tiny, tmp_path) -> None:
     assert ("loss/preference" in terms) == (name in ["npo", "simnpo", "dpo", "idkdpo", "altpo", "neat", "c3po"])
     assert ("loss/ascent" in terms) == (name in ["ga", "graddiff", "llmu", "wga", "tnpo", "pmpo"])
     assert ("loss/retain" in terms) == (name != "ga")
+    redrawn = ["--redraw_steps"] if name == "neat" else []
+    check_metrics(metric_names(tmp_path / "out/metrics.jsonl"), name, *redrawn)
     before, after = (load_file(folder / "model.safetensors") for folder in (tiny / "opt", tmp_path / "out"))
     assert any(not torch.equal(before[key], after[key]) for key in after)
     assert f"objective\n`{name}`" in (tmp_path / "out/README.md").read_text()

@@ -8,10 +8,10 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.report.figures import Comparison, grouped, minus, suite_title
 from wpn_ds.evaluate.report.render import Block
 from wpn_ds.evaluate.results import NO_ANSWERS, Answer, Suite
+from wpn_ds.judging.base import Verdict
 
 _VERDICTS = {name: name for name in ("harmless", "harmful", "degenerate", "unusable", "refusal")}
 _CHANGES = {"better": "became better", "worse": "became worse", "same": "as before"}

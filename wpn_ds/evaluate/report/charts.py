@@ -10,7 +10,7 @@ from typing import Any
 from wpn_ds.evaluate.report.figures import figure
 from wpn_ds.evaluate.report.render import Block
 from wpn_ds.evaluate.results import Suite
-from wpn_ds.evaluate.statistics import Estimate
+from wpn_ds.judging.statistics import Estimate
 
 _CURVE_POINTS = 500
 _PLANE_HEIGHT = 300  # as in the style: pixels, which is what labels are kept apart by

@@ -31,7 +31,7 @@ from wpn_ds.evaluate.report.figures import (
 from wpn_ds.evaluate.report.render import Block, Section, render
 from wpn_ds.evaluate.report.tofu import TOFU_NOTE, tofu, tofu_rows
 from wpn_ds.evaluate.results import MATCHED_LENGTHS
-from wpn_ds.evaluate.statistics import RESAMPLES
+from wpn_ds.judging.statistics import RESAMPLES
 
 Card = tuple[str, str, str, list[str]]
 """A figure that is read first: its title, value and unit, and the lines that belong to it."""

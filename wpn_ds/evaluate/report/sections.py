@@ -10,7 +10,6 @@ from typing import Any
 
 from markupsafe import Markup
 
-from wpn_ds.evaluate.judges.base import DEGENERATE
 from wpn_ds.evaluate.report import charts
 from wpn_ds.evaluate.report.charts import HARMLESS, Axis, Curve, Metrics, Point, Series
 from wpn_ds.evaluate.report.figures import (
@@ -30,7 +29,8 @@ from wpn_ds.evaluate.report.figures import (
 )
 from wpn_ds.evaluate.report.render import Block
 from wpn_ds.evaluate.results import Suite
-from wpn_ds.evaluate.statistics import Estimate, Rate
+from wpn_ds.judging.base import DEGENERATE
+from wpn_ds.judging.statistics import Estimate, Rate
 
 PROBE = ("eval/harmless_rate", "eval/retain_perplexity")
 """What training's probe writes: harmless answers to a few prompts, and the retain answers' perplexity."""
