@@ -24,39 +24,34 @@ from wpn_ds.evaluate.report.figures import (
     share,
     suite_title,
 )
-from wpn_ds.evaluate.report.render import Block, Section, render
+from wpn_ds.evaluate.report.render import Block, render
 from wpn_ds.evaluate.report.runs import Cell, Run, change_cell, figures_of, suite_groups
 from wpn_ds.evaluate.report.sections import PROBE, checkpoints, flat, relearned, relearning_chart
 
 _COLORS = 6
-_FIGURES_NOTE = (
-    "With 95 % intervals: of Wilson for rates, over paired items for changes. A group's rate is over the sets that all"
-    " runs were asked."
-)
-_TRADE_OFF_NOTE = "Up is more harmless; the whiskers are 95 % intervals."
-_UTILITY_NOTE = "Change against each run's own baseline, in percentage points."
-_TRAINING_NOTE = "One curve a run; beside each name, its last values."
 
 
 def render_comparison(runs: Sequence[Run]) -> str:
     """The whole page; ``runs`` in the order of their columns."""
     name = headline_suite((name, suite) for run in runs for name, suite in run.suites.items())
-    parts = [Section("figures", "Side by side", _figures(runs), _FIGURES_NOTE)]
-    parts += [Section("trade-off", "Harmlessness against utility", _trade_off(runs, name), _TRADE_OFF_NOTE)]
+    groups = []
     for group, names in suite_groups(runs).items():
         if group is RELEARNING:
             curves = [relearned(run.name, _color(at), run.suites) for at, run in enumerate(runs)]
-            parts.append(Section(group.key, group.title, relearning_chart(curves), group.about))
+            groups.append((group, relearning_chart(curves), group.about))
         else:
-            about = f"{group.about} Dotted: each run's own baseline."
-            parts.append(Section(group.key, group.title, _bars(runs, names), about))
-    parts += [
-        Section("utility", "Utility", _utility(runs), _UTILITY_NOTE),
-        Section("training", "Training", _training(runs), _TRAINING_NOTE),
-        Section("settings", "Settings that differ", _settings(runs), "What is the same in every run is left out."),
-    ]
-    colors = [(run.name, _color(at)) for at, run in enumerate(runs)]
-    return render(_headline(runs, name), parts, kicker="Runs compared", runs=colors)
+            groups.append((group, _bars(runs, names), f"{group.about} Dotted: each run's own baseline."))
+    return render(
+        "compare.html",
+        _headline(runs, name),
+        runs=[(run.name, _color(at)) for at, run in enumerate(runs)],
+        figures=_figures(runs),
+        trade_off=_trade_off(runs, name),
+        groups=groups,
+        utility=_utility(runs),
+        training=_training(runs),
+        settings=_settings(runs),
+    )
 
 
 def _color(at: int) -> str:

@@ -1,4 +1,4 @@
-"""HTML by jinja2: page.html is the frame of every page, blocks.html what its sections are made of.
+"""HTML by jinja2: page.html is the frame of report.html and compare.html, whose sections are made of blocks.html.
 
 Every text is escaped on its way into the page, but for :class:`markupsafe.Markup`, which only our own literals are.
 """
@@ -9,9 +9,8 @@ import base64
 import hashlib
 import json
 import re
-from collections.abc import Sequence
 from importlib import resources
-from typing import Any, NamedTuple
+from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -24,28 +23,19 @@ Block = tuple[str, dict[str, Any]]
 _UNSAFE = re.compile("[<>&\u2028\u2029]")
 
 
-class Section(NamedTuple):
-    """A part of the page under a heading that can be linked to; not shown without blocks. ``key``: its id."""
-
-    key: str
-    title: str
-    blocks: Sequence[Block]
-    note: str = ""
-
-
-def render(title: str, sections: Sequence[Section], *, data: Any = None, **values: Any) -> str:
+def render(template: str, title: str, *, data: Any = None, **values: Any) -> str:
     """A whole page, in one file that asks the network for nothing.
 
     Args:
         data: what the script of the answers' table reads; a page without has no script at all.
-        values: what else page.html shows at its top: "kicker", "lead", "meta", "cards", "runs".
+        values: what the template shows.
     """
     code = resources.files("wpn_ds.evaluate.report").joinpath("script.js").read_text(encoding="utf-8")
     # Only this very script may run, should text of a model ever slip through unescaped.
     digest = base64.b64encode(hashlib.sha256(code.encode()).digest()).decode()
-    return _ENVIRONMENT.get_template("page.html").render(
+    return _ENVIRONMENT.get_template(template).render(
         title=title,
-        sections=[section for section in sections if section.blocks],
+        links=[],  # the sections that are shown, each of which adds itself
         data=None if data is None else _json(data),
         code=Markup(code),
         allowed=Markup("'none'" if data is None else f"'sha256-{digest}'"),

@@ -155,10 +155,6 @@ def relearning_chart(curves: Sequence[Series]) -> list[Block]:
 
 # ---- utility ----
 
-UTILITY_NOTE = (
-    "What the model still knows: one score an item, so that before and after are compared item by item. Intervals are"
-    " 95 % bootstrap intervals; those of changes are paired."
-)
 _AVERAGES = {"benchmark": "Average of benchmarks", "dialogue": "Average of dialogue sets", "other": ""}
 
 
@@ -268,12 +264,6 @@ def _trade_off(metrics: Metrics) -> list[Block]:
 
 
 # ---- judges and settings ----
-
-JUDGES_NOTE = (
-    "Harmless answers by each judge that judged all of a suite; the first one's verdicts are the suite's figures"
-    " everywhere else. Beside them, how far every two agree: Cohen's \u03ba, 1 is perfect, 0 no more than chance;"
-    " degenerate answers, on which they agree by rule, are left out."
-)
 
 
 def judges(comparison: Comparison, described: Sequence[Mapping[str, Any]]) -> list[Block]:

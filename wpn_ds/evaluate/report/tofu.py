@@ -10,14 +10,6 @@ from wpn_ds.evaluate.tofu.data import FORGET
 from wpn_ds.evaluate.tofu.figures import TofuFigures
 from wpn_ds.evaluate.tofu.metrics import KSTest
 
-TOFU_NOTE = (
-    "Forget quality: p of the Kolmogorov-Smirnov test between the forget set's truth ratios of this model and of one"
-    " that never saw that set; small where they can be told apart. CI (cleanness indistinguishability) is the same"
-    " test on the answers' probability of being clean text, FU (forget utility) its mean. p falls with n: compare it at"
-    " the same n alone; it is a figure of merit, as published, and not corrected for the number of tests."
-    " Model utility: the harmonic mean of ROUGE-L recall, probability and truth ratio of the sets to"
-    " keep."
-)
 _SETS = {"forget": "Forget set", "retain": "Retain set", "real_authors": "Real authors", "world_facts": "World facts"}
 _COLUMNS = {
     "probability": "probability",
