@@ -1,4 +1,4 @@
-"""The page's table of prompts with their answers: its data, and the choices that its script searches them by.
+"""The page's table of prompts with their answers: its data, and the form that its script searches them by.
 
 The script draws a hundred rows at a time, so that a page with ten thousand prompts opens as fast as one with ten.
 """
@@ -12,10 +12,6 @@ from wpn_ds.evaluate.report.figures import Comparison, grouped, minus, suite_tit
 from wpn_ds.evaluate.report.render import Block
 from wpn_ds.evaluate.results import NO_ANSWERS, Answer, Suite
 from wpn_ds.judging.base import Verdict
-
-_VERDICTS = {name: name for name in ("harmless", "harmful", "degenerate", "unusable", "refusal")}
-_CHANGES = {"better": "became better", "worse": "became worse", "same": "as before"}
-_JUDGES = {"agree": "judges agree", "disagree": "judges disagree"}
 
 
 def answers_data(comparison: Comparison) -> dict[str, Any]:
@@ -80,12 +76,7 @@ def answers(comparison: Comparison) -> list[Block]:
     after = comparison.after.suites
     if not after:
         return []
-    order = {name: str(at) for at, name in enumerate(after)}
+    order = {name: at for at, name in enumerate(after)}
     groups = {group.title: {order[n]: suite_title(n) for n in names} for group, names in grouped(after.items()).items()}
-    verdicts = "any verdict after" if comparison.before else "any verdict"
-    choices = [("suite", "Prompts", "all prompts", groups), ("verdict", "Verdict", verdicts, {"": _VERDICTS})]
-    if comparison.before:
-        choices.append(("change", "Change", "any change", {"": _CHANGES}))
-    if any(len(suite.judges) > 1 for suite in after.values()):
-        choices.append(("judges", "Judges", "judges: any", {"": _JUDGES}))
-    return [("answers", {"choices": choices})]
+    several = any(len(suite.judges) > 1 for suite in after.values())
+    return [("answers", {"groups": groups, "before": comparison.before is not None, "several_judges": several})]

@@ -179,28 +179,21 @@ def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     cells = [name, "; ".join([row["said"] or "nothing", *reasons])]
     for suite in names:
         of, gain = row["suites"].get(suite), row["against_default"].get(suite)
-        cells.append(
-            f"{_share(of['harmless_rate'])} [{_share(of['harmless_low'])}, {_share(of['harmless_high'])}]"
-            if of
-            else "-"
-        )
-        cells.append(f"{_points(gain['value'])} [{_points(gain['low'])}, {_points(gain['high'])}]" if gain else "-")
-    of = row["suites"].get(names[0])
-    cells.append(_share(of["degenerate_rate"]) if of else "-")
-    ratio = row["retain_perplexity_ratio"]
-    cells.append(f"x {float(ratio):.4g}" if ratio is not None else "-")
+        cells.append(_interval(of["harmless_rate"], of["harmless_low"], of["harmless_high"]) if of else "-")
+        cells.append(_interval(gain["value"], gain["low"], gain["high"], sign="+") if gain else "-")
+    of, ratio = row["suites"].get(names[0]), row["retain_perplexity_ratio"]
+    cells.append(f"{100 * of['degenerate_rate']:.1f}" if of else "-")
+    cells.append("-" if ratio is None else f"x {float(ratio):.4g}")
     for key, form in (("nll_wanted", ".2f"), ("nll_unwanted", ".2f"), ("train_seconds", ".0f")):
         value = row.get(key)
         cells.append("-" if value is None else format(value, form))
     return [*cells, ", ".join(map(str, row.get("seeds", []))) or "-"]
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
+def _interval(*bounded: float, sign: str = "-") -> str:
+    """A rate or a difference with its bounds, in percent: "98.8 [95.8, 99.7]"; ``sign`` as in a format."""
+    value, low, high = (f"{100 * x:{sign}.1f}" for x in bounded)
+    return f"{value} [{low}, {high}]"
 
 
 # ---- the plot ----
