@@ -67,4 +67,4 @@ _ENVIRONMENT = Environment(
     lstrip_blocks=True,
 )
 _ENVIRONMENT.filters |= {"share": share, "bounds": bounds, "points": points, "minus": minus, "number": number}
-_ENVIRONMENT.filters |= {"thousands": "{:,}".format, "place": lambda share: f"{100 * share:.2f}%"}
+_ENVIRONMENT.filters |= {"thousands": "{:,}".format, "place": lambda value: f"{100 * value:.2f}%"}

@@ -227,11 +227,9 @@ def training(metrics: Metrics) -> list[Block]:
 
 
 def _panel(names: Sequence[str], metrics: Metrics) -> dict[str, Any]:
-    if len(names) == 1:
-        return charts.panel(names[0], [Curve(names[0], metrics[names[0]])])
-    first, second = names
-    curves = [Curve(first, metrics[first]), Curve(second, metrics[second], "bad", dashed=True)]
-    return charts.panel(first.partition("/")[0], curves)
+    title = names[0] if len(names) == 1 else names[0].partition("/")[0]
+    looks = (("after", False), ("bad", True))
+    return charts.panel(title, [Curve(name, metrics[name], *look) for name, look in zip(names, looks, strict=False)])
 
 
 def checkpoints(metrics: Metrics) -> list[Point]:
