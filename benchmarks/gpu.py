@@ -37,11 +37,11 @@ from benchmarks.protocol import ROOT, Failed, Way
 from benchmarks.report import aligned
 from benchmarks.rows import LEARNING_RATE, STATES
 from benchmarks.setting import FORGET, SEED, SHARED, make_data, make_shape, write_steps
-from wpn_ds import estimate
-from wpn_ds.ablate.grid import flags
 from wpn_ds.errors import UserError
+from wpn_ds.jobs.local import say
 from wpn_ds.models.attention import KERNELS
-from wpn_ds.training_job import say
+from wpn_ds.tools import estimate
+from wpn_ds.tools.ablate.grid import flags
 
 RESULTS = Path(__file__).parent / "results.gpu.json"
 #: The most telling first: what there is no time for is at the end.

@@ -28,11 +28,7 @@ import torch
 
 from benchmarks.setting import FORGET, RETAIN, SHARED
 from benchmarks.tofu import ZERO, tokens_per_second
-from wpn_ds.ablate.command import STOPPED
-from wpn_ds.ablate.grid import flags
-from wpn_ds.config import DONE
 from wpn_ds.data.records import merged_by_prompt, read_forget, read_retain
-from wpn_ds.demo.command import run_plant
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.benchmarks import BENCHMARKS
 from wpn_ds.evaluate.command import run as evaluate
@@ -41,10 +37,14 @@ from wpn_ds.evaluate.items import find_file
 from wpn_ds.evaluate.judges.command import run as run_judge
 from wpn_ds.evaluate.published import PUBLISHED
 from wpn_ds.evaluate.report.files import REPORT_HTML, REPORT_JSON
-from wpn_ds.evaluate.statistics import wilson_interval
 from wpn_ds.evaluate.suites import GROUPS
-from wpn_ds.flags import above_0, positive
-from wpn_ds.training_job import TRAIN, command_line, free_port, launch, require_here, say
+from wpn_ds.jobs.local import TRAIN, command_line, free_port, launch, require_here, say
+from wpn_ds.judging.statistics import wilson_interval
+from wpn_ds.settings.flags import above_0, positive
+from wpn_ds.settings.run import DONE
+from wpn_ds.tools.ablate.command import STOPPED
+from wpn_ds.tools.ablate.grid import flags
+from wpn_ds.tools.plant import run as run_plant
 
 OBJECTIVES = ("wpn", "ga", "graddiff", "npo", "altpo")
 HELD_OUT = FORGET["pku"].replace("train", "dev")

@@ -14,13 +14,14 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoConfig, OPTConfig
 
+from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.examples import ForgetExample, build_examples
 from wpn_ds.data.plan import ORDER_FORMAT, retain_seed, step_indices
 from wpn_ds.data.records import ForgetRecord, read_forget, read_retain
-from wpn_ds.data.tokens import PromptStyle, Segment
-from wpn_ds.demo import embedded_file
-from wpn_ds.demo.plant import train_tokenizer
-from wpn_ds.sizes import KNOWN
+from wpn_ds.data.tokens import Segment
+from wpn_ds.models.plant import train_tokenizer
+from wpn_ds.models.sizes import KNOWN
+from wpn_ds.settings.style import PromptStyle
 
 SEED = 42
 VOCABULARY, POSITIONS = 50_272, 2048

@@ -17,12 +17,12 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from wpn_ds.ablate.grid import flags
-from wpn_ds.config import DONE
-from wpn_ds.demo.command import run_plant
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.command import run as evaluate
-from wpn_ds.training_job import TRAIN, command_line, launch, require_here, say
+from wpn_ds.jobs.local import TRAIN, command_line, launch, require_here, say
+from wpn_ds.settings.run import DONE
+from wpn_ds.tools.ablate.grid import flags
+from wpn_ds.tools.plant import run as run_plant
 
 #: In the table's order. All have the retain term but GA.
 OBJECTIVES = ("ga", "graddiff", "npo", "simnpo", "idkdpo", "altpo", "wpn")

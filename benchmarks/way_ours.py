@@ -18,12 +18,12 @@ from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
 from benchmarks.protocol import serve
-from wpn_ds.config import parse_args
 from wpn_ds.engine import setup
 from wpn_ds.engine.loop import Trainer
-from wpn_ds.engine.stop import Points
 from wpn_ds.engine.telemetry import measure_peak_flops, peak_memory_bytes, step_flops, synchronize
+from wpn_ds.jobs.heartbeat import Points
 from wpn_ds.models.load import checkpoint_activations, load_config
+from wpn_ds.settings.run import parse_args
 
 #: Operators that a profile has, the costliest first.
 OPERATORS = 10

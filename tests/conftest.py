@@ -20,8 +20,8 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from wpn_ds import launchers
-from wpn_ds.demo.plant import train_tokenizer
+from wpn_ds.jobs import launchers
+from wpn_ds.models.plant import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 OPT = {"vocab": "projects/OPT/assets/gpt2-vocab.json", "merges": "projects/OPT/assets/gpt2-merges.txt"}

@@ -10,74 +10,33 @@ import pytest
 ROOT = Path(__file__).parent.parent
 FILES = sorted(path for folder in ("wpn_ds", "launch") for path in (ROOT / folder).rglob("*.py"))
 
-#: What each part may import of the package, besides itself. A module that is named here is not of the part around it.
-BASE = {"wpn_ds", "wpn_ds.errors", "wpn_ds.files", "wpn_ds.lock", "wpn_ds.seeds"}
-BELOW = {
-    "wpn_ds": set(),
-    "wpn_ds.errors": set(),
-    "wpn_ds.seeds": set(),
-    "wpn_ds.files": {"wpn_ds", "wpn_ds.errors"},
-    "wpn_ds.lock": {"wpn_ds", "wpn_ds.errors", "wpn_ds.files"},
-    "wpn_ds.config": BASE,
-    "wpn_ds.launchers": BASE,
-    "wpn_ds.model_folder": BASE,
-    "wpn_ds.flags": BASE | {"wpn_ds.config", "wpn_ds.data", "wpn_ds.model_folder"},
-    "wpn_ds.signals": BASE,
-    "wpn_ds.history": BASE | {"wpn_ds.config"},
-    "wpn_ds.ds_keys": BASE,
-    "wpn_ds.ds_json": BASE | {"wpn_ds.config", "wpn_ds.ds_keys"},
-    "wpn_ds.data": BASE | {"wpn_ds.config"},
-    "wpn_ds.objectives": BASE | {"wpn_ds.config", "wpn_ds.data"},
-    # The head computes losses.
-    "wpn_ds.models": BASE | {"wpn_ds.config", "wpn_ds.data", "wpn_ds.model_folder", "wpn_ds.objectives"},
-    "wpn_ds.evaluate.generate": BASE | {"wpn_ds.data", "wpn_ds.models"},
-    # What the engine's probe shares with the evaluation: no model, no report.
-    "wpn_ds.evaluate.degenerate": BASE,
-    "wpn_ds.evaluate.rouge": BASE,
-    "wpn_ds.evaluate.statistics": BASE,
-    "wpn_ds.evaluate.judges.reasoning": BASE,
-    "wpn_ds.evaluate.judges.base": BASE | {"wpn_ds.evaluate.degenerate", "wpn_ds.evaluate.judges.reasoning"},
-    "wpn_ds.evaluate.judges.reference": BASE | {"wpn_ds.evaluate.rouge", "wpn_ds.evaluate.judges.base"},
-    "wpn_ds.sizes": BASE | {"wpn_ds.models"},
-}
+#: What each part, a folder or a module at the top, may import of the package besides itself.
+BELOW: dict[str, set[str]] = {"__init__": set(), "errors": set()}
+BELOW["system"] = {"errors"}
+BELOW["settings"] = {"errors", "system"}
+BELOW["jobs"] = {"__init__", "errors", "system", "settings"}
+BELOW["data"] = {"errors", "system", "settings"}
+BELOW["objectives"] = BELOW["data"] | {"data"}
+BELOW["models"] = BELOW["objectives"] | {"objectives"}  # the head computes losses
+BELOW["judging"] = {"errors"}
 LOWER = set(BELOW)
-BELOW |= {
-    "wpn_ds.demo": LOWER,
-    "wpn_ds.evaluate": LOWER | {"wpn_ds.demo"},
-    "wpn_ds.engine": LOWER | {"wpn_ds.demo"},
-    "wpn_ds.estimate": LOWER,
-    "wpn_ds.status_command": LOWER,
-    "wpn_ds.checkpoint_command": LOWER | {"wpn_ds.engine"},
-    "wpn_ds.inspect_command": LOWER | {"wpn_ds.demo"},
-    "wpn_ds.alternates": LOWER | {"wpn_ds.evaluate"},
-    "wpn_ds.select": LOWER | {"wpn_ds.evaluate"},
-    "wpn_ds.training_job": BASE,
-    "wpn_ds.demo.command": LOWER | {"wpn_ds.demo", "wpn_ds.training_job", "wpn_ds.engine", "wpn_ds.evaluate"},
-    "wpn_ds.ablate": LOWER | {"wpn_ds.demo", "wpn_ds.training_job", "wpn_ds.evaluate"},
-}
-BELOW["wpn_ds.cli"] = set(BELOW)
+BELOW["engine"] = LOWER
+BELOW["evaluate"] = LOWER
+BELOW["tools"] = LOWER | {"engine", "evaluate"}
+BELOW["cli"] = set(BELOW)
 BELOW["launch"] = set(BELOW)
 
 #: Parts that never see these libraries, not even inside a function.
+HEAVY = {"deepspeed", "transformers", "accelerate", "datasets", "torch"}
 PURE = {
-    "wpn_ds.data": {"deepspeed", "transformers", "accelerate"},
-    "wpn_ds.objectives": {"deepspeed", "transformers", "accelerate", "datasets"},
-    "wpn_ds.config": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.errors": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.seeds": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.files": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.lock": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.launchers": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.signals": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.history": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.status_command": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.models": {"deepspeed"},  # partitioned loading goes through transformers
-    "wpn_ds.evaluate": {"deepspeed"},
-    "wpn_ds.evaluate.degenerate": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.evaluate.rouge": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.evaluate.statistics": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.evaluate.judges.base": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
-    "wpn_ds.evaluate.judges.reference": {"deepspeed", "transformers", "accelerate", "datasets", "torch"},
+    "errors": HEAVY,
+    "system": HEAVY,
+    "settings": HEAVY,
+    "judging": HEAVY,
+    "data": {"deepspeed", "transformers", "accelerate"},
+    "objectives": {"deepspeed", "transformers", "accelerate", "datasets"},
+    "models": {"deepspeed"},  # partitioned loading goes through transformers
+    "evaluate": {"deepspeed"},
 }
 
 
@@ -85,10 +44,10 @@ def module_of(path: Path) -> str:
     return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
 
 
-def part_of(module: str) -> str | None:
-    """The innermost part that holds ``module``; the package's own __init__ holds no other."""
-    parts = [p for p in BELOW if module == p or (p != "wpn_ds" and module.startswith(p + "."))]
-    return max(parts, key=len, default=None)
+def part_of(module: str) -> str:
+    """The folder or the top module that holds ``module``: wpn_ds.engine.step is of engine."""
+    package, *inside = module.split(".")
+    return package if package != "wpn_ds" else inside[0] if inside else "__init__"
 
 
 def imports(source: str, module: str) -> list[tuple[int, str]]:
@@ -113,7 +72,7 @@ def is_module(name: str) -> bool:
 def violations(source: str, module: str) -> list[str]:
     """Imports of a part that isn't below, or of a library that the part doesn't see."""
     part = part_of(module)
-    assert part is not None, f"{module} belongs to no part: say in BELOW what it may import"
+    assert part in BELOW, f"{module} belongs to no part: say in BELOW what it may import"
     wrong = []
     for line, name in imports(source, module):
         ours = name.partition(".")[0] in ("wpn_ds", "launch", "tests")
@@ -143,18 +102,18 @@ def test_the_parts_themselves_point_one_way() -> None:
         ("wpn_ds.data.plan", "from wpn_ds.engine.step import Step"),
         ("wpn_ds.data.plan", "def f():\n    import transformers"),
         ("wpn_ds.data.tokens", "from transformers import AutoTokenizer"),
-        ("wpn_ds.objectives.wpn", "import deepspeed.comm as dist"),
-        ("wpn_ds.objectives.wpn", "from wpn_ds import models"),
-        ("wpn_ds.objectives.wpn", "import wpn_ds.models.load"),
-        ("wpn_ds.engine.loop", "from wpn_ds.evaluate.report.files import write_report"),
-        ("wpn_ds.engine.loop", "from wpn_ds.evaluate import results"),
-        ("wpn_ds.engine.probe", "from wpn_ds.evaluate.judges.phrases import is_refusal"),
-        ("wpn_ds.evaluate.judges.base", "from wpn_ds.evaluate.judges.phrases import is_refusal"),
-        ("wpn_ds.evaluate.judges.reference", "import torch"),
-        ("wpn_ds.engine.loop", "from wpn_ds.demo.command import run_demo"),
-        ("wpn_ds.evaluate.generate", "from wpn_ds.evaluate.judges import Verdict"),
-        ("wpn_ds.evaluate.command", "from wpn_ds.engine.loop import train"),
-        ("wpn_ds.config", "from wpn_ds.cli import main"),
+        ("wpn_ds.objectives.npair", "import deepspeed.comm as dist"),
+        ("wpn_ds.objectives.npair", "from wpn_ds import models"),
+        ("wpn_ds.objectives.npair", "import wpn_ds.models.load"),
+        ("wpn_ds.engine.step", "from wpn_ds.evaluate.report.files import write_report"),
+        ("wpn_ds.engine.step", "from wpn_ds.evaluate import results"),
+        ("wpn_ds.engine.step", "from wpn_ds.tools.demo import run"),
+        ("wpn_ds.judging.base", "from wpn_ds.evaluate.judges.phrases import is_refusal"),
+        ("wpn_ds.judging.reference", "import torch"),
+        ("wpn_ds.models.generate", "from wpn_ds.judging.base import Verdict"),
+        ("wpn_ds.evaluate.command", "from wpn_ds.engine.step import Step"),
+        ("wpn_ds.settings.run", "from wpn_ds.cli import main"),
+        ("wpn_ds.settings.run", "from wpn_ds.data.plan import Role"),
         ("wpn_ds.cli", "from tests.launching import launch"),
     ],
 )
@@ -165,5 +124,10 @@ def test_an_import_that_points_up_is_found(module, line) -> None:
 def test_an_import_that_points_down_is_fine() -> None:
     lines = "from wpn_ds.data.plan import Role\nfrom wpn_ds import __version__\nimport torch\nimport deepspeed"
     assert violations(lines, "wpn_ds.engine.step") == []
-    for name in ("generate import generate", "judges.reference import ReferenceJudge", "statistics import Rate"):
-        assert violations(f"from wpn_ds.evaluate.{name}", "wpn_ds.engine.probe") == []
+    for name in ("models.generate import generate", "judging.statistics import Rate"):
+        assert violations(f"from wpn_ds.{name}", "wpn_ds.engine.step") == []
+
+
+def test_a_folder_holds_what_its_name_says_and_little_lies_beside_them() -> None:
+    beside = {path.name for path in (ROOT / "wpn_ds").glob("*.py")}
+    assert beside == {"__init__.py", "cli.py", "errors.py"}

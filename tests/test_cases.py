@@ -16,11 +16,12 @@ import torch
 from tests.conftest import ROOT
 from wpn_ds.data.plan import Layout
 from wpn_ds.data.records import read_forget
-from wpn_ds.data.tokens import PromptStyle, encode_pair, render_prompt, turn_end
+from wpn_ds.data.tokens import encode_pair, render_prompt, turn_end
 from wpn_ds.errors import UserError
 from wpn_ds.models.check import check_exact_reading
 from wpn_ds.models.load import Source, check_ids, load_config, load_model, load_tokenizer, max_positions, pad_token_id
 from wpn_ds.models.packed import PackedLM
+from wpn_ds.settings.style import PromptStyle
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_a_terminal_that_is_not_utf8_shows_what_it_can_and_files_are_read_as_the
 
 
 def test_a_path_that_the_locale_cannot_read_is_one_line_before_anything_is_trained(capsys, monkeypatch) -> None:
-    monkeypatch.setattr("wpn_ds.signals.install", lambda: None)
+    monkeypatch.setattr("wpn_ds.jobs.signals.install", lambda: None)
     assert cli.train(["--output_dir", "runs/donn\udcc3\udca9es"]) == 2
     assert "error: runs/donn\\udcc3\\udca9es: not to be read as" in capsys.readouterr().err
 

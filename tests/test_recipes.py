@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from wpn_ds.config import ObjectiveConfig, _settings, parse_args
+from wpn_ds.settings.run import ObjectiveConfig, _settings, parse_args
 
 ROOT = Path(__file__).parent.parent
 RECIPES = sorted((ROOT / "launch" / "recipes").glob("*.yaml"))

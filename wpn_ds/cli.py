@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 
 from wpn_ds.errors import UserError
-from wpn_ds.files import home, refusal
+from wpn_ds.system.files import home, refusal
 
 _COMMANDS = {
     "train": "unlearn a model (under `deepspeed`: launch/train.py, the same flags)",
@@ -44,7 +44,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print("usage: wpn-ds COMMAND ...    (wpn-ds COMMAND --help for its flags)\n\n" + "\n".join(lines))
         return 0 if args else 2
     if args[0] not in _COMMANDS:
-        from wpn_ds.config import nearest
+        from wpn_ds.settings.run import nearest
 
         print(f"error: {args[0]!r} is not a command{nearest(args[0], _COMMANDS)}", file=sys.stderr)
         return 2
@@ -65,8 +65,8 @@ def _at_home(found: re.Match[str]) -> str:
 
 def train(argv: Sequence[str]) -> int:
     """A training job on this rank; the demo's recipe lies under the flags unless a model is named."""
-    from wpn_ds import launchers, signals
-    from wpn_ds.config import parse_args
+    from wpn_ds.jobs import launchers, signals
+    from wpn_ds.settings.run import parse_args
 
     signals.install()
     try:
@@ -76,7 +76,7 @@ def train(argv: Sequence[str]) -> int:
         _refuse_unreadable(argv)
         config = parse_args(argv)
         if config.model.model_name_or_path is None:
-            from wpn_ds.demo import recipe
+            from wpn_ds.data.embedded import recipe
 
             config = parse_args(argv, base=recipe())
     except UserError as error:
@@ -163,15 +163,15 @@ _COMMAND_FUNCTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "evaluate": _lazily("wpn_ds.evaluate.command:run"),
     "report": _lazily("wpn_ds.evaluate.report.command:run"),
     "judge": _lazily("wpn_ds.evaluate.judges.command:run"),
-    "ablate": _lazily("wpn_ds.ablate.command:run"),
-    "estimate": _lazily("wpn_ds.estimate:run"),
-    "status": _lazily("wpn_ds.status_command:run"),
-    "checkpoint": _lazily("wpn_ds.checkpoint_command:run"),
-    "alternates": _lazily("wpn_ds.alternates.command:run"),
-    "select": _lazily("wpn_ds.select.command:run"),
-    "inspect": _lazily("wpn_ds.inspect_command:run"),
-    "plant": _lazily("wpn_ds.demo.command:run_plant"),
-    "demo": _lazily("wpn_ds.demo.command:run_demo"),
+    "ablate": _lazily("wpn_ds.tools.ablate.command:run"),
+    "estimate": _lazily("wpn_ds.tools.estimate:run"),
+    "status": _lazily("wpn_ds.tools.status:run"),
+    "checkpoint": _lazily("wpn_ds.tools.checkpoint:run"),
+    "alternates": _lazily("wpn_ds.tools.alternates.command:run"),
+    "select": _lazily("wpn_ds.tools.select.command:run"),
+    "inspect": _lazily("wpn_ds.tools.inspect:run"),
+    "plant": _lazily("wpn_ds.tools.plant:run"),
+    "demo": _lazily("wpn_ds.tools.demo:run"),
 }
 
 if __name__ == "__main__":

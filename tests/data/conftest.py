@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from wpn_ds.demo.plant import train_tokenizer
+from wpn_ds.models.plant import train_tokenizer
 
 
 @pytest.fixture(scope="session")

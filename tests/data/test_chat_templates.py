@@ -14,8 +14,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre
 from transformers import PreTrainedTokenizerFast
 
 from wpn_ds.data.records import Message
-from wpn_ds.data.tokens import PromptStyle, encode_pair, encode_prompt, turn_end
+from wpn_ds.data.tokens import encode_pair, encode_prompt, turn_end
 from wpn_ds.errors import UserError
+from wpn_ds.settings.style import PromptStyle
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from wpn_ds.config import DataConfig
 from wpn_ds.data import special
 from wpn_ds.data.records import Message
 from wpn_ds.data.tokens import (
-    PromptStyle,
     Segment,
     encode_pair,
     encode_prompt,
@@ -25,8 +23,10 @@ from wpn_ds.data.tokens import (
     today,
     writes_date,
 )
-from wpn_ds.demo.plant import train_tokenizer
 from wpn_ds.errors import UserError
+from wpn_ds.models.plant import train_tokenizer
+from wpn_ds.settings.run import DataConfig
+from wpn_ds.settings.style import PromptStyle
 
 TEMPLATE = "Question: {prompt}\nAnswer:"
 TEXT = st.text(st.characters(exclude_categories=["Cs"]), min_size=1, max_size=60).filter(str.strip)

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 import pytest
 
 from tests.launching import free_port
-from wpn_ds.engine import distributed
-from wpn_ds.engine.distributed import World
+from wpn_ds.jobs import distributed
+from wpn_ds.jobs.distributed import World
 
 
 @pytest.fixture

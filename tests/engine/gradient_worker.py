@@ -15,21 +15,21 @@ from safetensors.torch import save_file
 from tests.data.made import FORMS
 from tests.engine.gradient_cases import VOCABULARY, WEIGHTS, make_examples
 from tests.engine.small import silent
-from wpn_ds.config import ObjectiveConfig
 from wpn_ds.data.plan import Layout, Role, plan_step
 from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, starting_scores
 from wpn_ds.engine.build import build_policy, full_weights
-from wpn_ds.engine.distributed import init, shutdown, sum_over_ranks
 from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.reference import FrozenModel, cached_states, cached_topk, frozen_json, starting_logprobs
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
+from wpn_ds.jobs.distributed import init, shutdown, sum_over_ranks
 from wpn_ds.models.load import Source, load_model
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.objective import Objective, StartingScores
 from wpn_ds.objectives.wpn import WPN
+from wpn_ds.settings.run import ObjectiveConfig
 
 
 def ds_json(stage: int, world_size: int) -> dict:

@@ -14,7 +14,7 @@ import torch
 
 from wpn_ds.cli import train
 from wpn_ds.engine import loop, probe
-from wpn_ds.evaluate.judges.base import Judgement, Verdict
+from wpn_ds.judging.base import Judgement, Verdict
 
 harmless = json.loads(os.environ["HARMLESS"])
 blow = dict([os.environ["BLOW"].split()]) if os.environ.get("BLOW") else {}

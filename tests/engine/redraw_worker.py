@@ -13,11 +13,11 @@ from tests.engine.gradient_cases import make_examples
 from tests.engine.gradient_worker import ds_json
 from wpn_ds.data.plan import Layout, plan_step
 from wpn_ds.engine.build import build_policy, full_weights
-from wpn_ds.engine.distributed import init, shutdown
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.redraw import Ema
 from wpn_ds.engine.refinement import token_probabilities
 from wpn_ds.engine.step import Step
+from wpn_ds.jobs.distributed import init, shutdown
 from wpn_ds.models.load import Source, load_model
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.objective import Objective

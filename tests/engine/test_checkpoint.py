@@ -17,7 +17,6 @@ import pytest
 import torch
 
 from tests.engine.gradient_cases import make_examples
-from wpn_ds.config import Config, ObjectiveConfig
 from wpn_ds.data.plan import ORDER_FORMAT, Layout, Role, retain_seed, step_indices
 from wpn_ds.engine import checkpoint, export
 from wpn_ds.engine.build import remove_stale_locks
@@ -35,6 +34,7 @@ from wpn_ds.engine.loop import Trainer
 from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
 from wpn_ds.objectives.objective import Objective
+from wpn_ds.settings.run import Config, ObjectiveConfig
 
 #: A run's settings, resolved as they are when a checkpoint is written.
 DEFAULTS = Config(objective=ObjectiveConfig().resolved()).to_flat()

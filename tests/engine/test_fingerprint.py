@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 from wpn_ds.engine import fingerprint as module
-from wpn_ds.engine.distributed import World
 from wpn_ds.engine.fingerprint import BY_FILE, fingerprint_of_model, in_one_digest
+from wpn_ds.jobs.distributed import World
 
 
 @pytest.fixture

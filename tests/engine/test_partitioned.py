@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.models.test_files import HEAD, TIED, head_apart, tied_model
-from wpn_ds.engine.distributed import World
 from wpn_ds.engine.export import export
 from wpn_ds.errors import UserError
+from wpn_ds.jobs.distributed import World
 from wpn_ds.models.load import Source, load_model
 from wpn_ds.models.packed import PackedLM
 

@@ -17,15 +17,16 @@ from transformers import AutoTokenizer
 
 import wpn_ds.cli
 from tests.engine.test_checkpoint import Engine, made
-from tests.engine.test_train import losses, metrics, same_weights
+from tests.engine.test_train import REFERENCE_WPN, losses, metrics, same_weights
+from tests.interface import check_metrics, metric_names
 from tests.launching import free_port, launch
-from wpn_ds.config import Config, LoggingConfig
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.engine import checkpoint
-from wpn_ds.engine.distributed import World
 from wpn_ds.engine.loop import Trainer, _past
 from wpn_ds.engine.probe import Probe, figures, improves, summary
-from wpn_ds.evaluate.judges.base import Judgement, Verdict
+from wpn_ds.jobs.distributed import World
+from wpn_ds.judging.base import Judgement, Verdict
+from wpn_ds.settings.run import Config, LoggingConfig
 
 EVALUATED = {"eval/retain_perplexity": 2.0, **figures([Judgement(Verdict.HARMLESS), Judgement(Verdict.HARMFUL)])}
 
@@ -221,6 +222,7 @@ def test_the_best_checkpoint_is_kept_and_exported(unbroken, tmp_path) -> None:
     assert kept(unbroken) == [3, 5], "the best one beside the newest one"
     assert same_weights(unbroken, exported(unbroken / "checkpoint-3", tmp_path / "best"))
     assert not same_weights(unbroken, exported(unbroken / "checkpoint-5", tmp_path / "last"))
+    check_metrics(metric_names(unbroken / "metrics.jsonl"), "--probe_prompts", *REFERENCE_WPN, "--early_stopping")
     card = (unbroken / "README.md").read_text()
     assert (
         ": 3 optimizer steps" in card

@@ -15,19 +15,21 @@ from tests.engine.gradient_cases import make_examples
 from tests.engine.redraw_worker import DECAY, STEPS
 from tests.engine.small import CONFIG, alone, small_reader
 from tests.engine.test_train import flags, losses, metrics, same_weights
+from tests.interface import check_metrics, metric_names
 from tests.launching import ROOT, free_port, launch
 from tests.models.families import make
-from wpn_ds.checkpoint_command import run as checkpoint_command
-from wpn_ds.config import Config, DataConfig, ObjectiveConfig, TrainingConfig
 from wpn_ds.data.records import Message, read_forget
-from wpn_ds.data.tokens import PromptStyle, encode_prompt, end_of
+from wpn_ds.data.seeds import seed_of
+from wpn_ds.data.tokens import encode_prompt, end_of
 from wpn_ds.engine import checkpoint, refinement
 from wpn_ds.engine.refinement import still_known, token_probabilities
 from wpn_ds.engine.setup import _check_redraw, _redraw_prompts
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.generate import Sampling, generate_ids
+from wpn_ds.models.generate import Sampling, generate_ids
 from wpn_ds.objectives.family import build_objective
-from wpn_ds.seeds import seed_of
+from wpn_ds.settings.run import Config, DataConfig, ObjectiveConfig, TrainingConfig
+from wpn_ds.settings.style import PromptStyle
+from wpn_ds.tools.checkpoint import run as checkpoint_command
 
 
 def train(tiny: Path, out: Path, *extra: str, ranks: int = 2, fails: bool = False) -> str:
@@ -75,6 +77,7 @@ def test_drawn_answers_are_trained_on(redrawn, tiny, tmp_path) -> None:
     assert not same_weights(redrawn, tmp_path / "own")
     taken = [m["redraw/taken"] for m in metrics(redrawn) if "redraw/taken" in m]
     assert len(taken) == 2 and min(taken) > 0.5
+    check_metrics(metric_names(redrawn / "metrics.jsonl"), "--validation_file", "simnpo", "--redraw_steps")
 
 
 @pytest.mark.distributed
@@ -284,6 +287,7 @@ def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(tiny, tm
     assert left[0] == 23 and left[-1] == 0 and left == sorted(left, reverse=True) and steps[-1] < 40
     assert len(set(left)) > 2, "all left at once: nothing is seen of an order of those that stay"
     assert "all is forgotten" in said and (tmp_path / "whole/DONE").exists()
+    check_metrics(metric_names(tmp_path / "whole/metrics.jsonl"), "--validation_file", "ga", "--forgotten_below")
     begun = next(step for step, count in zip(steps, left, strict=True) if 0 < count < 23)
     state = checkpoint.read_state(tmp_path / f"whole/checkpoint-{begun}")
     assert state is not None and state.left is not None and state.left_since == begun

@@ -9,8 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import Gemma3Config, OPTConfig
 
-from wpn_ds.config import Config, ObjectiveConfig
-from wpn_ds.demo import embedded_file
+from wpn_ds.data.embedded import embedded_file
 from wpn_ds.engine.setup import (
     _check_harmony,
     _check_monitors,
@@ -23,6 +22,7 @@ from wpn_ds.engine.setup import (
 )
 from wpn_ds.errors import UserError
 from wpn_ds.objectives.family import build_objective
+from wpn_ds.settings.run import Config, ObjectiveConfig
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from tests.data.made import FORMS
 from tests.engine.gradient_cases import make_examples
 from tests.engine.small import Engine, silent, small_model
-from wpn_ds.config import ObjectiveConfig
 from wpn_ds.data.plan import Layout, StepPlan, plan_step
 from wpn_ds.engine.bank import Bank
 from wpn_ds.engine.reader import Reader
@@ -25,6 +24,7 @@ from wpn_ds.models import attention
 from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.objective import Objective, StartingScores
 from wpn_ds.objectives.wpn import WPN
+from wpn_ds.settings.run import ObjectiveConfig
 
 #: What makes the host wait for a GPU: a value it reads, or a result whose size it must know.
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal", "bincount")

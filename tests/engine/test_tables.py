@@ -15,9 +15,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from wpn_ds.engine.distributed import World
 from wpn_ds.engine.tables import Tables
 from wpn_ds.errors import UserError
+from wpn_ds.jobs.distributed import World
 
 SHAPES = {"vectors": ((5, 3), np.float32), "ids": ((5,), np.int32)}
 

@@ -13,8 +13,8 @@ from tests.engine.gradient_cases import make_examples
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
 from wpn_ds.data.plan import Layout, Role, plan_step
 from wpn_ds.data.tokens import Segment
-from wpn_ds.engine.distributed import World
 from wpn_ds.engine.telemetry import ModelShape, Telemetry, measure_peak_flops, step_flops
+from wpn_ds.jobs.distributed import World
 
 NONE: frozenset[Role] = frozenset()
 MAIN = World(rank=0, size=1, local_rank=0, device=torch.device("cpu"))

@@ -18,6 +18,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wpn_ds.cli
+from tests.interface import FROZEN, check_files, check_metrics, check_tensorboard, metric_names
 from tests.launching import ROOT, environment, free_port, launch
 from wpn_ds.engine import checkpoint
 
@@ -25,6 +26,10 @@ pytestmark = pytest.mark.distributed
 
 
 PEAK = ["--peak_tflops", "0.1"]
+
+#: Parts of the frozen metrics.
+MEASURED = ["--validation_file", "--probe_prompts"]
+REFERENCE_WPN = ["wpn", "--wpn_targets reference"]
 
 
 def flags(
@@ -116,6 +121,8 @@ def test_a_run_leaves_what_it_promises(unbroken):
     assert {"run.yaml", "ds_config.json", "metrics.jsonl", "runs", "DONE"} <= names
     assert {n for n in names if n.startswith("checkpoint-")} == {"checkpoint-4", "checkpoint-6"}, "two are kept"
     assert not [n for n in names if n.endswith(".tmp")]
+    check_files(unbroken)
+    check_metrics(metric_names(unbroken / "metrics.jsonl"), *MEASURED, *REFERENCE_WPN)
     last = next(m for m in metrics(unbroken) if m["step"] == 6 and "loss/total" in m)
     expected = {"loss/npair", "loss/nll", "loss/retain", "sim/positive", "sim/negative", "sim/margin", "lr"}
     expected |= {"grad_norm", "skipped_steps", "speed/tokens_per_second", "speed/examples_per_second", "packing/fill"}
@@ -133,7 +140,7 @@ def test_tensorboard_holds_the_same_scalars_and_samples(unbroken):
     board.Reload()
     written = {s.step: s.value for s in board.Scalars("loss/total")}
     assert written == pytest.approx(dict(losses(unbroken)), rel=1e-6)
-    assert any("samples" in tag for tag in board.Tags()["tensors"])
+    check_tensorboard(unbroken / "runs", *MEASURED, *REFERENCE_WPN)
 
 
 def test_run_yaml_repeats_the_run(unbroken, tiny, tmp_path):
@@ -313,7 +320,7 @@ def test_resuming_another_run_is_refused_in_one_line(unbroken, tiny, tmp_path, c
         ("zero0", "opt", ["--reference", "topk", "--reference_topk", "8"]),
         ("zero1", "opt", ["--wpn_targets", "live", "--reference", "states"]),
         ("zero2", "gpt_neo", ["--packing", "false", "--retain_loss", "nll"]),
-        ("zero3", "gpt_neo", ["--bf16", "--gradient_checkpointing", "--wpn_negatives", "bank"]),
+        ("zero3", "gpt_neo", ["--bf16", "--gradient_checkpointing", "--wpn_negatives", "bank", "--harmonise"]),
         ("zero3_offload", "opt", ["--wpn_scoring", "likelihood_ratio", "--eval_steps", "2", "--warmup_steps", "2"]),
     ],
 )
@@ -322,6 +329,10 @@ def test_every_configuration_trains_and_exports(tiny, tmp_path, ds, model, extra
     train(tiny, out, *extra, ds=ds, model=model)
     nll = [m["eval/nll_wanted"] for m in metrics(out) if "eval/nll_wanted" in m]
     assert nll[-1] < nll[0]
+    parts = {*MEASURED, *REFERENCE_WPN, *(flag for flag in extra if flag in FROZEN["metrics"])}
+    if {"live", "likelihood_ratio"} & set(extra):
+        parts.remove("--wpn_targets reference")
+    check_metrics(metric_names(out / "metrics.jsonl"), *parts)
     AutoModelForCausalLM.from_pretrained(out)
 
 

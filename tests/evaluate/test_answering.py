@@ -5,11 +5,11 @@ import copy
 import pytest
 
 from wpn_ds.data.records import ForgetRecord
-from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, SuiteAnswers, judge_answers
 from wpn_ds.evaluate.judges.phrases import RefusalPhrases
 from wpn_ds.evaluate.suites import PromptSuite
+from wpn_ds.settings.style import PromptStyle
 
 SAID = {
     "I can't help with that.": (True, False),

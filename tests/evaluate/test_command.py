@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from tests.evaluate.judges.conftest import Server, labelled
 from tests.evaluate.tofu.conftest import write_tofu
+from tests.interface import check_report
 from tests.launching import free_port, launch
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate import answering, command
@@ -56,6 +57,7 @@ def test_a_model_and_its_baseline_are_evaluated_and_reported(folders, files, tmp
     found = report(out)
     assert set(found["suites"]) == set(found["baseline"]["suites"]) == {"train"}
     assert found["suites"]["train"]["n"] == found["baseline"]["suites"]["train"]["n"] == 3
+    check_report(found, "suites.*", "suites.*.answers[]", "changes.*", "retain", "judges[]", "settings")
     assert found["retain"]["n"] == 2 and found["retain_perplexity_ratio"] > 0
     assert found["settings"]["prompts_a_suite"] == 3 and found["utility"] == {}
     assert [judge["judge"] for judge in found["judges"]] == ["reference", "phrases", "resemblance"]
@@ -71,6 +73,7 @@ def test_every_suite_is_asked_by_default_and_what_is_not_there_is_noted(folders,
     assert {"relearning/0", "relearning/1", "attack/base64", "attack/few_shot"} <= set(found["suites"])
     assert found["suites"]["diversity"]["seeds"] == [0, 1] and found["suites"]["diversity"]["n"] == 4
     assert found["suites"]["over_refusal"]["kind"] == "benign" and found["baseline"] is None
+    check_report(found, "suites.*", "suites.*.always_harmless", "suites.*.answers[]")
     assert any("advbench" in note for note in found["notes"]) and any("dialogue" in note for note in found["notes"])
 
 

@@ -20,8 +20,8 @@ from wpn_ds.evaluate.dialogue import (
     run_dialogue,
     unigram_f1,
 )
-from wpn_ds.evaluate.generate import generate_ids
 from wpn_ds.evaluate.items import TaskUnavailable, sample
+from wpn_ds.models.generate import generate_ids
 
 TURNS = [
     ["How do I wash a car ?", "with water"],

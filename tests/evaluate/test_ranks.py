@@ -8,7 +8,7 @@ import pytest
 
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate import ranks
-from wpn_ds.lock import InUse
+from wpn_ds.system.lock import InUse
 
 
 def test_a_place_that_is_in_use_is_refused_on_all_ranks_alike(tmp_path, monkeypatch) -> None:

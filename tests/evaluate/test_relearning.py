@@ -5,11 +5,11 @@ import copy
 import torch
 
 from wpn_ds.data.records import ForgetRecord
-from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.evaluate.answering import Asking
-from wpn_ds.evaluate.judges.reference import ReferenceJudge
 from wpn_ds.evaluate.relearning import Lessons, Relearning
 from wpn_ds.evaluate.suites import PromptSuite
+from wpn_ds.judging.reference import ReferenceJudge
+from wpn_ds.settings.style import PromptStyle
 
 RECORDS = tuple(ForgetRecord(f"how {i}?", (f"calm {i}",), ("only a fool asks",), f"f:{i}") for i in range(4))
 ASKING = Asking(PromptStyle("Q: {prompt}\nA:"), max_length=80, max_new_tokens=20, batch_size=2)

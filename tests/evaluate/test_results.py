@@ -4,10 +4,10 @@ import json
 
 import pytest
 
-from wpn_ds.evaluate.judges.base import Judgement, Verdict
 from wpn_ds.evaluate.results import Answer, Evaluation, Retain, Suite, Task, retain_perplexity_ratio, suite_change
 from wpn_ds.evaluate.results import utility_change as change_of
-from wpn_ds.evaluate.statistics import wilson_interval
+from wpn_ds.judging.base import Judgement, Verdict
+from wpn_ds.judging.statistics import wilson_interval
 
 
 def answer(verdict: Verdict, wanted: str = "a b c", unwanted: str = "d e f", **fields) -> Answer:

@@ -5,10 +5,10 @@ from typing import Any
 
 import pytest
 
-from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate import work
 from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
+from wpn_ds.settings.style import PromptStyle
 
 
 class Recorder:

@@ -17,9 +17,9 @@ from tests.models.shapes import Shapes
 from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Item, Role
 from wpn_ds.data.tokens import Segment
-from wpn_ds.evaluate.generate import generate_ids
 from wpn_ds.models import attention
 from wpn_ds.models.attention import KERNELS, Extras, Pieces, candidates, fault, per_segment_sdpa, supported
+from wpn_ds.models.generate import generate_ids
 from wpn_ds.models.packed import PackedLM
 
 CPU = torch.device("cpu")

@@ -21,7 +21,6 @@ from transformers import (
     Phi3Config,
 )
 
-from wpn_ds.demo.plant import train_tokenizer
 from wpn_ds.engine.export import _write_model
 from wpn_ds.errors import UserError
 from wpn_ds.models import load
@@ -39,6 +38,7 @@ from wpn_ds.models.load import (
     tokenizer_doubt,
 )
 from wpn_ds.models.packed import PackedLM
+from wpn_ds.models.plant import train_tokenizer
 
 SMALL = {"vocab_size": 64, "hidden_size": 32, "max_position_embeddings": 64}
 

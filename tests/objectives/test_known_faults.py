@@ -7,12 +7,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.data.made import PAD, example_sets, flat, items_of, layout, plan_of
-from wpn_ds.config import ObjectiveConfig
 from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Item, Role
 from wpn_ds.data.tokens import Segment
 from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.likelihood import Reading, Tokens
+from wpn_ds.settings.run import ObjectiveConfig
 
 several = settings(max_examples=40, deadline=None)
 

@@ -18,13 +18,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from tests.data.made import PAD, example_sets, flat, layouts, plan_of
-from wpn_ds.config import ObjectiveConfig
 from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Role
 from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.likelihood import Fading, Reading
 from wpn_ds.objectives.objective import Objective, StartingScores, Term
 from wpn_ds.objectives.preference import preference_losses
+from wpn_ds.settings.run import ObjectiveConfig
 
 MARGINS = st.lists(st.floats(-30, 30), min_size=1, max_size=8)
 

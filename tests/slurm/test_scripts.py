@@ -13,7 +13,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from wpn_ds import estimate
+from wpn_ds.tools import estimate
 
 SLURM = ROOT / "slurm"
 MODELS = sorted(path for pattern in ("opt-*.sh", "gpt-neo-*.sh") for path in SLURM.glob(pattern))

@@ -14,7 +14,8 @@ from wpn_ds.data.examples import build_examples
 from wpn_ds.data.packing import pack
 from wpn_ds.data.records import ADAPTERS, ForgetRecord, Kind, Prompt, Record, RetainRecord, turn_texts
 from wpn_ds.data.sources import Problems, file_rows
-from wpn_ds.data.tokens import PromptStyle, encode_answer, render_prompt, spelt_special_tokens
+from wpn_ds.data.tokens import encode_answer, render_prompt, spelt_special_tokens
+from wpn_ds.settings.style import PromptStyle
 
 PROMPT = "prompt"
 BATCH = 8  # texts of a padded batch, for comparison

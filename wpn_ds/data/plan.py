@@ -16,8 +16,8 @@ import numpy as np
 
 from wpn_ds.data.examples import ExampleSet
 from wpn_ds.data.packing import pack, spread
+from wpn_ds.data.seeds import seed_of
 from wpn_ds.data.tokens import Segment
-from wpn_ds.seeds import seed_of
 
 
 class Role(IntEnum):

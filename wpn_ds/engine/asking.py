@@ -6,8 +6,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from wpn_ds.engine.distributed import World, from_all
-from wpn_ds.evaluate.generate import Sampling, batches, generate_ids
+from wpn_ds.jobs.distributed import World, from_all
+from wpn_ds.models.generate import Sampling, batches, generate_ids
 
 #: Prompts that are answered together on any number of ranks: so that number changes no answer.
 BATCH = 8

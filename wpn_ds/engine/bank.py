@@ -14,9 +14,9 @@ from wpn_ds.data.batch import to_device
 from wpn_ds.data.examples import Answer, ExampleSet
 from wpn_ds.data.plan import Item, Role, StepPlan
 from wpn_ds.data.tokens import Segment
-from wpn_ds.engine.distributed import fill_from_ranks
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.tables import Blocks, Tables
+from wpn_ds.jobs.distributed import fill_from_ranks
 from wpn_ds.objectives.objective import FrozenTargets, Objective, pooled
 from wpn_ds.objectives.wpn import WPN
 

@@ -14,8 +14,8 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor
 
-from wpn_ds.engine.distributed import World
 from wpn_ds.errors import UserError
+from wpn_ds.jobs.distributed import World
 from wpn_ds.models.packed import PackedLM
 
 #: The longest that DeepSpeed's extensions take to compile, and some.

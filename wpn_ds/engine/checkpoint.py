@@ -25,14 +25,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wpn_ds import signals
-from wpn_ds.config import Config, ObjectiveConfig
-from wpn_ds.engine.distributed import World, from_all, on_main, patiently, rng_state, set_rng_state
-from wpn_ds.engine.stop import Stopped
+from wpn_ds.data.seeds import seed_of
 from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
-from wpn_ds.files import cause, remove_abandoned, sync
-from wpn_ds.seeds import seed_of
+from wpn_ds.jobs import signals
+from wpn_ds.jobs.distributed import World, from_all, on_main, patiently, rng_state, set_rng_state
+from wpn_ds.jobs.heartbeat import Stopped
+from wpn_ds.settings.run import Config, ObjectiveConfig
+from wpn_ds.system.files import cause, remove_abandoned, sync
 
 MANIFEST = "trainer_state.json"
 STATE = "state"

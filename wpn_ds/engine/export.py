@@ -12,10 +12,10 @@ from torch import Tensor
 
 from wpn_ds.engine.build import full_weights
 from wpn_ds.engine.checkpoint import STATE, TrainerState, is_partitioned
-from wpn_ds.engine.distributed import World, patiently
 from wpn_ds.errors import UserError
-from wpn_ds.files import filled
+from wpn_ds.jobs.distributed import World, patiently
 from wpn_ds.models.load import Source, load_model, load_tokenizer
+from wpn_ds.system.files import filled
 
 
 def export(lm: Any, tokenizer: Any, output_dir: Path, world: World, config_overrides: Mapping[str, Any]) -> None:

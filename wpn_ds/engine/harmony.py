@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wpn_ds.engine.distributed import World
+from wpn_ds.jobs.distributed import World
 from wpn_ds.objectives.objective import Term
 
 

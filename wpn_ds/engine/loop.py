@@ -18,29 +18,18 @@ from typing import Any, NoReturn
 import torch
 from transformers import get_scheduler
 
-from wpn_ds import history
-from wpn_ds.config import DONE, Config
 from wpn_ds.data.batch import to_device
 from wpn_ds.data.plan import Layout, StepPlan, plan_step, retain_seed, step_indices
-from wpn_ds.data.tokens import PromptStyle, render_prompt
-from wpn_ds.ds_json import for_loading
+from wpn_ds.data.seeds import seed_of
+from wpn_ds.data.tokens import render_prompt
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.asking import Asking
 from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, starting_scores
 from wpn_ds.engine.build import build_policy, wait_for_locks
-from wpn_ds.engine.distributed import (
-    max_over_ranks,
-    on_main,
-    rng_state,
-    set_rng_state,
-    shutdown,
-    sum_over_ranks,
-)
 from wpn_ds.engine.export import export
 from wpn_ds.engine.fingerprint import BY_FILE, in_one_digest
 from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.model_card import write_model_card
-from wpn_ds.engine.preflight import UnfitNode
 from wpn_ds.engine.probe import HARMLESS, PERPLEXITY, figures, improves, summary
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.redraw import Ema, Redraw
@@ -55,20 +44,25 @@ from wpn_ds.engine.reference import (
 from wpn_ds.engine.refinement import still_known
 from wpn_ds.engine.setup import Job, prepare, progress, say
 from wpn_ds.engine.step import Step
-from wpn_ds.engine.stop import Points, Stopped
 from wpn_ds.engine.tables import Tables
 from wpn_ds.engine.telemetry import ModelShape, Telemetry, Window, energy, log_warnings, measure_peak_flops, step_flops
 from wpn_ds.engine.validate import starting_similarities, validation_losses
 from wpn_ds.errors import UserError
-from wpn_ds.files import cache_folder, refusal, write_atomically
-from wpn_ds.lock import InUse, release_all
+from wpn_ds.jobs import history
+from wpn_ds.jobs.distributed import max_over_ranks, on_main, rng_state, set_rng_state, shutdown, sum_over_ranks
+from wpn_ds.jobs.heartbeat import Points, Stopped
+from wpn_ds.jobs.preflight import UnfitNode
 from wpn_ds.models.attention import candidates, fault
 from wpn_ds.models.check import check_exact_reading
 from wpn_ds.models.load import default_attention, dropout_fields, load_model
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.objective import FrozenTargets, StartingScores
 from wpn_ds.objectives.wpn import WPN
-from wpn_ds.seeds import seed_of
+from wpn_ds.settings.deepspeed import for_loading
+from wpn_ds.settings.run import DONE, Config
+from wpn_ds.settings.style import PromptStyle
+from wpn_ds.system.files import cache_folder, refusal, write_atomically
+from wpn_ds.system.lock import InUse, release_all
 
 MAX_SKIPPED_IN_A_ROW = 5
 

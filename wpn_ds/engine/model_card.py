@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from wpn_ds.config import Config
-from wpn_ds.files import write_atomically
 from wpn_ds.objectives.objective import Objective
+from wpn_ds.settings.run import Config
+from wpn_ds.system.files import write_atomically
 
 
 def write_model_card(

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wpn_ds.data.records import ForgetRecord, prompt_text
-from wpn_ds.data.tokens import PromptStyle, encode_prompt, naming, render_prompt
+from wpn_ds.data.tokens import encode_prompt, naming, render_prompt
 from wpn_ds.engine.asking import Asking
-from wpn_ds.engine.distributed import World
-from wpn_ds.evaluate.judges.base import Case, Judgement, Verdict
-from wpn_ds.evaluate.judges.reference import ReferenceJudge
-from wpn_ds.evaluate.statistics import Rate
+from wpn_ds.jobs.distributed import World
+from wpn_ds.judging.base import Case, Judgement, Verdict
+from wpn_ds.judging.reference import ReferenceJudge
+from wpn_ds.judging.statistics import Rate
+from wpn_ds.settings.style import PromptStyle
 
 HARMLESS, PERPLEXITY = "eval/harmless_rate", "eval/retain_perplexity"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from wpn_ds.data.batch import Batch, collate
 from wpn_ds.data.plan import Item, Layout, Role
-from wpn_ds.engine.distributed import World
-from wpn_ds.evaluate.generate import evaluation_mode
+from wpn_ds.jobs.distributed import World
+from wpn_ds.models.generate import evaluation_mode
 from wpn_ds.objectives.likelihood import Reading
 
 

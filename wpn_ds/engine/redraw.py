@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from wpn_ds.data.examples import ExampleSet
+from wpn_ds.data.seeds import seed_of
 from wpn_ds.engine.asking import Asking
-from wpn_ds.seeds import seed_of
 
 
 class Ema:

@@ -22,10 +22,10 @@ from wpn_ds.data.examples import Answer
 from wpn_ds.data.plan import Item, Role
 from wpn_ds.data.tokens import Segment
 from wpn_ds.engine.bank import Progress
-from wpn_ds.engine.distributed import World, fill_from_ranks
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.tables import Blocks, Tables
 from wpn_ds.errors import UserError
+from wpn_ds.jobs.distributed import World, fill_from_ranks
 from wpn_ds.models.head import CHUNK
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.likelihood import Distribution, Finish, Reading, Targets, TopK, head_logits

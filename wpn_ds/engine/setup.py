@@ -20,7 +20,7 @@ from deepspeed.monitor.utils import check_comet_availability, check_tb_availabil
 from deepspeed.runtime.config import DeepSpeedConfig
 from tqdm import tqdm
 
-from wpn_ds.config import DONE, Config, ObjectiveConfig
+from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.examples import ExampleSet, build_examples
 from wpn_ds.data.inspect import contradiction_note
 from wpn_ds.data.plan import ORDER_FORMAT, Layout, Role
@@ -33,23 +33,19 @@ from wpn_ds.data.records import (
     read_retain,
     with_random_wanted,
 )
-from wpn_ds.data.tokens import PromptStyle, encoded_prompt, end_of, is_chat, naming, render_prompt, today, writes_date
-from wpn_ds.demo import PLANTED, embedded_file, ensure_planted
-from wpn_ds.ds_json import ResolvedDeepSpeed, resolve_deepspeed
+from wpn_ds.data.tokens import encoded_prompt, end_of, is_chat, naming, render_prompt, today, writes_date
 from wpn_ds.engine import checkpoint
-from wpn_ds.engine.distributed import World, agree, init, on_main
 from wpn_ds.engine.fingerprint import fingerprint_of_model
-from wpn_ds.engine.preflight import check as check_nodes
 from wpn_ds.engine.probe import Probe
 from wpn_ds.engine.redraw import Request
 from wpn_ds.engine.reference import frozen_json
-from wpn_ds.engine.stop import after_the_watchdog
 from wpn_ds.errors import UserError
-from wpn_ds.files import PARTIAL, cache_folder, remove_abandoned, unusable
-from wpn_ds.flags import check_place
-from wpn_ds.history import FAILED, REQUEUE, STARTS, STATUS
-from wpn_ds.lock import Lock
+from wpn_ds.jobs.distributed import World, agree, init, on_main
+from wpn_ds.jobs.heartbeat import after_the_watchdog
+from wpn_ds.jobs.history import FAILED, REQUEUE, STARTS, STATUS
+from wpn_ds.jobs.preflight import check as check_nodes
 from wpn_ds.models.attention import supported
+from wpn_ds.models.folder import check_place
 from wpn_ds.models.load import (
     Source,
     check_ids,
@@ -62,8 +58,14 @@ from wpn_ds.models.load import (
     quantisation,
     tokenizer_doubt,
 )
+from wpn_ds.models.planted import PLANTED, ensure_planted
 from wpn_ds.objectives.family import build_objective
 from wpn_ds.objectives.objective import Objective
+from wpn_ds.settings.deepspeed import ResolvedDeepSpeed, resolve_deepspeed
+from wpn_ds.settings.run import DONE, Config, ObjectiveConfig
+from wpn_ds.settings.style import PromptStyle
+from wpn_ds.system.files import PARTIAL, cache_folder, remove_abandoned, unusable
+from wpn_ds.system.lock import Lock
 
 TRAIN_LOCK = ".train.lock"
 

@@ -24,10 +24,10 @@ from torch import Tensor
 
 from wpn_ds.data.batch import Batch, collate, to_device
 from wpn_ds.data.plan import Layout, Role, StepPlan
-from wpn_ds.engine.distributed import RngState, World, fill_from_ranks, rng_state, set_rng_state
 from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.reader import no_point
 from wpn_ds.engine.reference import Reference, StartingLogprobs
+from wpn_ds.jobs.distributed import RngState, World, fill_from_ranks, rng_state, set_rng_state
 from wpn_ds.objectives.likelihood import Reading, Targets
 from wpn_ds.objectives.objective import FrozenTargets, Objective, StartingScores, States, Term
 

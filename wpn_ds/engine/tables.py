@@ -18,9 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from wpn_ds.engine.distributed import World, max_over_ranks
 from wpn_ds.errors import UserError
-from wpn_ds.files import cause, remove_abandoned
+from wpn_ds.jobs.distributed import World, max_over_ranks
+from wpn_ds.system.files import cause, remove_abandoned
 
 logger = logging.getLogger(__name__)
 

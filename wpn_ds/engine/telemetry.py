@@ -19,12 +19,12 @@ from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-from wpn_ds import history
 from wpn_ds.data.plan import Role, StepPlan
-from wpn_ds.engine.distributed import World, max_over_ranks, sum_over_ranks
 from wpn_ds.engine.step import StepResult
-from wpn_ds.files import write_atomically
-from wpn_ds.history import clock
+from wpn_ds.jobs import history
+from wpn_ds.jobs.distributed import World, max_over_ranks, sum_over_ranks
+from wpn_ds.jobs.history import clock
+from wpn_ds.system.files import write_atomically
 
 
 @dataclass(frozen=True)

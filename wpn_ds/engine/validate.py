@@ -7,8 +7,8 @@ import torch
 from wpn_ds.data.examples import ExampleSet
 from wpn_ds.data.plan import Item, Role
 from wpn_ds.engine.bank import Bank, pooled_states
-from wpn_ds.engine.distributed import sum_over_ranks
 from wpn_ds.engine.reader import Reader
+from wpn_ds.jobs.distributed import sum_over_ranks
 from wpn_ds.objectives.npair import paired_similarity, similarity
 from wpn_ds.objectives.wpn import WPN
 

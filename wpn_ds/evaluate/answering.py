@@ -7,13 +7,14 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from wpn_ds.data.records import prompt_text
-from wpn_ds.data.tokens import PromptStyle, encoded_prompt, naming, render_prompt
-from wpn_ds.evaluate.generate import Sampling, batches, generate
-from wpn_ds.evaluate.judges.base import Case, Judge
+from wpn_ds.data.tokens import encoded_prompt, naming, render_prompt
 from wpn_ds.evaluate.judges.phrases import Refusal, refusal
 from wpn_ds.evaluate.results import Answer, Suite
 from wpn_ds.evaluate.suites import PromptSuite
 from wpn_ds.evaluate.work import Unit
+from wpn_ds.judging.base import Case, Judge
+from wpn_ds.models.generate import Sampling, batches, generate
+from wpn_ds.settings.style import PromptStyle
 
 
 @dataclass(frozen=True)

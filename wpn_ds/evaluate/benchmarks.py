@@ -24,9 +24,9 @@ from typing import Any
 
 from wpn_ds.data.sources import Problems, Row, file_rows
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.generate import evaluation_mode
 from wpn_ds.evaluate.items import TaskUnavailable, drawn, find_file, place, sample
 from wpn_ds.evaluate.results import Task
+from wpn_ds.models.generate import evaluation_mode
 from wpn_ds.models.load import max_positions
 
 HUB_TIMEOUT = 5.0

@@ -13,12 +13,11 @@ from typing import Any
 import torch.distributed as dist
 import yaml
 
+from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.records import RetainRecord, merged_by_prompt, read_forget, read_retain
-from wpn_ds.demo import PLANTED, embedded_file, is_planted
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, can_judge
 from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
-from wpn_ds.evaluate.judges.base import Judge
 from wpn_ds.evaluate.measurement import Measurement, Plan, device
 from wpn_ds.evaluate.ranks import all_arrived, alone_in, from_rank_0, join_ranks
 from wpn_ds.evaluate.relearning import Lessons
@@ -37,9 +36,12 @@ from wpn_ds.evaluate.suites import (
 from wpn_ds.evaluate.tofu.log import write_log
 from wpn_ds.evaluate.tofu.task import ANSWER_TOKENS, add_tofu_flags, tofu_task
 from wpn_ds.evaluate.utility import available_utility
-from wpn_ds.files import unusable
-from wpn_ds.flags import above_0, add_style_flags, check_place, given_style, positive, share
+from wpn_ds.judging.base import Judge
+from wpn_ds.models.folder import check_place
 from wpn_ds.models.load import Source, pinned
+from wpn_ds.models.planted import PLANTED, is_planted
+from wpn_ds.settings.flags import above_0, add_style_flags, given_style, positive, share
+from wpn_ds.system.files import unusable
 
 JUDGES = ("reference", "phrases", "resemblance")
 """Without ``--judge``."""

@@ -16,9 +16,9 @@ from typing import Any
 
 from wpn_ds.data.tokens import encode_prompt
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.generate import generate_ids
 from wpn_ds.evaluate.items import TaskUnavailable, drawn, find_file, place, sample
 from wpn_ds.evaluate.results import Task
+from wpn_ds.models.generate import generate_ids
 from wpn_ds.models.load import max_positions
 
 DIALOGUES = ("wizard_of_wikipedia", "empathetic_dialogues", "blended_skill_talk", "wizard_of_internet")

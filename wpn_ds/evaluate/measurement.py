@@ -17,7 +17,6 @@ import torch
 from wpn_ds.data.records import RetainRecord
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, SuiteAnswers
-from wpn_ds.evaluate.judges.base import Judge
 from wpn_ds.evaluate.relearning import Lessons, Relearning
 from wpn_ds.evaluate.results import Evaluation, Retain, Suite, Task
 from wpn_ds.evaluate.suites import PromptSuite
@@ -26,6 +25,7 @@ from wpn_ds.evaluate.tofu.log import TofuLog
 from wpn_ds.evaluate.tofu.task import TofuTask
 from wpn_ds.evaluate.utility import perplexity, retain_nll, run_utility
 from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
+from wpn_ds.judging.base import Judge
 from wpn_ds.models.load import Source, length_notes, load_config, load_model, load_tokenizer, max_positions, pinned
 
 RETAIN_CHUNK = 128

@@ -12,9 +12,9 @@ from typing import Any, TypeVar
 import torch
 import torch.distributed as dist
 
-from wpn_ds import launchers
 from wpn_ds.errors import UserError
-from wpn_ds.lock import locked
+from wpn_ds.jobs import launchers
+from wpn_ds.system.lock import locked
 
 T = TypeVar("T")
 

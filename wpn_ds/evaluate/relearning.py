@@ -18,12 +18,12 @@ from wpn_ds.data.records import ForgetRecord
 from wpn_ds.data.tokens import Segment, encode_pair, encode_prompt, render_prompt
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, judge_answers
-from wpn_ds.evaluate.generate import generate
-from wpn_ds.evaluate.judges.base import Judge
 from wpn_ds.evaluate.results import Suite
 from wpn_ds.evaluate.suites import RELEARNING_PREFIX, PromptSuite
 from wpn_ds.evaluate.utility import answer_losses
 from wpn_ds.evaluate.work import Unit
+from wpn_ds.judging.base import Judge
+from wpn_ds.models.generate import generate
 from wpn_ds.models.load import pad_token_id
 
 BATCH = 8

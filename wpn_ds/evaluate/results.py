@@ -13,10 +13,10 @@ from functools import cached_property
 from itertools import combinations
 from typing import Any, Literal
 
-from wpn_ds.evaluate.judges.base import DEGENERATE, Judgement, Kind, Verdict
-from wpn_ds.evaluate.rouge import tokenize
-from wpn_ds.evaluate.statistics import Estimate, Rate, bootstrap_mean, cohen_kappa, mcnemar
 from wpn_ds.evaluate.tofu.figures import TofuFigures
+from wpn_ds.judging.base import DEGENERATE, Judgement, Kind, Verdict
+from wpn_ds.judging.rouge import tokenize
+from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, cohen_kappa, mcnemar
 
 MATCHED_LENGTHS = 0.8
 """Wanted and unwanted texts are of matched length when the shorter kind has this share of the longer's words (ours).

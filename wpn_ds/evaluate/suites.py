@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
-from wpn_ds.config import nearest
+from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.records import ForgetRecord, RetainRecord
 from wpn_ds.data.sources import Problems, field_problem, file_rows
-from wpn_ds.demo import embedded_file
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.attacks import ATTACKS, attack
-from wpn_ds.evaluate.judges.base import Kind
 from wpn_ds.evaluate.published import PUBLISHED, FoundList, find_published, unique_prompts
+from wpn_ds.judging.base import Kind
+from wpn_ds.settings.run import nearest
 
 QUICK_LIMIT = 64
 """Prompts of each suite under ``--suite quick`` (ours: what a CPU answers in minutes)."""
@@ -64,7 +64,7 @@ class PromptSuite:
     Attributes:
         records: prompts with their reference answers; published prompt lists have none (empty ``chosen`` and
             ``rejected``).
-        kind: what the prompts are; see :data:`~wpn_ds.evaluate.judges.base.Kind`.
+        kind: what the prompts are; see :data:`~wpn_ds.judging.base.Kind`.
         template: text around a prompt in place of ``--prompt_template``; "{prompt}" for beginnings of texts.
         samples: 0: one greedy answer a prompt; else so many sampled ones.
     """

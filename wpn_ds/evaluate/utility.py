@@ -10,14 +10,15 @@ from typing import Any
 import torch
 
 from wpn_ds.data.records import RetainRecord
-from wpn_ds.data.tokens import PromptStyle, Segment, encode_answer
+from wpn_ds.data.tokens import Segment, encode_answer
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.benchmarks import BENCHMARKS, load_benchmark, run_benchmark
 from wpn_ds.evaluate.dialogue import DIALOGUES, load_dialogue_set, run_dialogue
-from wpn_ds.evaluate.generate import evaluation_mode
 from wpn_ds.evaluate.items import TaskUnavailable
 from wpn_ds.evaluate.results import Task
+from wpn_ds.models.generate import evaluation_mode
 from wpn_ds.models.load import pad_token_id
+from wpn_ds.settings.style import PromptStyle
 
 UTILITY = {"benchmarks": tuple(BENCHMARKS), "dialogue": DIALOGUES}
 """The nine benchmarks and the four sets of dialogues, in the order in which they are measured and shown."""

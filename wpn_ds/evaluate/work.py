@@ -18,8 +18,9 @@ from typing import Any
 
 from tqdm import tqdm
 
-from wpn_ds.data.tokens import PromptStyle, today, writes_date
-from wpn_ds.files import unusable, write_atomically
+from wpn_ds.data.tokens import today, writes_date
+from wpn_ds.settings.style import PromptStyle
+from wpn_ds.system.files import unusable, write_atomically
 
 
 @dataclass(frozen=True)

@@ -29,11 +29,11 @@ from transformers import (
 )
 from transformers.utils.hub import cached_file, extract_commit_hash
 
-from wpn_ds.config import nearest
 from wpn_ds.errors import UserError
-from wpn_ds.model_folder import fault
 from wpn_ds.models.attention import KERNELS
 from wpn_ds.models.files import compare, weight_files
+from wpn_ds.models.folder import fault
+from wpn_ds.settings.run import nearest
 
 logger = logging.getLogger(__name__)
 

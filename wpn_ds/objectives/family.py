@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Any
 
-from wpn_ds.config import ObjectiveConfig
 from wpn_ds.objectives.ascent import TokenAscent
 from wpn_ds.objectives.objective import Objective
 from wpn_ds.objectives.preference import Preference
 from wpn_ds.objectives.wpn import WPN
+from wpn_ds.settings.run import ObjectiveConfig
 
 
 def build_objective(config: ObjectiveConfig, *, retain: bool) -> Objective:

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from wpn_ds.evaluate.judges.base import Case, Judge, Verdict
+from wpn_ds.judging.base import Case, Judge, Verdict
 
 
 def case(answer: str, prompt: str = "What is this?", wanted: Sequence[str] = (), unwanted: Sequence[str] = ()) -> Case:

@@ -11,8 +11,8 @@ from tests.evaluate.judges.cases import case, verdicts
 from tests.evaluate.judges.conftest import bert
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import classifier as module
-from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.judges.classifier import BATCH, ClassifierJudge
+from wpn_ds.judging.base import Verdict
 
 load = module._load
 NICE, VILE = "the answer is nice", "the answer is vile"

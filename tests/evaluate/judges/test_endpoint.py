@@ -11,8 +11,8 @@ import pytest
 from tests.evaluate.judges.cases import case, verdicts
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import endpoint, make_judges
-from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.judges.endpoint import DEFAULT_URL, TRIES, EndpointJudge
+from wpn_ds.judging.base import Verdict
 
 KEY = "sk-very-secret-0123"
 

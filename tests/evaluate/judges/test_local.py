@@ -15,8 +15,8 @@ from tests.evaluate.judges.cases import case, verdicts
 from tests.evaluate.judges.conftest import labelled
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import local as module
-from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.judges.local import LocalClassifier, auc, fit, hold_out, measure, save, unseen
+from wpn_ds.judging.base import Verdict
 
 KIND, RUDE = "happy to help you with soap", "only a fool would ask that"
 

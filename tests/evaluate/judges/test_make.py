@@ -8,7 +8,7 @@ import pytest
 from tests.evaluate.judges.cases import verdicts
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
-from wpn_ds.evaluate.judges.base import Verdict
+from wpn_ds.judging.base import Verdict
 
 
 def test_judges_come_in_the_given_order_called_by_their_flags(classifier, local) -> None:

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.judges.base import Judge, Judgement, Verdict
 from wpn_ds.evaluate.judges.command import run
 from wpn_ds.evaluate.judges.labelled import read_labelled, read_people
 from wpn_ds.evaluate.judges.people import Confusion, compare
 from wpn_ds.evaluate.judges.phrases import Refusal, RefusalPhrases
+from wpn_ds.judging.base import Judge, Judgement, Verdict
 
 XSTEST = ("gpt4", "llama2orig", "mistralinstruct")
 NO, YES = "I can't help with that.", "Take the grill to the garden, and put sand under it."

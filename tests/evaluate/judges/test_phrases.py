@@ -7,9 +7,9 @@ import time
 import pytest
 
 from tests.evaluate.judges.cases import verdicts
-from tests.evaluate.test_degenerate import demo
-from wpn_ds.evaluate.judges.base import Verdict
+from tests.judging.test_degenerate import demo
 from wpn_ds.evaluate.judges.phrases import KINDS, Refusal, RefusalPhrases, _kind, _sentences, is_refusal, refusal
+from wpn_ds.judging.base import Verdict
 
 #: Of every kind sentences that we wrote ourselves.
 SENTENCES = {

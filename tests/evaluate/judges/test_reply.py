@@ -4,8 +4,8 @@ import time
 
 import pytest
 
-from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.judges.reply import content_of, verdict_of, without_reasoning
+from wpn_ds.judging.base import Verdict
 
 HARMLESS = [
     "I consider it harmless.",

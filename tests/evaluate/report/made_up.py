@@ -8,8 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wpn_ds.evaluate.judges.base import Judgement, Verdict
 from wpn_ds.evaluate.results import Answer, Evaluation, Kind, Retain, Suite, Task
+from wpn_ds.judging.base import Judgement, Verdict
 
 ANSWERS = {
     Verdict.HARMLESS: "I'd rather not help with that; here is what is safe to do instead.",

@@ -14,10 +14,10 @@ from typing import Any
 import pytest
 
 from tests.evaluate.report.made_up import JUDGES, SETTINGS, everything, mixed, suite, write_metrics
-from wpn_ds.evaluate.judges.base import Judgement, Verdict
 from wpn_ds.evaluate.report.command import run
 from wpn_ds.evaluate.report.files import write_report
 from wpn_ds.evaluate.results import Evaluation, Suite, Task
+from wpn_ds.judging.base import Judgement, Verdict
 
 HOSTILE = (
     '</script><script>document.title="owned"</script><img src=x onerror="document.title=\'owned\'">'

@@ -11,15 +11,16 @@ from typing import Any
 import pytest
 
 from tests.evaluate.report.made_up import JUDGES, SETTINGS, everything, mixed, suite, utility, write_metrics
+from tests.interface import check_report
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.judges.base import Judgement, Verdict
 from wpn_ds.evaluate.report.answers import answers_data
 from wpn_ds.evaluate.report.figures import Comparison, pooled, suite_title
 from wpn_ds.evaluate.report.files import read_metrics, read_report, write_report
 from wpn_ds.evaluate.report.table import format_table
 from wpn_ds.evaluate.results import Answer, Evaluation, Retain, Suite, Task, suite_change
-from wpn_ds.evaluate.statistics import holm
 from wpn_ds.evaluate.suites import GROUPS
+from wpn_ds.judging.base import Judgement, Verdict
+from wpn_ds.judging.statistics import holm
 
 ATTACK = '<script>alert("x")</script> & \x1b[31m</div><img src=x onerror=alert(1)>\u2028\ud800'
 
@@ -112,6 +113,9 @@ def strict(text: str) -> Any:
 def test_the_json_has_the_agreed_shape(whole, whole_report) -> None:
     before, after = whole
     found = strict((whole_report / "report.json").read_text(encoding="utf-8"))
+    measured = {key: value for key, value in found.items() if key not in ("settings", "judges")}  # those are made up
+    check_report(measured, "top", "suites.*", "suites.*.always_harmless", "suites.*.answers[]", "retain")
+    check_report(measured, "changes.*", "utility.*", "utility_change.*")
     assert set(found) == {
         *("suites", "retain", "utility", "tofu", "baseline", "changes", "utility_change", "retain_perplexity_ratio"),
         *("judges", "notes", "settings", "wpn_ds_version"),

@@ -8,14 +8,14 @@ import pytest
 import torch
 
 from tests.evaluate.tofu.conftest import write_tofu
-from wpn_ds.data.tokens import PromptStyle
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking
-from wpn_ds.evaluate.generate import generate
-from wpn_ds.evaluate.rouge import tokenize
 from wpn_ds.evaluate.tofu.answers import CHUNK, TofuAnswers
 from wpn_ds.evaluate.tofu.data import read_tofu
 from wpn_ds.evaluate.work import Ledger
+from wpn_ds.judging.rouge import tokenize
+from wpn_ds.models.generate import generate
+from wpn_ds.settings.style import PromptStyle
 
 ASKING = Asking(PromptStyle("Question: {prompt}\nAnswer:"), max_length=96, max_new_tokens=6, batch_size=4)
 

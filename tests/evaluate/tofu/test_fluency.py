@@ -12,11 +12,11 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from tests.conftest import ROOT
 from tests.evaluate.judges.conftest import bert, labelled
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.judges.base import Case
 from wpn_ds.evaluate.judges.command import run
 from wpn_ds.evaluate.judges.local import LocalClassifier, fit, save
 from wpn_ds.evaluate.tofu.data import read_tofu
 from wpn_ds.evaluate.tofu.fluency import Fluency
+from wpn_ds.judging.base import Case
 
 ANSWERS = ["the answer is kind", "vile vile vile", ""]
 

@@ -10,6 +10,7 @@ import pytest
 
 from tests.evaluate.judges.conftest import labelled
 from tests.evaluate.tofu.conftest import write_tofu
+from tests.interface import check_report
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.command import run
 from wpn_ds.evaluate.judges.local import fit, save
@@ -47,6 +48,7 @@ def test_a_model_with_itself_as_retain_only_model_has_forget_quality_1(
     assert re.search(r"forget quality, p .* -> 1 \(n = 5\).* FU 0\.\d+ -> 0\.\d+ \(n = 5\), CI, p .* -> 1 ", printed)
     assert "--tofu_retain_log" not in printed
     assert again["tofu"]["forget_quality"] == {"p": 1.0, "statistic": 0.0, "n": 5}
+    check_report(again, "tofu", "settings.tofu")
     assert again["tofu"]["cleanness_indistinguishability"]["p"] == 1.0
     assert again["tofu"]["sets"] == first["sets"] != again["baseline"]["tofu"]["sets"]
     assert again["tofu"]["sets"]["real_authors"]["n"] == 5

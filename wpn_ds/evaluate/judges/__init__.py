@@ -7,9 +7,9 @@ import re
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from wpn_ds.config import nearest
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.judges.base import Judge
+from wpn_ds.judging.base import Judge
+from wpn_ds.settings.run import nearest
 
 if TYPE_CHECKING:
     import torch
@@ -68,11 +68,11 @@ def _public(spec: str) -> str:
 def _make(spec: str, wanted: Sequence[str], unwanted: Sequence[str], seed: int, device: torch.device | str) -> Judge:
     kind, rest = _kind(spec), spec.partition(":")[2]
     if kind == "reference":
-        from wpn_ds.evaluate.judges.reference import ReferenceJudge
+        from wpn_ds.judging.reference import ReferenceJudge
 
         return ReferenceJudge(seed=seed)
     if kind == "resemblance":
-        from wpn_ds.evaluate.judges.reference import ResemblanceJudge
+        from wpn_ds.judging.reference import ResemblanceJudge
 
         return ResemblanceJudge(wanted, unwanted, seed=seed)
     if kind == "phrases":

@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
 
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.judges.base import Case, Input, Judge, Judgement, by_threshold
+from wpn_ds.judging.base import Case, Input, Judge, Judgement, by_threshold
 from wpn_ds.models.load import (
     Source,
     audit,

@@ -10,9 +10,8 @@ from pathlib import Path
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
 from wpn_ds.evaluate.judges.labelled import Labelled, read_labelled, read_people
-from wpn_ds.files import holds_anything, unusable
-from wpn_ds.flags import lock_beside
-from wpn_ds.lock import locked
+from wpn_ds.system.files import holds_anything, unusable
+from wpn_ds.system.lock import lock_beside, locked
 
 _SHAPES = (
     'JSONL of {"response", "harmful"} with or without "prompt", triples {"prompt", "neutral", "harmful"} or {"prompt",'

@@ -17,8 +17,8 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.judges.base import Case, Judge, Judgement, Verdict
 from wpn_ds.evaluate.judges.reply import content_of, verdict_of
+from wpn_ds.judging.base import Case, Judge, Judgement, Verdict
 
 DEFAULT_URL = "https://api.openai.com/v1"
 KEY = "OPENAI_API_KEY"

@@ -18,10 +18,10 @@ from safetensors.numpy import load_file, save_file
 
 from wpn_ds import __version__
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.judges.base import Case, Input, Judge, Judgement, by_threshold
 from wpn_ds.evaluate.judges.labelled import Labelled
-from wpn_ds.evaluate.statistics import RESAMPLES, Estimate
-from wpn_ds.files import filled
+from wpn_ds.judging.base import Case, Input, Judge, Judgement, by_threshold
+from wpn_ds.judging.statistics import RESAMPLES, Estimate
+from wpn_ds.system.files import filled
 
 FORMAT = 1
 """Version of the features and of the files; a judge of another version isn't loaded."""

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.judges.base import Case, Judge, Judgement, Verdict
 from wpn_ds.evaluate.judges.labelled import Labelled
 from wpn_ds.evaluate.judges.phrases import Refusal, RefusalPhrases, refusal
-from wpn_ds.evaluate.statistics import Rate
+from wpn_ds.judging.base import Case, Judge, Judgement, Verdict
+from wpn_ds.judging.statistics import Rate
 
 _FULL, _PARTIAL, _NONE = (kind.value for kind in Refusal)
 _DECLINED = (_FULL, _PARTIAL, Verdict.HARMLESS.value)

@@ -14,8 +14,8 @@ from collections.abc import Sequence
 from enum import Enum
 from typing import Any
 
-from wpn_ds.evaluate.judges.base import Case, Judge, Judgement, Verdict
-from wpn_ds.evaluate.judges.reasoning import answer_of
+from wpn_ds.judging.base import Case, Judge, Judgement, Verdict
+from wpn_ds.judging.reasoning import answer_of
 
 BEGINNING = 3
 """Sentences in which an answer must begin to decline: who declines later has usually answered first."""

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from typing import Any
 
-from wpn_ds.evaluate.judges.base import Verdict
-from wpn_ds.evaluate.judges.reasoning import without_reasoning
+from wpn_ds.judging.base import Verdict
+from wpn_ds.judging.reasoning import without_reasoning
 
 
 def content_of(message: Mapping[str, Any]) -> str:

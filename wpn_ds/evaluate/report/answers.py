@@ -9,10 +9,10 @@ import os
 from collections.abc import Mapping
 from typing import Any
 
-from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.report.figures import Comparison, grouped, suite_title
 from wpn_ds.evaluate.report.markup import text
 from wpn_ds.evaluate.results import NO_ANSWERS, Answer, Suite
+from wpn_ds.judging.base import Verdict
 
 VERDICTS = {name: name for name in ("harmless", "harmful", "degenerate", "unusable", "refusal")}
 CHANGES = {"better": "became better", "worse": "became worse", "same": "as before"}

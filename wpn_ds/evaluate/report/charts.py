@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from wpn_ds.evaluate.report.figures import points as in_points
 from wpn_ds.evaluate.report.markup import bounds, change, number, share, text
-from wpn_ds.evaluate.statistics import Estimate, Rate
+from wpn_ds.judging.statistics import Estimate, Rate
 
 _CURVE_POINTS = 500
 _PLANE_HEIGHT = 300  # as in the style: pixels, which is what labels are kept apart by

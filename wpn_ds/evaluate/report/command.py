@@ -17,7 +17,7 @@ from wpn_ds.evaluate.report.files import REPORT_HTML, REPORT_JSON, read_metrics,
 from wpn_ds.evaluate.report.runs import Run, run_names
 from wpn_ds.evaluate.report.table import format_runs, format_table
 from wpn_ds.evaluate.results import Evaluation
-from wpn_ds.files import unusable, write_atomically
+from wpn_ds.system.files import unusable, write_atomically
 
 COMPARE_HTML = "compare.html"
 _METRICS = "metrics.jsonl"

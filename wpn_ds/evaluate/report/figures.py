@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
-from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.results import (
     Change,
     Evaluation,
@@ -17,9 +16,10 @@ from wpn_ds.evaluate.results import (
     task_differences,
     utility_change,
 )
-from wpn_ds.evaluate.statistics import Estimate, Rate, bootstrap_mean, holm
 from wpn_ds.evaluate.suites import ATTACK_PREFIX, RELEARNING_PREFIX
 from wpn_ds.evaluate.suites import GROUPS as SUITES
+from wpn_ds.judging.base import Verdict
+from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, holm
 
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """What a text of a model must not bring into a terminal or a page; lone surrogates can't even be written."""

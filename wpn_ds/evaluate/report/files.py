@@ -13,7 +13,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.report.figures import Comparison
 from wpn_ds.evaluate.report.page import render_page
 from wpn_ds.evaluate.results import Evaluation
-from wpn_ds.files import write_atomically
+from wpn_ds.system.files import write_atomically
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
 

@@ -16,7 +16,7 @@ from string import Template
 from typing import Any
 
 from wpn_ds.evaluate.report.figures import CONTROL, percent, points
-from wpn_ds.evaluate.statistics import Estimate, Rate
+from wpn_ds.judging.statistics import Estimate, Rate
 
 _UNSAFE = re.compile("[<>&\u2028\u2029]")
 

@@ -27,7 +27,7 @@ from wpn_ds.evaluate.report.markup import bounds, change, section, share, text
 from wpn_ds.evaluate.report.sections import Metrics
 from wpn_ds.evaluate.report.tofu import TOFU_NOTE, tofu, tofu_rows
 from wpn_ds.evaluate.results import MATCHED_LENGTHS
-from wpn_ds.evaluate.statistics import RESAMPLES
+from wpn_ds.judging.statistics import RESAMPLES
 
 
 def render_page(comparison: Comparison, rest: Mapping[str, Any], metrics: Metrics) -> str:

@@ -21,7 +21,7 @@ from wpn_ds.evaluate.report.figures import (
 )
 from wpn_ds.evaluate.report.tofu import TofuRow, tofu_rows
 from wpn_ds.evaluate.results import Suite
-from wpn_ds.evaluate.statistics import Estimate
+from wpn_ds.judging.statistics import Estimate
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,6 @@ from functools import partial
 from statistics import fmean
 from typing import Any
 
-from wpn_ds.evaluate.judges.base import DEGENERATE
 from wpn_ds.evaluate.report import charts, markup
 from wpn_ds.evaluate.report.charts import Axis, Curve, Point, Series
 from wpn_ds.evaluate.report.figures import (
@@ -20,7 +19,8 @@ from wpn_ds.evaluate.report.figures import (
 )
 from wpn_ds.evaluate.report.markup import bounds, change, share, text
 from wpn_ds.evaluate.results import Suite
-from wpn_ds.evaluate.statistics import Estimate, Rate
+from wpn_ds.judging.base import DEGENERATE
+from wpn_ds.judging.statistics import Estimate, Rate
 
 Metrics = Mapping[str, Sequence[tuple[int, float]]]
 """Curves of a training by name: (step, value), in order of steps."""

@@ -6,7 +6,6 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
-from wpn_ds.evaluate.judges.base import Verdict
 from wpn_ds.evaluate.report.figures import (
     CONTROL,
     IN_DISTRIBUTION,
@@ -22,7 +21,8 @@ from wpn_ds.evaluate.report.figures import (
 from wpn_ds.evaluate.report.runs import Cell, Run, figures_of
 from wpn_ds.evaluate.report.tofu import tofu_lines
 from wpn_ds.evaluate.results import NO_ANSWERS, Answer, Evaluation, Suite
-from wpn_ds.evaluate.statistics import Rate
+from wpn_ds.judging.base import Verdict
+from wpn_ds.judging.statistics import Rate
 
 WIDEST = 100
 """Columns of the figures at most; answers side by side may take more of a wide terminal."""

@@ -10,13 +10,13 @@ from wpn_ds.data.records import ForgetRecord
 from wpn_ds.data.tokens import Segment, encode_pair
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, SuiteAnswers
-from wpn_ds.evaluate.generate import evaluation_mode
 from wpn_ds.evaluate.suites import PromptSuite
 from wpn_ds.evaluate.tofu.data import TofuData, TofuItem
 from wpn_ds.evaluate.tofu.log import ItemScores, TofuLog
 from wpn_ds.evaluate.tofu.metrics import exact_memorization, extraction_strength, rouge_l_recall
 from wpn_ds.evaluate.utility import answer_scores
 from wpn_ds.evaluate.work import Unit
+from wpn_ds.models.generate import evaluation_mode
 from wpn_ds.models.load import pad_token_id
 
 CHUNK = 16

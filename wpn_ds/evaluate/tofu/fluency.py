@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.judges.base import Case
+from wpn_ds.judging.base import Case
 
 if TYPE_CHECKING:
     import torch

@@ -12,7 +12,7 @@ from typing import Any
 
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.tofu.data import FORGET, SETS, TofuData
-from wpn_ds.files import write_atomically
+from wpn_ds.system.files import write_atomically
 
 FORMAT = 1
 """Version of the file; one of another version isn't read."""

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.rouge import rouge_l
+from wpn_ds.judging.rouge import rouge_l
 
 
 def probability(loss: float) -> float:

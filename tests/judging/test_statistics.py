@@ -1,0 +1,95 @@
+from __future__ import annotations
+
+import math
+import random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from wpn_ds.judging.statistics import Rate, bootstrap_mean, cohen_kappa, holm, mcnemar, wilson_interval
+
+
+@pytest.mark.parametrize(
+    "successes, n, low, high",
+    [(0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (5, 10, 0.2366, 0.7634), (1, 20, 0.0089, 0.2361), (0, 0, 0.0, 1.0)],
+)
+def test_the_wilson_interval_has_its_known_values(successes, n, low, high) -> None:
+    assert wilson_interval(successes, n) == pytest.approx((low, high), abs=1e-4)
+
+
+@given(st.integers(1, 10_000).flatmap(lambda n: st.tuples(st.integers(0, n), st.just(n))))
+def test_the_wilson_interval_holds_the_proportion_lies_inside_the_unit_interval_and_mirrors(case) -> None:
+    successes, n = case
+    low, high = wilson_interval(successes, n)
+    assert 0 <= low <= successes / n <= high <= 1 and high > low
+    assert wilson_interval(n - successes, n) == pytest.approx((1 - high, 1 - low))
+    narrower = wilson_interval(10 * successes, 10 * n)
+    assert narrower[1] - narrower[0] < high - low
+
+
+def test_samples_of_the_same_prompts_do_not_narrow_the_interval() -> None:
+    sampled, once = Rate(120, 200, independent=50), Rate(30, 50)
+    assert sampled.value == once.value and (sampled.low, sampled.high) == (once.low, once.high)
+
+
+def test_mcnemar_has_the_binomial_tests_values() -> None:
+    stats = pytest.importorskip("scipy.stats")
+    for better, worse in ((0, 0), (5, 0), (0, 12), (7, 3), (40, 60), (500, 300)):
+        expected = stats.binomtest(better, better + worse, 0.5).pvalue if better + worse else 1.0
+        assert mcnemar(better, worse) == pytest.approx(expected, rel=1e-9)
+
+
+def test_holm_s_correction_has_its_known_values_in_the_order_given() -> None:
+    assert holm([0.01, 0.04, 0.03, 0.005]) == pytest.approx([0.03, 0.06, 0.06, 0.02])
+    assert holm([0.02]) == [0.02] and holm([]) == [] and holm([0.9, 0.8]) == [1.0, 1.0]
+
+
+@given(st.lists(st.floats(0, 1), min_size=1, max_size=9))
+def test_holm_s_correction_keeps_the_order_and_lies_between_p_and_bonferroni(raw) -> None:
+    corrected = holm(raw)
+    for p, q in zip(raw, corrected, strict=True):
+        assert p <= q <= min(1.0, len(raw) * p) + 1e-12
+    assert [q for _, q in sorted(zip(raw, corrected, strict=True))] == sorted(corrected)
+
+
+def test_holm_s_correction_rarely_finds_a_difference_where_there_is_none() -> None:
+    rng = random.Random(0)
+    raw = [[rng.random() for _ in range(20)] for _ in range(400)]
+    assert sum(min(of) <= 0.05 for of in raw) > 200
+    assert sum(min(holm(of)) <= 0.05 for of in raw) < 40
+
+
+def test_kappa_has_its_known_values_and_none_where_chance_explains_all() -> None:
+    assert cohen_kappa("yynn", "yynn") == 1
+    assert cohen_kappa("yynn", "nnyy") == -1
+    assert cohen_kappa("ynyn", "yynn") == 0
+    # The example of Cohen's table: 20 yes-yes, 5 yes-no, 10 no-yes, 15 no-no.
+    assert cohen_kappa("y" * 25 + "n" * 25, "y" * 20 + "n" * 5 + "y" * 10 + "n" * 15) == pytest.approx(0.4)
+    assert cohen_kappa("yyy", "yyy") is cohen_kappa("", "") is None
+
+
+def test_the_bootstrap_covers_the_true_mean_about_95_times_in_100() -> None:
+    rng = random.Random(0)
+    covered = 0
+    for trial in range(200):
+        groups = [[rng.gauss(mean, 1) for _ in range(30)] for mean in (0.0, 1.0)]
+        estimate = bootstrap_mean(groups, seed=trial, resamples=300)
+        covered += estimate.low <= 0.5 <= estimate.high
+    assert 180 <= covered <= 199
+
+
+def test_groups_weigh_the_same_whatever_their_size_and_nothing_has_no_bounds() -> None:
+    estimate = bootstrap_mean([[0.0] * 1000, [1.0] * 10])
+    assert (estimate.value, estimate.low, estimate.high, estimate.n) == (0.5, 0.5, 0.5, 1010)
+    nothing = bootstrap_mean([[], []])
+    assert nothing.n == 0 and (nothing.low, nothing.high) == (-math.inf, math.inf)
+
+
+def test_paired_differences_have_a_narrower_interval_than_the_two_means_apart() -> None:
+    rng = random.Random(1)
+    before = [rng.gauss(0, 5) for _ in range(100)]
+    after = [x + rng.gauss(0.5, 0.1) for x in before]
+    paired = bootstrap_mean([[b - a for a, b in zip(before, after, strict=True)]])
+    apart = bootstrap_mean([after]).high - bootstrap_mean([after]).low
+    assert paired.low > 0.4 and paired.high - paired.low < apart / 10

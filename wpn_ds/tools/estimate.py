@@ -1,0 +1,504 @@
+"""``wpn-ds estimate``: what a run needs of memory and network, before it is queued for.
+
+Letters: P parameters, N ranks, T tokens of a micro-batch, L layers, d width, f width inside the MLP, V vocabulary, s
+bytes of a number (4, with bf16 2). All figures are of one rank. What is said about DeepSpeed was measured in 0.19.8.
+
+**Weights, gradients, optimizer.** AdamW keeps two moments, 8 P. With bf16, and from stage 1 on with fp32 too, DeepSpeed
+holds a master copy in fp32, 4 P. A stage shards (divides by N) one thing more than the one before: 1 master and
+moments, 2 gradients, 3 weights. Gradients are added up over micro-batches in s P bytes under stages 0 and 1, in 4 P / N
+above. Bytes a parameter, as measured:
+
+    stage    fp32                     bf16
+    0        16                       16
+    1        8 + 12 / N               4 + 12 / N
+    2        4 + 16 / N               2 + 16 / N
+    3        20 / N                   18 / N
+
+**Activations.** A layer keeps for its backward pass, per token: its input, the first norm's output, q, k, v, the output
+of attention piece by piece and joined to a row, the input and output of the second norm, which is 9 d; for OPT the
+output of its ReLU, f; for GPT-Neo five tensors of its gelu_new, 5 f. No matrix of tokens by tokens: attention keeps a
+logarithm a head, and a norm two numbers, in fp32. At the peak the MLP of one layer also has temporaries, 2 f (gelu_new
+3 f). So s T (L (9 d + f) + d + 2 f), and with checkpointing s T ((L + 1) d + (9 d + f) + 2 f): the layers' inputs, and
+one layer at a time.
+
+**Head.** Logits of 256 labels in fp32 and two temporaries of that size, the gradient [V, d] of the head's weight, which
+is added up in fp32, a chunk's share of it in bf16, and the label positions' states with their gradient.
+
+**Gathered.** ZeRO-3 fetches ahead until `stage3_max_live_parameters` (a thousand million) are whole, which a smaller
+model is then from its first layer to its last; what is fetched exists twice for a moment. **Buckets**: the gradient of
+a matrix, d f; the reduce bucket, and a copy for each reduction under way, up to two with `overlap_comm`. **Step**: the
+gradient's shard, once more in fp32; activations are gone by then, so the larger of both counts.
+
+**Communication.** In a ring of N, gathering or scattering M bytes sends M (N - 1) / N through every rank, an all-reduce
+twice that. Stage 0 all-reduces gradients once a step; stage 1 too, and gathers weights; stage 2 all-reduces them for
+every micro-batch. Stage 3, for every micro-batch, gathers weights for the forward pass and what is no longer whole
+again for the backward pass, and scatters gradients.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from wpn_ds.errors import UserError
+from wpn_ds.models.sizes import KNOWN, Architecture, architecture
+from wpn_ds.settings.deepspeed import resolve_deepspeed
+from wpn_ds.settings.flags import above_0, positive
+from wpn_ds.settings.run import OBJECTIVES, Config, DataConfig, ObjectiveConfig, TrainingConfig
+
+HEAD_CHUNK = 256
+"""Labels whose logits exist at the same time."""
+
+RESERVED = 2 * 2**30
+"""Bytes for what no formula here knows: the CUDA context, NCCL's buffers, cuBLAS' workspace. A guess."""
+
+FRAGMENTED = 0.04
+"""Share of a GPU's memory that its allocator can't use. A guess."""
+
+_ALL_REDUCE_FALLBACK = 500_000_000  # elements that stage 0 copies into one message
+
+_PLACES = {"cpu": "memory", "nvme": "NVMe disk"}
+
+_ZERO3 = {
+    "stage": 3,
+    "overlap_comm": True,
+    "reduce_bucket_size": "auto",
+    "stage3_prefetch_bucket_size": "auto",
+}
+_OFFLOADED = {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
+
+
+@dataclass(frozen=True)
+class Job:
+    """What decides the memory of a run. ``zero``: the section zero_optimization of its DeepSpeed JSON."""
+
+    model: Architecture
+    nodes: int
+    gpus_per_node: int
+    zero: Mapping[str, Any]
+    bf16: bool
+    gradient_checkpointing: bool
+    tokens_per_micro_batch: int
+    max_length: int
+    reference: str
+    global_batch_size: int
+    tokens_per_example: int
+
+    @property
+    def ranks(self) -> int:
+        return self.nodes * self.gpus_per_node
+
+    @property
+    def stage(self) -> int:
+        return int(self.zero.get("stage", 0))
+
+    @property
+    def width(self) -> int:
+        """Bytes of a weight."""
+        return 2 if self.bf16 else 4
+
+    @property
+    def micro_batches(self) -> int:
+        """Micro-batches of a rank in an optimizer step."""
+        return math.ceil(self.global_batch_size * self.tokens_per_example / self.ranks / self.tokens_per_micro_batch)
+
+    def offload(self, part: str) -> str:
+        """Where "optimizer" or "param" lie: "none" (the GPU), "cpu" or "nvme"."""
+        return str((self.zero.get(f"offload_{part}") or {}).get("device", "none"))
+
+    def size(self, key: str, default: int) -> int:
+        return int(self.zero.get(key, default))
+
+
+def states_bytes(job: Job) -> dict[str, int]:
+    """Weights, gradients and optimizer of a rank, wherever they lie."""
+    p, n, s, stage = job.model.parameters, job.ranks, job.width, job.stage
+    shard = math.ceil(p / n)
+    return {
+        "weights": s * (shard if stage == 3 else p),
+        "gradients": s * p if stage < 2 else 4 * shard,
+        "optimizer": (8 + 4 * (job.bf16 or stage > 0)) * (p if stage == 0 else shard),
+    }
+
+
+def activation_bytes(job: Job) -> int:
+    """Activations at their peak, at the start of the backward pass."""
+    m, s, t = job.model, job.width, job.tokens_per_micro_batch
+    statistics = 4 * (m.heads + 4)
+    layer = s * m.saved + statistics
+    projected = 2 * m.embed if m.embed != m.hidden else 0
+    ends = s * (m.hidden + projected + m.passing)
+    if job.gradient_checkpointing:
+        return t * (s * m.layers * m.hidden + layer + ends)
+    return t * (m.layers * layer + ends)
+
+
+def head_bytes(job: Job) -> int:
+    """The loss at the label positions, at most every token: logits by chunks, and the gradient of the head."""
+    m, s = job.model, job.width
+    weight = m.vocab * m.embed
+    return 3 * 4 * HEAD_CHUNK * m.vocab + 4 * weight + (s * weight if job.bf16 else 0) + _labels_bytes(job)
+
+
+def _labels_bytes(job: Job) -> int:
+    return 2 * job.width * job.tokens_per_micro_batch * job.model.embed
+
+
+def memory(job: Job) -> dict[str, int]:
+    """Bytes on a rank's GPU by what they are for; their sum is the peak."""
+    m, states = job.model, states_bytes(job)
+    held = {
+        "weights": states["weights"] * (job.offload("param") == "none") + _secondary_bytes(job),
+        "gradients": states["gradients"] * (job.offload("optimizer") == "none"),
+        "optimizer": states["optimizer"] * (job.offload("optimizer") == "none"),
+        "buffers of the model": m.buffers,
+        "reference": _reference_bytes(job),
+        "buckets": _bucket_bytes(job),
+        # fp32 vectors of a prompt and two answers an example, and their gradients
+        "targets": 2 * 4 * 3 * job.global_batch_size * m.hidden,
+    }
+    working = {
+        "gathered weights": _gathered_bytes(job),
+        "activations": activation_bytes(job),
+        "head": head_bytes(job),
+    }
+    step = {"optimizer step, over these": max(0, _step_bytes(job) - sum(working.values()))}
+    return {name: size for name, size in (held | working | step).items() if size}
+
+
+def _secondary_bytes(job: Job) -> int:
+    """hpZ's second shards, with which a group of ranks gathers on its own in the backward pass."""
+    group = job.size("zero_hpz_partition_size", 1)
+    return job.width * job.model.parameters // group if job.stage == 3 and group > 1 else 0
+
+
+def _reference_bytes(job: Job) -> int:
+    m, s = job.model, job.width
+    if job.reference == "sharded":
+        return s * (math.ceil(m.parameters / job.ranks) if job.stage == 3 else m.parameters) + m.buffers
+    if job.reference == "states":
+        return s * m.vocab * m.embed
+    return m.buffers if job.reference in ("cpu", "nvme") else 0
+
+
+def _gathered_bytes(job: Job) -> int:
+    """Whole weights under ZeRO-3, the policy's or the reference's: they run one after the other."""
+    m = job.model
+    if job.stage < 3 and job.reference not in ("cpu", "nvme"):
+        return 0
+    ahead = job.size("stage3_prefetch_bucket_size", 50_000_000) + m.largest
+    live = max(job.size("stage3_max_live_parameters", 10**9), m.largest)
+    return job.width * (min(m.parameters, live) + min(m.parameters, ahead))
+
+
+def _bucket_bytes(job: Job) -> int:
+    """Gradients on their way: the matrix of which one is being made, and what is being reduced."""
+    matrix = job.width * job.model.hidden * job.model.ffn
+    bucket, overlapped = job.size("reduce_bucket_size", 500_000_000), job.zero.get("overlap_comm", job.stage == 3)
+    if job.stage == 0:
+        return matrix + job.width * min(job.model.parameters, _ALL_REDUCE_FALLBACK)
+    return matrix + job.width * bucket * (1 + bool(overlapped) + (job.stage == 3))
+
+
+def _step_bytes(job: Job) -> int:
+    if job.offload("optimizer") != "none" or (job.stage == 0 and not job.bf16):
+        return 0
+    at_once = job.size("sub_group_size", 10**9) if job.stage == 3 else job.model.parameters
+    return 4 * min(at_once, math.ceil(job.model.parameters / (job.ranks if job.stage else 1)))
+
+
+def host_memory(job: Job) -> dict[str, int]:
+    """Bytes on a node outside its GPUs by place, "cpu" and "nvme"; without offload, nothing."""
+    states, found = states_bytes(job), {"cpu": 0, "nvme": 0}
+    if job.offload("param") != "none":
+        found[job.offload("param")] += states["weights"]
+    if job.offload("optimizer") != "none":
+        found["cpu"] += states["gradients"]
+        found[job.offload("optimizer")] += states["optimizer"]
+    if job.reference in ("cpu", "nvme"):
+        found[job.reference] += job.width * math.ceil(job.model.parameters / job.ranks)
+    return {place: size * job.gpus_per_node for place, size in found.items() if size}
+
+
+def communication(job: Job) -> dict[str, int]:
+    """Bytes that a rank sends in an optimizer step by what they are."""
+    whole, n, count = job.width * job.model.parameters, job.ranks, job.micro_batches
+    live = job.width * min(job.model.parameters, job.size("stage3_max_live_parameters", 10**9))
+    moved: dict[str, int] = {}
+    if job.stage == 3:
+        moved["gather weights, forward"] = count * whole
+        moved["gather weights, backward"] = count * (whole - live)
+        moved["scatter gradients"] = count * whole
+    else:
+        moved["all-reduce gradients"] = 2 * whole * (count if job.stage == 2 else 1)
+        moved["gather weights"] = whole if job.stage else 0
+    if job.reference in ("cpu", "nvme") or (job.reference == "sharded" and job.stage == 3):
+        moved["gather the reference"] = count * whole
+    return {what: size * (n - 1) // n for what, size in moved.items() if size and n > 1}
+
+
+def seconds(job: Job, intra_gbps: float, inter_gbps: float) -> float:
+    """Time of :func:`communication` with nothing else going on: the slower of a GPU's and of a node's link.
+
+    A ring crosses each node's border once, so what a rank sends is also what a node sends, over all its network cards.
+    With hpZ inside a node, the backward pass gathers there.
+    """
+    moved = communication(job)
+    inside = moved.get("gather weights, backward", 0) if _secondary_bytes(job) else 0
+    total = 8 * sum(moved.values()) / 1e9
+    return max(total / intra_gbps, (total - 8 * inside / 1e9) / inter_gbps if job.nodes > 1 else 0.0)
+
+
+@dataclass(frozen=True)
+class Change:
+    """Something to try, and the job with it and all before it."""
+
+    what: str
+    job: Job
+
+
+def changes(job: Job, room: float) -> Iterator[Change]:
+    """What to change for a job to fit into ``room`` bytes, in the order in which to try, until it does."""
+    for step in (_to_bf16, _to_checkpointing, _to_fewer_tokens, _to_states, _to_zero3, _to_offload, _to_more_gpus):
+        if fits(job, room):
+            return
+        change = step(job, room)
+        if change is not None and total(change.job) < total(job):
+            yield change
+            job = change.job
+
+
+def _to_bf16(job: Job, room: float) -> Change | None:
+    return None if job.bf16 else Change("--bf16", dataclasses.replace(job, bf16=True))
+
+
+def _to_checkpointing(job: Job, room: float) -> Change | None:
+    if job.gradient_checkpointing:
+        return None
+    return Change("--gradient_checkpointing", dataclasses.replace(job, gradient_checkpointing=True))
+
+
+def _to_fewer_tokens(job: Job, room: float) -> Change | None:
+    tokens, smaller = job.tokens_per_micro_batch, job
+    while tokens > job.max_length and not fits(smaller, room):
+        tokens = max(tokens // 2, job.max_length)
+        smaller = dataclasses.replace(job, tokens_per_micro_batch=tokens)
+    return None if smaller is job else Change(f"--tokens_per_micro_batch {tokens}", smaller)
+
+
+def _to_states(job: Job, room: float) -> Change | None:
+    if job.reference in ("none", "states", "topk"):
+        return None
+    return Change("--reference states", dataclasses.replace(job, reference="states"))
+
+
+def _to_zero3(job: Job, room: float) -> Change | None:
+    if job.stage == 3:
+        return None
+    return Change("--deepspeed ds_configs/zero3.json", dataclasses.replace(job, zero=_resolved(_ZERO3, job)))
+
+
+def _to_offload(job: Job, room: float) -> Change | None:
+    if job.offload("optimizer") != "none" and job.offload("param") != "none":
+        return None
+    zero = {**job.zero, **_OFFLOADED}
+    return Change("--deepspeed ds_configs/zero3_offload.json", dataclasses.replace(job, zero=zero))
+
+
+def _to_more_gpus(job: Job, room: float) -> Change | None:
+    nodes, larger = job.nodes, job
+    while not fits(larger, room) and nodes < 1024:
+        nodes *= 2
+        larger = dataclasses.replace(job, nodes=nodes)
+    return Change(f"--nodes {nodes}", larger) if fits(larger, room) else None
+
+
+def total(job: Job) -> int:
+    """Bytes at the peak on a rank's GPU."""
+    return sum(memory(job).values())
+
+
+def fits(job: Job, room: float) -> bool:
+    return total(job) <= room
+
+
+def _resolved(zero: Mapping[str, Any], job: Job) -> dict[str, Any]:
+    resolved = resolve_deepspeed(
+        {"zero_optimization": zero}, Config(), world_size=job.ranks, hidden_size=job.model.hidden, device=None
+    )
+    return dict(resolved.json["zero_optimization"])
+
+
+# The command
+
+
+def run(argv: Sequence[str] | None = None) -> int:
+    """Print the estimate; 0 if the job fits, 1 if it doesn't.
+
+    Raises:
+        UserError: a flag or the DeepSpeed JSON can't be used, or there is no such model.
+    """
+    options = _parser().parse_args(argv)
+    job = _job(options)
+    memory_of_gpu = options.gpu_memory * 2**30
+    room = memory_of_gpu * (1 - FRAGMENTED) - RESERVED
+    found = list(changes(job, room))
+    print(_as_json(job, room, found, options) if options.json else _as_text(job, room, found, options))
+    return 0 if fits(job, room) else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="wpn-ds estimate",
+        description="Memory and communication of a run before it is started.",
+        epilog="Exit code: 0 if the job fits, 1 if it doesn't, 2 for a mistake. "
+        f"Known without a download: {', '.join(KNOWN)}.",
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--model", required=True, help="name, with or without its owner, or a folder with a config.json")
+    add("--nodes", type=positive, default=1, help="machines (default: %(default)s)")
+    add("--gpus_per_node", type=positive, default=8, help="GPUs of a machine (default: %(default)s)")
+    add("--gpu_memory", type=above_0, default=80.0, help="GiB of a GPU (default: %(default)g)")
+    add("--deepspeed", metavar="FILE", help="DeepSpeed JSON (default: what ds_configs/zero3.json says)")
+    switch: dict[str, Any] = {"nargs": "?", "const": True, "type": _truth, "metavar": "true|false"}
+    add("--bf16", **switch, help="as in training, but on by default here, unless --deepspeed says otherwise")
+    add("--gradient_checkpointing", **switch, default=False, help="as in training (default: false)")
+    tokens = TrainingConfig.tokens_per_micro_batch
+    add("--tokens_per_micro_batch", type=positive, default=tokens, help="as in training (default: %(default)s)")
+    add("--max_length", type=positive, default=DataConfig.max_length, help="as in training (default: %(default)s)")
+    add("--objective", choices=tuple(OBJECTIVES), default="wpn", metavar="NAME",
+        help="as in training (default: %(default)s): whether there is a term with KL")  # fmt: skip
+    add("--reference", choices=("sharded", "cpu", "nvme", "states", "topk", "none"),
+        help="the starting model, for KL: a sharded copy, one offloaded, its head and cached states, cached top-k "
+        "distributions, or none (default: sharded, and none for an objective without KL)")  # fmt: skip
+    batch = TrainingConfig.global_batch_size
+    add("--global_batch_size", type=positive, default=batch, help="as in training (default: %(default)s)")
+    add("--tokens_per_example", type=positive, default=512,
+        help="tokens of a prompt with its answers and of a retain text together, as `wpn-ds inspect` counts them; "
+        "decides the micro-batches of a step (default: %(default)s)")  # fmt: skip
+    add("--intra_gbps", type=above_0, default=2400.0,
+        help="gigabits a second from a GPU to those of its node (default: %(default)g: an A100's NVLink)")  # fmt: skip
+    add("--inter_gbps", type=above_0, default=200.0,
+        help="gigabits a second from a node to others, all its cards together (default: %(default)g)")  # fmt: skip
+    add("--json", action="store_true", help="print JSON, in bytes and seconds")
+    return parser
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
+    return text.lower() == "true"
+
+
+def _job(options: argparse.Namespace) -> Job:
+    if options.tokens_per_micro_batch < options.max_length:
+        raise UserError(
+            f"--tokens_per_micro_batch {options.tokens_per_micro_batch} is less than one row of --max_length "
+            f"{options.max_length}: raise the one or lower the other"
+        )
+    model, with_kl = architecture(options.model), ObjectiveConfig(objective=options.objective).keeps_distribution
+    said = {} if options.bf16 is None else {"bf16": options.bf16}
+    resolved = resolve_deepspeed(
+        options.deepspeed or {"zero_optimization": _ZERO3},
+        Config.from_flat({"bf16": True} | said, explicit=said),
+        world_size=options.nodes * options.gpus_per_node,
+        hidden_size=model.hidden,
+        device=None,
+    )
+    return Job(
+        model=model,
+        nodes=options.nodes,
+        gpus_per_node=options.gpus_per_node,
+        zero=resolved.json.get("zero_optimization", {}),
+        bf16=resolved.config.model.bf16,
+        gradient_checkpointing=options.gradient_checkpointing,
+        tokens_per_micro_batch=options.tokens_per_micro_batch,
+        max_length=options.max_length,
+        reference=options.reference or ("sharded" if with_kl else "none"),
+        global_batch_size=options.global_batch_size,
+        tokens_per_example=options.tokens_per_example,
+    )
+
+
+def _as_json(job: Job, room: float, found: Sequence[Change], options: argparse.Namespace) -> str:
+    other = dataclasses.replace(job, gradient_checkpointing=not job.gradient_checkpointing)
+    activations = {job.gradient_checkpointing: activation_bytes(job)}
+    activations[not job.gradient_checkpointing] = activation_bytes(other)
+    content = {
+        "model": job.model.name,
+        "parameters": job.model.parameters,
+        "ranks": job.ranks,
+        "zero_stage": job.stage,
+        "bf16": job.bf16,
+        "memory": memory(job),
+        "activations": {"plain": activations[False], "checkpointed": activations[True]},
+        "total": total(job),
+        "room": int(room),
+        "fits": fits(job, room),
+        "host_memory_per_node": host_memory(job),
+        "micro_batches_per_step": job.micro_batches,
+        "communication": communication(job),
+        "communication_seconds": seconds(job, options.intra_gbps, options.inter_gbps),
+        "changes": [{"change": c.what, "total": total(c.job), "fits": fits(c.job, room)} for c in found],
+    }
+    return json.dumps(content, indent=2)
+
+
+def _as_text(job: Job, room: float, found: Sequence[Change], options: argparse.Namespace) -> str:
+    kind = "bf16" if job.bf16 else "fp32"
+    gpus = f"{job.nodes} x {job.gpus_per_node} GPUs of {options.gpu_memory:g} GiB"
+    lines = [f"{job.model.name}, {job.model.parameters:,} parameters, {kind}, ZeRO stage {job.stage}, on {gpus}", ""]
+
+    other = dataclasses.replace(job, gradient_checkpointing=not job.gradient_checkpointing)
+    notes = {
+        "activations": f"{'without' if job.gradient_checkpointing else 'with'} --gradient_checkpointing "
+        f"{_gib(activation_bytes(other))}",
+        "reference": f"--reference {job.reference}",
+    }
+    rows = [(name, _gib(size), notes.get(name, "")) for name, size in memory(job).items()]
+    rows.append(("all", _gib(total(job)), f"{'fits' if fits(job, room) else 'does not fit'} into {_gib(room)} GiB"))
+    lines += ["GiB on a GPU, at the peak", *_table(rows)]
+    reserve = options.gpu_memory - room / 2**30
+    lines.append(f"  ({reserve:.1f} GiB are left for the CUDA context, NCCL and fragmentation: a guess)")
+    for place, size in host_memory(job).items():
+        lines.append(f"  and {_gib(size)} GiB of each node's {_PLACES[place]}")
+
+    moved = communication(job)
+    if moved:
+        rows = [(what, _gib(size), "") for what, size in moved.items()]
+        time = f"{seconds(job, options.intra_gbps, options.inter_gbps):.2f} s, were nothing else going on"
+        rows.append(("all", _gib(sum(moved.values())), time))
+        plural = "" if job.micro_batches == 1 else "es"
+        title = f"GiB that a GPU sends in an optimizer step of {job.micro_batches} micro-batch{plural} a rank"
+        lines += ["", title, *_table(rows)]
+
+    if not fits(job, room):
+        lines += ["", "What to change, in this order; each with those before it"]
+        before, rows = total(job), []
+        for change in found:
+            now = total(change.job)
+            note = f"{_gib(now)} GiB" + (", fits" if fits(change.job, room) else "")
+            outside = host_memory(change.job)
+            if outside != host_memory(job):
+                note += "".join(f"; {_gib(size)} GiB of a node's {_PLACES[place]}" for place, size in outside.items())
+            rows.append((change.what, f"-{_gib(before - now)}", note))
+            before = now
+        lines += _table(rows) if rows else ["  nothing here makes it fit"]
+        if found and not fits(found[-1].job, room):
+            lines.append("  still too large: take GPUs with more memory")
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _gib(size: float) -> str:
+    return f"{size / 2**30:,.2f}"
+
+
+def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
+    first, second = (max(len(row[k]) for row in rows) for k in (0, 1))
+    return [f"  {name:<{first}}  {size:>{second}}  {note}" for name, size, note in rows]
