@@ -13,12 +13,12 @@ FILES = sorted(path for folder in ("wpn_ds", "launch") for path in (ROOT / folde
 #: What each part, a folder or a module at the top, may import of the package besides itself.
 BELOW: dict[str, set[str]] = {"__init__": set(), "errors": set()}
 BELOW["system"] = {"errors"}
-BELOW["settings"] = {"errors", "system"}
-BELOW["jobs"] = {"__init__", "errors", "system", "settings"}
-BELOW["data"] = {"errors", "system", "settings"}
 BELOW["losses"] = set()
-BELOW["objectives"] = BELOW["data"] | {"losses", "data"}
-BELOW["models"] = BELOW["objectives"] | {"objectives"}  # the head computes losses
+BELOW["objectives"] = {"errors", "losses"}
+BELOW["settings"] = {"errors", "system", "objectives"}
+BELOW["jobs"] = {"__init__", "errors", "system", "settings"}
+BELOW["data"] = {"errors", "system", "settings", "objectives"}
+BELOW["models"] = BELOW["data"] | {"data", "losses"}  # the head computes losses
 BELOW["judging"] = {"errors"}
 LOWER = set(BELOW)
 BELOW["engine"] = LOWER
@@ -35,7 +35,8 @@ PURE = {
     "settings": HEAVY,
     "judging": HEAVY,
     "data": {"deepspeed", "transformers", "accelerate"},
-    "objectives": {"deepspeed", "transformers", "accelerate", "datasets"},
+    "losses": HEAVY - {"torch"},
+    "objectives": HEAVY - {"torch"},
     "models": {"deepspeed"},  # partitioned loading goes through transformers
     "evaluate": {"deepspeed"},
 }
@@ -104,6 +105,9 @@ def test_the_parts_themselves_point_one_way() -> None:
         ("wpn_ds.data.plan", "def f():\n    import transformers"),
         ("wpn_ds.data.tokens", "from transformers import AutoTokenizer"),
         ("wpn_ds.losses.npair", "import deepspeed.comm as dist"),
+        ("wpn_ds.objectives.npo", "import transformers"),
+        ("wpn_ds.objectives.npo", "from wpn_ds.settings.run import Config"),
+        ("wpn_ds.objectives.terms", "from wpn_ds.data.batch import Batch"),
         ("wpn_ds.losses.npair", "from wpn_ds import models"),
         ("wpn_ds.losses.npair", "import wpn_ds.models.load"),
         ("wpn_ds.engine.step", "from wpn_ds.evaluate.report.files import write_report"),

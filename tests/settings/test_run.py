@@ -16,13 +16,22 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from wpn_ds.errors import UserError
-from wpn_ds.settings.run import Config, ObjectiveConfig, _groups, _settings, parse_args
+from wpn_ds.objectives.registry import built_in
+from wpn_ds.objectives.terms import Terms
+from wpn_ds.objectives.wpn import WPN
+from wpn_ds.settings.parse import Setting, settings_of
+from wpn_ds.settings.run import Config, groups, parse_args
 
 DEEPSPEED = ["--deepspeed", "ds_configs/zero3.json"]
 
 
 def parse(*argv: str, base: dict[str, Any] | None = None) -> Config:
     return parse_args([*DEEPSPEED, *argv], base)
+
+
+def known(objective: str = "wpn") -> dict[str, Setting]:
+    """The settings of a run with that objective."""
+    return settings_of(groups(built_in()[objective]))
 
 
 def error(*argv: str, base: dict[str, Any] | None = None) -> str:
@@ -86,26 +95,30 @@ def values_of(kind: Any) -> st.SearchStrategy[Any]:
 
 
 def with_effect(values: dict[str, Any]) -> dict[str, Any]:
-    deciding = ("objective", "redraw_steps")
-    objective = ObjectiveConfig(**{name: values[name] for name in deciding if name in values})
     if not values.get("eval_steps"):
         values.pop("forgotten_below", None)
-    values = {name: value for name, value in values.items() if not objective.without_effect(name)}
-    weights = {name: values[name] for name in ("nll_weight", "preference_weight") if name in values}
-    if not dataclasses.replace(objective, **weights).reads_wanted:
+    if not values.get("redraw_steps"):
+        values = {name: value for name, value in values.items() if not name.startswith("redraw_")}
+    own = {name: values[name] for name in ("nll_weight", "preference_weight") if name in values}
+    if not Terms.of(built_in()[values["objective"]](**own)).compares_wanted:
         values.pop("wanted_file", None)
     return values
 
 
+def flat_of(objective: str) -> st.SearchStrategy[dict[str, Any]]:
+    return st.fixed_dictionaries(
+        {"objective": st.just(objective)}
+        | {name: st.lists(FILES, min_size=1, max_size=3) for name in ("train_file", "retain_file")},
+        optional={
+            name: RANGES.get(name, values_of(setting.type))
+            for name, setting in known(objective).items()
+            if not setting.hidden and name not in ("objective", "train_file", "retain_file", "dataset_name")
+        },
+    ).map(with_effect)
+
+
 FILES = st.text(min_size=1).filter(lambda name: not name.startswith("-"))  # so that it can be written as a flag
-FLAT = st.fixed_dictionaries(
-    {name: st.lists(FILES, min_size=1, max_size=3) for name in ("train_file", "retain_file")},
-    optional={
-        name: RANGES.get(name, values_of(setting.type))
-        for name, setting in _settings().items()
-        if not setting.hidden and name not in ("train_file", "retain_file", "dataset_name")
-    },
-).map(with_effect)
+FLAT = st.sampled_from(sorted(built_in())).flatmap(flat_of)
 
 
 @settings(max_examples=60, deadline=None)
@@ -216,7 +229,7 @@ def test_early_stopping_names_a_rate() -> None:
         (["--learning_rate", "nan"], ["--learning_rate must be a number"]),
         (["--learning_rate", "0"], ["--learning_rate must be greater than 0"]),
         (["--packing", "maybe"], ["--packing must be true or false, got 'maybe'"]),
-        (["--retain_loss", "nil"], ["--retain_loss must be one of auto, kl, nll", "did you mean nll?"]),
+        (["--retain_loss", "nil"], ["--retain_loss must be one of kl, nll", "did you mean nll?"]),
         (["--dropout", "1"], ["--dropout must be at least 0 and below 1"]),
         (["--reference_topk", "0"], ["--reference_topk must be at least 1"]),
         (["--reference", "disk"], ["--reference must be one of sharded, cpu, nvme, states, topk"]),
@@ -295,77 +308,152 @@ def test_deepspeed_is_required_and_the_error_names_a_file() -> None:
         parse_args([])
 
 
-@pytest.mark.parametrize("scoring", ["cosine", "dot", "likelihood", "likelihood_ratio"])
-@pytest.mark.parametrize("targets", ["auto", "reference", "detached", "live"])
-@pytest.mark.parametrize("negatives", ["auto", "step", "own", "bank"])
-def test_exactly_the_combinations_that_make_sense_resolve(scoring: Any, targets: Any, negatives: Any) -> None:
-    likelihood = scoring in ("likelihood", "likelihood_ratio")
-    if likelihood:
-        sensible = targets in ("auto", "live") and negatives in ("auto", "own")
-    else:
-        sensible = negatives != "bank" or targets in ("auto", "reference")
-    if not sensible:
-        with pytest.raises(UserError, match=r"^--wpn_\w+ \w+ \w+ (with )?--wpn_"):
-            ObjectiveConfig(wpn_scoring=scoring, wpn_targets=targets, wpn_negatives=negatives)
-        return
-    resolved = ObjectiveConfig(wpn_scoring=scoring, wpn_targets=targets, wpn_negatives=negatives).resolved()
-    auto = ("live", "own") if likelihood else ("reference", "step")
-    assert resolved.wpn_targets == (auto[0] if targets == "auto" else targets)
-    assert resolved.wpn_negatives == (auto[1] if negatives == "auto" else negatives)
-    assert resolved.wpn_temperature == (0.05 if scoring == "cosine" else 1.0)
-    assert resolved.resolved() == resolved
+# ---- the objective's own ----
 
 
-@pytest.mark.parametrize("scoring", ["cosine", "dot", "likelihood", "likelihood_ratio"])
-def test_a_sum_is_for_likelihoods(scoring: Any) -> None:
-    if scoring.startswith("likelihood"):
-        assert ObjectiveConfig(wpn_scoring=scoring, wpn_pooling="sum").resolved().wpn_pooling == "sum"
-        return
-    with pytest.raises(UserError, match=r"^--wpn_pooling sum is for likelihoods"):
-        ObjectiveConfig(wpn_scoring=scoring, wpn_pooling="sum")
-
-
-@pytest.mark.parametrize("name", ["wpn_weight", "nll_weight", "retain_weight", "ascent_weight"])
-def test_weights_may_be_0_but_not_all_and_none_below(name: str) -> None:
-    others = dict.fromkeys(["wpn_weight", "nll_weight", "retain_weight", "ascent_weight"], 0.0)
-    assert ObjectiveConfig(**{**others, name: 1.0})
-    with pytest.raises(UserError, match="are all 0"):
-        ObjectiveConfig(**others)
-    with pytest.raises(UserError, match=f"--{name} must be at least 0"):
-        ObjectiveConfig(**{name: -1.0})
-
-
-@pytest.mark.parametrize("objective", typing.get_args(_settings()["objective"].type))
-def test_every_objective_has_a_term_to_train_and_settings_of_its_own_alone(objective: str) -> None:
-    config = ObjectiveConfig(objective=objective)
-    resolved = config.resolved()
-    assert any(value > 0 for name, value in resolved.own_weights().items() if name != "retain_weight")
-    assert resolved.retain_loss in ("kl", "nll")
-    assert resolved.resolved() == resolved
+@pytest.mark.parametrize("objective", built_in())
+def test_an_objective_has_flags_of_its_own_alone(objective: str, recipe: Any) -> None:
     given = {"beta": 0.3, "preference_weight": 0.3, "gamma": 0.3, "wpn_temperature": 0.3, "nll_weight": 0.3}
     for name, value in given.items():
-        one = {"output_dir": "out", "train_file": ["a"], "objective": objective, name: value}
-        if config.without_effect(name):
-            with pytest.raises(UserError, match=f"^--{name} does nothing under --objective {objective}: leave it out"):
-                Config.from_flat(one)
-        else:
-            assert getattr(Config.from_flat(one).resolved().objective, name) == value
+        path = recipe(f"objective: {objective}\n{name}: {value}\n")
+        if name in known(objective):
+            assert getattr(parse("--objective", objective, f"--{name}={value}").objective, name) == value
+            assert getattr(parse("--config", path).objective, name) == value
+            continue
+        whose = ", ".join(other for other in built_in() if name in known(other))
+        own = ", ".join(f"--{name}" for name in settings_of({objective: built_in()[objective]}))
+        said = f"--{name} is a flag of {whose}; --objective {objective} has {own}"
+        assert error("--objective", objective, f"--{name}={value}") == said
+        assert error("--config", path) == f"{path}:2: {said.removeprefix('--')}"
 
 
-def test_a_papers_settings_are_the_defaults_of_its_objective() -> None:
-    simnpo = ObjectiveConfig(objective="simnpo").resolved()
-    assert (simnpo.beta, simnpo.gamma, simnpo.preference_weight, simnpo.retain_weight) == (4.5, 0.0, 0.125, 1.0)
-    llmu = ObjectiveConfig(objective="llmu").resolved()
-    assert (llmu.ascent_weight, llmu.nll_weight, llmu.retain_weight, llmu.retain_loss) == (0.5, 1.0, 1.0, "kl")
-    altpo = ObjectiveConfig(objective="altpo").resolved()
-    assert (altpo.beta, altpo.nll_weight, altpo.retain_weight, altpo.retain_loss) == (0.1, 0.0, 1.0, "nll")
-    assert ObjectiveConfig(objective="ga").resolved().retain_weight == 0
+def test_a_flag_of_another_objective_is_no_better_for_having_its_default() -> None:
+    assert "--gamma is a flag of simnpo" in error("--objective", "npo", "--gamma", "0.0")
 
 
-def test_a_temperature_is_kept_when_given_and_positive() -> None:
-    assert ObjectiveConfig(wpn_temperature=0.5).resolved().wpn_temperature == 0.5
-    with pytest.raises(UserError, match="--wpn_temperature must be greater than 0"):
-        ObjectiveConfig(wpn_temperature=0.0)
+OLD = (
+    "wpn_weight: 1.0\nwpn_pooling: weighted\nwpn_temperature: null\nwpn_targets: auto\ngamma: 0.0\nretain_loss: auto\n"
+)
+"""Of a file that a run left when every objective's settings were every run's."""
+
+
+def test_what_an_old_file_says_of_other_objectives_is_passed_over_where_it_says_nothing(recipe: Any) -> None:
+    path = recipe(f"objective: npo\nbeta: 0.2\npreference_weight: null\n{OLD}")
+    config = parse("--config", path)
+    assert config.objective == built_in()["npo"](beta=0.2) and "gamma" not in config.to_flat()
+    assert config.explicit == {"objective", "beta", "preference_weight", "retain_loss", "deepspeed"}
+    path = recipe(f"objective: npo\n{OLD}wpn_scoring: dot\n")
+    assert f"{path}:8: wpn_scoring is a flag of wpn; --objective npo has --" in error("--config", path)
+    values = {"objective": "wpn", "beta": None, "preference_weight": None, "gamma": 0.0}
+    assert Config.from_flat(values).objective == WPN()
+    with pytest.raises(UserError, match=r"^settings: beta is a flag of altpo, .*; --objective wpn has --"):
+        Config.from_flat(values | {"beta": 0.1})
+
+
+@pytest.mark.parametrize("argv", [["--nll_weight", "auto"], ["--retain_loss", "auto"], ["--beta", "auto"]])
+def test_auto_leaves_an_objectives_own_setting_to_it(argv: list[str], recipe: Any) -> None:
+    assert parse("--objective", "neat", *argv).objective == built_in()["neat"]()
+    path = recipe(f"objective: neat\n{argv[0][2:]}: null\n")
+    assert parse("--config", path).objective == built_in()["neat"]()
+
+
+def test_the_objective_is_that_of_the_flag_before_that_of_the_file(recipe: Any) -> None:
+    path = recipe("objective: dpo\nbeta: 0.3\n")
+    assert parse("--config", path).objective == built_in()["dpo"](beta=0.3)
+    assert parse("--config", path, "--objective=npo").objective == built_in()["npo"](beta=0.3)
+    assert parse(base={"objective": "npo"}).unlearning.objective == "npo"
+
+
+def test_settings_and_their_objective_are_of_one_name() -> None:
+    with pytest.raises(AssertionError, match="is not what unlearning"):
+        Config(objective=built_in()["npo"]())
+
+
+def test_an_unknown_objective_is_one_line_that_names_all(recipe: Any) -> None:
+    names = ", ".join(built_in())
+    assert error("--objective", "simpo") == (f"--objective must be one of {names}, got 'simpo'; did you mean simnpo?")
+    path = recipe("seed: 1\nobjective: wnp\n")
+    assert error("--config", path) == f"{path}:2: objective must be one of {names}, got 'wnp'; did you mean wpn?"
+    path = recipe("objective: [wpn]\n")
+    assert f"{path}:1: objective must be a text" in error("--config", path)
+
+
+OWN = """
+from wpn_ds.objectives.companions import Companions
+from wpn_ds.objectives.registry import objective
+from wpn_ds.objectives.terms import OnTokens, Role
+
+
+@objective
+class Mine(Companions):
+    '''Mine: a term of my own.'''
+
+    steepness: float = 2.0
+    '''How steep it is.'''
+    mine_weight: float = 1.0
+    '''Weight of it.'''
+
+    def terms(self):
+        yield OnTokens("mine", self.mine_weight, Role.UNWANTED, ascend=True)
+        yield from self.companions()
+"""
+
+
+@pytest.fixture
+def own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working folder with a user's own objective in it."""
+    (tmp_path / "mine.py").write_text(OWN)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_an_objective_of_ones_own_brings_its_flags(own: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    config = parse("--objective", "mine.py:Mine", "--steepness", "3", "--retain_loss", "kl")
+    flat = config.to_flat()
+    assert (flat["objective"], flat["steepness"], flat["mine_weight"]) == ("mine.py:Mine", 3.0, 1.0)
+    assert Config.from_flat(flat) == dataclasses.replace(config, explicit=frozenset())
+    said = error("--objective", "mine.py:Mine", "--mine_weight", "0", "--retain_weight", "0")
+    assert (
+        said == "--mine_weight, --nll_weight, --retain_weight and --ascent_weight are all 0: nothing would be trained"
+    )
+    assert "; --objective mine.py:Mine has --steepness, " in error("--objective", "mine.py:Mine", "--gamma", "1")
+    with pytest.raises(SystemExit):
+        parse("--objective", "mine.py:Mine", "--help")
+    helped = " ".join(capsys.readouterr().out.split())
+    assert "mine.py:Mine: Mine: a term of my own." in helped
+    assert "--steepness FLOAT How steep it is. (default: 2.0)" in helped
+
+
+def test_a_run_with_an_objective_of_ones_own_is_repeated_from_another_folder(own: Path, monkeypatch) -> None:
+    config = parse("--objective", "mine.py:Mine", "--steepness", "3").resolved()
+    assert config.places()["objective"] == f"{own / 'mine.py'}:Mine"
+    (own / "run.yaml").write_text(config.run_yaml())
+    (own / "elsewhere").mkdir()
+    monkeypatch.chdir(own / "elsewhere")
+    again = parse_args(["--config", "../run.yaml"])
+    assert again.to_flat()["objective"] == f"{own / 'mine.py'}:Mine" and again.to_flat()["steepness"] == 3.0
+    assert "objective" not in parse("--objective", "npo").places()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (("steepness", "seed"), "mine.py:Mine: seed is a flag of training already: take another name"),
+        (("float = 2.0", "dict = None"), "mine.py:Mine: steepness is of a type that no flag can have"),
+        (("Role.UNWANTED", "Role.UNWANTED, 'start'"), "--objective mine.py:Mine: mine: only retain tokens can be"),
+    ],
+)
+def test_what_an_objective_of_ones_own_may_not_have_is_one_line(own: Path, change: tuple[str, str], said: str) -> None:
+    (own / "mine.py").write_text(OWN.replace(*change))
+    assert said in error("--objective", "mine.py:Mine")
+
+
+def test_an_objective_whose_terms_all_have_the_weight_0_would_train_nothing(own: Path) -> None:
+    bare = OWN.replace("Companions", "Objective").replace(".companions", ".terms", 1).replace("mine_weight", "share")
+    (own / "mine.py").write_text(bare.replace("yield from self.companions()", "").replace("self.terms()", ""))
+    assert error("--objective", "mine.py:Mine", "--share", "0") == (
+        "--objective mine.py:Mine: all its terms have the weight 0: nothing would be trained"
+    )
 
 
 def test_the_demo_resolves_to_its_own_folder_and_a_model_of_ones_own_to_output_dir() -> None:
@@ -403,43 +491,62 @@ def test_replace_checks_again_and_keeps_what_was_explicit() -> None:
         config.replace(sed=0)
 
 
-def test_help_has_every_flag_with_its_sentence_and_default_in_five_groups(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("objective", ["wpn", "npo", "simnpo"])
+def test_help_has_every_flag_of_the_objective_with_its_sentence_and_default_and_no_others(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, objective: str
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "400")
+    monkeypatch.setenv("COLUMNS", "1000")
     with pytest.raises(SystemExit) as caught:
-        parse_args(["--help"])
+        parse_args(["--help"] if objective == "wpn" else ["--help", "--objective", objective])
     assert caught.value.code == 0
     text = capsys.readouterr().out
-    positions = [text.index(f"\n{group}:\n") for group in _groups()]
-    assert positions == sorted(positions) and len(positions) == 5
-    for name, setting in _settings().items():
+    positions = [text.index(f"\n{group}:\n") for group in groups(built_in()[objective])]
+    assert positions == sorted(positions) and len(positions) == 6
+    for name, setting in known(objective).items():
         assert (f"--{name} " in text) is not setting.hidden
         if not setting.hidden:
             assert len(setting.doc.split()) >= 3 and setting.doc.endswith((".", ")."))
             assert setting.doc in text
     assert "--global_batch_size INT" in text and "(default: 32)" in text
     assert "local" not in text.replace("local folder", "")
+    foreign = {name for other in built_in() for name in known(other)} - known(objective).keys()
+    assert foreign and not any(f"\n  --{name} " in text for name in foreign)
+    kind = built_in()[objective]
+    assert f"(arXiv {kind.paper}" in text and kind.equation in text
+    assert all(other in text[positions[3] :] for other in built_in()), "and how to see those of others"
 
 
-def test_no_two_groups_share_a_name() -> None:
-    names = [entry.name for kind in _groups().values() for entry in dataclasses.fields(kind)]
-    assert len(names) == len(set(names))
+@pytest.mark.parametrize("objective", built_in())
+def test_every_flag_of_an_objective_has_a_sentence(objective: str) -> None:
+    for setting in known(objective).values():
+        assert len(setting.doc.split()) >= 3 and setting.doc.endswith((".", ")."))
 
 
-def test_settings_are_read_without_torch_deepspeed_or_transformers() -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        "main(['train', '--help'])",
+        "main(['train', '--objective', 'npo', '--help'])",
+        "main(['objectives'])",
+        "parse_args(['--deepspeed', 'x.json', '--objective', 'tnpo']), wpn_ds.settings.deepspeed",
+    ],
+)
+def test_settings_and_help_are_read_without_torch_deepspeed_or_transformers(line: str) -> None:
     code = (
-        "import sys, wpn_ds.settings.run, wpn_ds.settings.deepspeed\n"
-        "wpn_ds.settings.run.parse_args(['--deepspeed', 'x.json'])\n"
-        "print([name for name in ('torch', 'deepspeed', 'transformers', 'numpy') if name in sys.modules])"
+        "import atexit, sys, wpn_ds.settings.deepspeed\n"
+        "from wpn_ds.cli import main\n"
+        "from wpn_ds.settings.run import parse_args\n"
+        "heavy = ('torch', 'deepspeed', 'transformers', 'numpy')\n"
+        "atexit.register(lambda: print([name for name in heavy if name in sys.modules]))\n" + line
     )
-    assert subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout == "[]\n"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "[]", done.stderr
 
 
 def test_a_reference_that_no_term_asks_for_is_no_mistake() -> None:
     """It is a setting of memory, and a grid's rows share one."""
     for name in ("ga", "npo"):
-        assert Config.from_flat({"objective": name, "reference": "states"}).objective.reference == "states"
+        assert Config.from_flat({"objective": name, "reference": "states"}).unlearning.reference == "states"
 
 
 # ---- places ----

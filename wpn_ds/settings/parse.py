@@ -87,7 +87,7 @@ def _fields(group: str, kind: type) -> dict[str, Setting]:
     settings = {}
     for entry in flags(kind):
         if not _is_simple(hints[entry.name]):
-            raise UserError(f"{group}: no flag can be of the type of {entry.name}, {entry.type}")
+            raise UserError(f"{group}: {entry.name} is of a type that no flag can have")
         default = [] if entry.default is dataclasses.MISSING else entry.default
         settings[entry.name] = Setting(group, hints[entry.name], default, docs.get(entry.name, ""), entry.metadata)
     return settings

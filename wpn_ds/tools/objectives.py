@@ -12,10 +12,10 @@ from wpn_ds.objectives.terms import Objective, flags
 from wpn_ds.settings.parse import parse
 
 _LEGEND = (
-    "Each is minimised together with nll_weight L_nll + retain_weight L_retain + ascent_weight L_ascent, on the wanted, "
-    "the retain and the unwanted tokens. y+ are a prompt's wanted answers, y- its unwanted ones; logp(y) is the sum of "
-    "an answer's token log-probabilities, |y| their number, r(y) = logp(y) - logp_start(y). For the sentences of the "
-    "flags: wpn-ds train --objective NAME --help. One of your own: docs/own-objective.md."
+    "Shown is what is added to retain_weight L_retain, with the default weights. L_nll, L_retain and L_ascent are "
+    "means over wanted, retain and unwanted tokens; y+ are a prompt's wanted answers, y- its unwanted ones; logp(y) is "
+    "the sum of an answer's token log-probabilities, |y| their number, r(y) = logp(y) - logp_start(y). What the flags "
+    "mean: wpn-ds train --objective NAME --help. One of your own: docs/own-objective.md."
 )
 
 
