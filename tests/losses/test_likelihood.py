@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from wpn_ds.losses.likelihood import Distribution, Targets, Tokens, TopK, head_logits
+from wpn_ds.losses.likelihood import Distribution, LabelTarget, Tokens, TopK, head_logits
 
 quick = settings(max_examples=40, deadline=None)
 SHAPES = {
@@ -46,12 +46,12 @@ def lumped(logits: Tensor, ids: Tensor) -> Categorical:
     return Categorical(probs=torch.cat([known, rest], 1))
 
 
-def losses_and_gradient(targets: Targets, logits: Tensor) -> tuple[Tensor, Tensor]:
+def losses_and_gradient(targets: LabelTarget, logits: Tensor) -> tuple[Tensor, Tensor]:
     work = logits.clone()
     return targets.losses(work, slice(0, len(logits)))
 
 
-def check(targets: Targets, logits: Tensor, expected: Tensor, leaf: Tensor) -> None:
+def check(targets: LabelTarget, logits: Tensor, expected: Tensor, leaf: Tensor) -> None:
     """``targets`` on ``logits`` gives the plain fp64 losses ``expected`` of ``leaf`` and their gradient; in fp32
     as well, as far as that goes."""
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
