@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # DeepSpeed's launcher, and ninja for what DeepSpeed compiles on first use, are found through PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help env demo test kills check bench clean
+.PHONY: help env demo test kills check bench house clean
 
 help:
 	@echo "make demo    plant a small model with harmful answers, unlearn them, print a before/after table"
@@ -13,6 +13,7 @@ help:
 	@echo "make kills   kill training jobs on a real Slurm 50 times, half an hour (root, slurm-wlm, munge)"
 	@echo "make check   ruff, mypy and the tests: what a change has to pass"
 	@echo "make bench   measure against other ways to train, an hour (ONLY=main: half of it; QUICK=1 tries the rows)"
+	@echo "make house   how large the house is, and which files a micro-batch passes"
 	@echo "make env     make .venv, which the others do by themselves (PYTHON=python3.12 picks an interpreter)"
 	@echo "make clean   remove .venv, caches and the demo's results; runs of your own stay"
 
@@ -40,6 +41,9 @@ check: $(STAMP)
 	@$(IN_VENV) ruff check .
 	@$(IN_VENV) mypy
 	@$(IN_VENV) python -m pytest
+
+house: $(STAMP)
+	@$(IN_VENV) python -m tests.house
 
 bench: .venv/.bench benchmarks/.trl-venv/.installed
 	@$(IN_VENV) python -m benchmarks $(if $(ONLY),--only $(ONLY)) $(if $(QUICK),--quick)

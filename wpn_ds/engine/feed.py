@@ -1,5 +1,5 @@
-"""Which examples a step takes: their order, examples that leave once they are forgotten, unwanted answers that the model
-draws anew.
+"""Which examples a step takes: their order, those that leave once they are forgotten, and unwanted answers that the
+model draws anew.
 
 Examples leave after ICU (arXiv 2407.20271), which compares what the model generates with the unwanted answer, by BLEU
 and BERTScore; here, as a reconstruction, an answer is forgotten once the model gives it a low probability, which one

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from wpn_ds.objectives.objective import Objective
+from wpn_ds.objectives.terms import Role, Terms
 from wpn_ds.settings.run import Config
 from wpn_ds.system.files import write_atomically
 
@@ -13,7 +13,7 @@ from wpn_ds.system.files import write_atomically
 def write_model_card(
     output_dir: Path,
     config: Config,
-    objective: Objective,
+    terms: Terms,
     base_model: str,
     steps: int,
     training: Mapping[str, float],
@@ -30,8 +30,9 @@ def write_model_card(
         validation
     )
     ended = f"\nHow the run ended: {outcome}.\n" if outcome else ""
-    weights = ", ".join(f"{name} {weight:g}" for name, weight in objective.weights.items() if weight)
-    retain = objective.retain_loss if objective.retain_weight else "none"
+    weights = ", ".join(f"{name} {weight:g}" for name, weight in terms.weights.items())
+    kept = [term for term in terms.tokens if term.role is Role.RETAIN]
+    retain = " and ".join("kl" if term.target == "start" else "nll" for term in kept) or "none"
     card = f"""---
 library_name: transformers
 pipeline_tag: text-generation

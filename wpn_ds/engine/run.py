@@ -21,27 +21,19 @@ from wpn_ds.engine.generation import Generation
 from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.policy import Policy, load_lm
 from wpn_ds.engine.prepare import Job
+from wpn_ds.engine.progress import Progress, TrainingStopped
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.redraw import Ema, Redraw
 from wpn_ds.engine.reference import FrozenModel, frozen_json, reference_of
 from wpn_ds.engine.start import Start
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
-from wpn_ds.engine.telemetry import Progress, Telemetry, energy, figures_line, log_warnings
+from wpn_ds.engine.telemetry import Telemetry, energy, figures_line, log_warnings
 from wpn_ds.engine.validation import Validation
-from wpn_ds.errors import UserError
 from wpn_ds.jobs import history
 from wpn_ds.jobs.distributed import announce, on_main, progress_bar, rng_state, set_rng_state, sum_over_ranks
 from wpn_ds.jobs.heartbeat import Heartbeat, Stopped
 from wpn_ds.system.files import cache_folder
-
-MAX_SKIPPED_IN_A_ROW = 5
-
-
-class TrainingStopped(UserError):
-    """Training can't go on; what was saved before is intact."""
-
-    exit_code = 3
 
 
 class Run:
@@ -81,7 +73,6 @@ class Run:
         else:
             torch.manual_seed(seed_of("ranks", config.training.seed, self.world.rank, 0))
         self.step = self.saved = past.step
-        self.skipped_in_a_row = 0
         self.joules = energy(self.world.device)
         self.telemetry = Telemetry(
             job.output_dir,
@@ -109,7 +100,7 @@ class Run:
 
         Raises:
             Stopped: on all ranks, once a checkpoint of the last whole step is there.
-            TrainingStopped: the gradient was not finite ``MAX_SKIPPED_IN_A_ROW`` steps in a row.
+            TrainingStopped: the gradient was not finite several steps in a row; what was begun to be saved is whole.
         """
         device, telemetry = self.world.device, self.telemetry
         rng = rng_state(device)
@@ -137,6 +128,9 @@ class Run:
                 self._save()
             self.saver.finish()
             raise
+        except TrainingStopped:
+            self.saver.finish()
+            raise
         finally:
             telemetry.close()
         self.heartbeat.close()
@@ -151,15 +145,6 @@ class Run:
         self.step = step
         self.validation.weights_changed(step)
         self.progress.add(step, result, plan, rate, planned, time.perf_counter() - begun, self.telemetry)
-        self.skipped_in_a_row = self.skipped_in_a_row + 1 if result.skipped else 0
-        if result.skipped:
-            self.telemetry.say(f"step {step}: the gradient is not finite; the update was skipped on all ranks")
-        if self.skipped_in_a_row == MAX_SKIPPED_IN_A_ROW or self.progress.skipped_steps == self.job.total_steps:
-            self.saver.finish()
-            raise TrainingStopped(
-                f"the gradient was not finite {self.skipped_in_a_row} steps in a row, up to step {step}: lower "
-                f"--learning_rate (now {rate:g}) or set --max_grad_norm; checkpoints in {self.job.output_dir} are whole"
-            )
 
     def _evaluate(self) -> dict[str, float]:
         below = self.job.config.unlearning.forgotten_below

@@ -2,28 +2,24 @@
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import math
 import resource
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from wpn_ds.data.plan import StepPlan
-from wpn_ds.engine.prepare import Job
-from wpn_ds.engine.step import StepResult
 from wpn_ds.jobs import history
-from wpn_ds.jobs.distributed import World, max_over_ranks, sum_over_ranks
+from wpn_ds.jobs.distributed import World
 from wpn_ds.jobs.history import clock
 from wpn_ds.objectives.terms import Role
 from wpn_ds.system.files import write_atomically
@@ -126,119 +122,6 @@ def log_warnings(output_dir: Path, rank: int) -> Path:
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(name)s: %(message)s", handlers=handlers)
     logging.captureWarnings(True)
     return path
-
-
-class Window:
-    """Averages over the steps between two log lines. Device scalars are read only by :meth:`close`."""
-
-    def __init__(self, world: World, peak_flops: float) -> None:
-        self.world = world
-        self.peak_flops = peak_flops
-        self._reset()
-
-    def _reset(self) -> None:
-        self.steps = 0
-        self.means: dict[str, Tensor] = {}
-        self.rates = {"tokens": 0.0, "padded": 0.0, "examples": 0.0, "flops": 0.0, "data": 0.0}
-        self.grad_norm: Tensor | float = 0.0
-        self.start = time.perf_counter()
-        self.excluded = 0.0
-
-    @contextlib.contextmanager
-    def paused(self) -> Iterator[None]:
-        """Around something else than steps, whose time doesn't count: an evaluation, a checkpoint, new answers."""
-        begun = time.perf_counter()
-        yield
-        self.excluded += time.perf_counter() - begun
-
-    def add(self, result: StepResult, plan: StepPlan, examples: int, flops: float, data_seconds: float) -> None:
-        self.steps += 1
-        for name, total in result.sums.totals.items():
-            mean = total / max(1, result.sums.counts[name])
-            self.means[name] = self.means[name] + mean if name in self.means else mean
-        for name, value in (
-            ("tokens", plan.tokens),
-            ("padded", plan.padded_tokens),
-            ("examples", examples),
-            ("flops", flops),
-            ("data", data_seconds),
-        ):
-            self.rates[name] += value
-        self.grad_norm = result.grad_norm
-
-    def close(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """The window's figures, the same on every rank; starts the next window."""
-        means = {name: value / self.steps for name, value in sum_over_ranks(self.means, self.world.device).items()}
-        losses = {name: value for name, value in means.items() if name in weights}
-        # Once the ranks have met in the sum above, the device is done with the window's steps.
-        seconds = time.perf_counter() - self.start - self.excluded
-        values = {f"loss/{name}": value for name, value in losses.items()}
-        values["loss/total"] = sum(weights[name] * value for name, value in losses.items())
-        values |= {name: value for name, value in means.items() if name not in weights}
-        values |= {
-            "grad_norm": float(self.grad_norm),
-            "speed/tokens_per_second": self.rates["tokens"] / seconds,
-            "speed/examples_per_second": self.rates["examples"] / seconds,
-            "speed/step_seconds": seconds / self.steps,
-            "speed/data_seconds": self.rates["data"] / self.steps,
-            "speed/mfu": self.rates["flops"] / seconds / (self.peak_flops * self.world.size),
-            "packing/fill": self.rates["tokens"] / max(1.0, self.rates["padded"]),
-            "memory/peak_gib": max_over_ranks(peak_memory_bytes(self.world.device), self.world.device) / 2**30,
-        }
-        self._reset()
-        return values
-
-
-class Progress:
-    """What the steps so far took, and the metrics of those since the last line; the totals are its state."""
-
-    def __init__(self, job: Job, lm: Any, past: Mapping[str, Any] | None = None) -> None:
-        """``past``: what :meth:`state` was."""
-        past = past or {}
-        peak = job.config.logging.peak_tflops
-        self.job = job
-        self.peak_flops = peak * 1e12 if peak else measure_peak_flops(job.world.device, lm.dtype)
-        self.skipped_steps: int = past.get("skipped_steps", 0)  # whose gradient was not finite
-        self.tokens: int = past.get("tokens", 0)
-        self.train_seconds: float = past.get("train_seconds", 0.0)
-        self._shape = ModelShape.of(lm)
-        self._window = Window(job.world, self.peak_flops)
-
-    def state(self) -> dict[str, Any]:
-        return {"skipped_steps": self.skipped_steps, "tokens": self.tokens, "train_seconds": self.train_seconds}
-
-    def paused(self) -> contextlib.AbstractContextManager[None]:
-        return self._window.paused()
-
-    def add(
-        self,
-        step: int,
-        result: StepResult,
-        plan: StepPlan,
-        learning_rate: float,
-        planned: float,
-        seconds: float,
-        telemetry: Telemetry,
-    ) -> None:
-        """Count ``step``, and log what is due; ``planned``: the part of its ``seconds`` in which it was laid out."""
-        job, logging = self.job, self.job.config.logging
-        self.skipped_steps += result.skipped
-        self.tokens += plan.tokens
-        self.train_seconds += seconds
-        self._window.add(
-            result,
-            plan,
-            examples=job.config.training.global_batch_size,
-            flops=step_flops(plan, self._shape, job.terms.predicted),
-            data_seconds=planned + result.data_seconds,
-        )
-        values = None
-        if step == job.total_steps or result.skipped or step % logging.logging_steps == 0:
-            values = self._window.close(job.terms.weights)
-            values |= {"lr": learning_rate, "skipped_steps": float(self.skipped_steps)}
-            telemetry.log(step, values)
-            telemetry.last_losses = values
-        telemetry.progress(step, values)
 
 
 class Telemetry:
