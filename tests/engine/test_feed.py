@@ -25,7 +25,7 @@ from wpn_ds.engine.redraw import Redraw, Request
 from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import TrainingConfig
 
-LAYOUT = Layout(32, 150, packed=True, world_size=1)
+LAYOUT = Layout(48, 150, packed=True, world_size=1)
 several = settings(max_examples=40, deadline=None)
 
 

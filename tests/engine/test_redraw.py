@@ -223,9 +223,9 @@ def test_an_empty_answer_and_a_wanted_one_are_not_taken() -> None:
     [
         ({"objective": "dpo"}, "--objective dpo compares to what is kept of the records' own answers.* take another"),
         ({"objective": "tnpo"}, "--objective tnpo compares to what is kept"),
-        ({}, "--objective wpn compares .* take --wpn_targets live, or"),
-        ({"wpn_targets": "detached"}, "take --wpn_targets live, or"),
-        ({"wpn_scoring": "likelihood_ratio", "wpn_pooling": "sum"}, "take --wpn_scoring likelihood, or"),
+        ({}, r"--objective wpn compares .* \(wpn can have --wpn_targets live, or"),
+        ({"wpn_targets": "detached"}, r"\(wpn can have --wpn_targets live, or"),
+        ({"wpn_scoring": "likelihood_ratio", "wpn_pooling": "sum"}, r"or --wpn_scoring likelihood\)"),
         ({"objective": "neat", "preference_weight": 0.0}, "no term of the objective reads unwanted answers"),
         ({"objective": "neat", "redraw_ema": 0.9}, "neither with parameters on NVMe"),
     ],

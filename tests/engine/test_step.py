@@ -15,12 +15,12 @@ from tests.engine.gradient_cases import make_examples
 from tests.engine.small import Engine, silent, small_model
 from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Layout, plan_step
+from wpn_ds.engine.progress import Window
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.reference import FrozenModel, cached_states, cached_topk, frozen_json
 from wpn_ds.engine.start import Start
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
-from wpn_ds.engine.telemetry import Window
 from wpn_ds.models import attention
 from wpn_ds.objectives.registry import built_in
 from wpn_ds.objectives.terms import Role, Terms
