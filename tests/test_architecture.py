@@ -81,12 +81,19 @@ def is_module(name: str) -> bool:
 
 @cache
 def own_names(folder: str) -> set[str] | None:
-    """What the ``__init__.py`` of a folder of ours assigns; None if it is no such folder."""
+    """What the ``__init__.py`` of a folder of ours has by itself; None if it is no such folder."""
     path = ROOT.joinpath(*folder.split("."), "__init__.py")
-    if not path.is_file():
+    if folder.partition(".")[0] not in OURS or not path.is_file():
         return None
-    nodes = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
-    return {node.id for node in nodes if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store)}
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        else:
+            names |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+    return names
 
 
 def missing(source: str, module: str) -> list[str]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -14,7 +16,8 @@ from tests.data.made import FORMS
 from tests.engine.gradient_cases import make_examples
 from tests.engine.small import Engine, silent, small_model
 from wpn_ds.data.batch import collate
-from wpn_ds.data.plan import Layout, plan_step
+from wpn_ds.data.plan import Layout, StepPlan, plan_step
+from wpn_ds.engine import step as step_module
 from wpn_ds.engine.progress import Window
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.reference import FrozenModel, cached_states, cached_topk, frozen_json
@@ -75,6 +78,94 @@ def start_of(terms: Terms, reader: Reader, tables: Tables, kept: str) -> Start:
         "topk": lambda: cached_topk(reader, retain, 8, tables, silent),
     }
     return Start.read(terms, EXAMPLES, reader, tables, silent, reference[kept])
+
+
+# ---- one micro-batch after the other ----
+
+
+class Interrupted(Exception):
+    """A rank is told to stop."""
+
+
+class Recording(Engine):
+    """Keeps what it is given, and before each forward calls ``before`` with its number."""
+
+    def __init__(self, before: Callable[[int], None]) -> None:
+        super().__init__(small_model().train())
+        self.before, self.batches = before, []
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.before(len(self.batches))
+        self.batches.append(arguments[0])
+        return super().__call__(*arguments)
+
+
+def passes_of(plan: StepPlan, two: bool) -> list[list[int]]:
+    """The micro-batches of each pass: where pairs are gathered, there is one more over what is theirs."""
+    every = range(len(plan.micro_batches[0]))
+    theirs = [k for k in every if plan.roles(k) & {Role.WANTED, Role.UNWANTED}]
+    return [theirs, list(every)] if two else [list(every)]
+
+
+@pytest.mark.parametrize("targets", ["reference", "live"])
+def test_the_next_batch_is_collated_while_one_computes_and_each_has_its_beat_before(
+    world, tmp_path, monkeypatch, targets
+) -> None:
+    layout, terms = Layout(48, 30, world_size=1, **FORMS["shared"]), Terms.of(WPN(wpn_targets=targets))
+    plan = plan_step(EXAMPLES, range(6), [2, 0, 1], layout, roles=terms.read)
+    passes = passes_of(plan, targets == "live")
+    order = [k for which in passes for k in which]
+    last = [sum(map(len, passes[: n + 1])) - 1 for n in range(len(passes))]
+    assert min(map(len, passes)) > 3, "nothing is seen of an order"
+    events: list[str] = []
+    collated: list[Any] = []
+    one_more = threading.Condition()
+
+    def collating(rows: Any, *arguments: Any, **named: Any) -> Any:
+        with one_more:
+            collated.append(rows)
+            one_more.notify_all()
+        return collate(rows, *arguments, **named)
+
+    def before(forward: int) -> None:
+        events.append("forward")
+        due = forward + (1 if forward in last else 2)
+        with one_more:
+            assert one_more.wait_for(lambda: len(collated) >= due, timeout=20), "the next one waits for this one"
+        assert len(collated) == due, "more are collated than the next one"
+
+    engine = Recording(before)
+    start = start_of(terms, Reader(Engine(engine.module), layout, 0, world), Tables(tmp_path, {}), "states")
+    monkeypatch.setattr(step_module, "collate", collating)
+    result = Step(engine, terms, world, layout, 0, start, beat=events.append)(plan)
+    own = plan.micro_batches[0]
+    assert collated == [own[k] for k in order]
+    assert events == [e for k in order for e in (f"micro-batch {k + 1} of {len(own)}", "forward")]
+    for k, batch in zip(order, engine.batches, strict=True):
+        assert torch.equal(batch.input_ids, collate(own[k], 0, roles=terms.predicted, flat=True).input_ids)
+    assert engine.updates == 1 and not result.skipped and result.data_seconds > 0
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("targets", ["reference", "live"])
+def test_a_beat_that_raises_leaves_the_step_before_anything_has_changed(world, tmp_path, at, targets) -> None:
+    layout, terms = Layout(48, 30, world_size=1, **FORMS["shared"]), Terms.of(WPN(wpn_targets=targets))
+    plan = plan_step(EXAMPLES, range(6), [2, 0, 1], layout, roles=terms.read)
+    engine, beats = Engine(small_model().train()), []
+
+    def beat(what: str) -> None:
+        beats.append(what)
+        if len(beats) == at:
+            raise Interrupted(what)
+
+    start = start_of(terms, Reader(engine, layout, 0, world), Tables(tmp_path, {}), "states")
+    step = Step(engine, terms, world, layout, 0, start, beat=beat)
+    with pytest.raises(Interrupted):
+        step(plan)
+    assert engine.updates == 0
+    engine.module.zero_grad()
+    again = step(plan)
+    assert engine.updates == 1 and not again.skipped, "and it can be taken again"
 
 
 # ---- waiting ----
