@@ -13,16 +13,17 @@ from typing import Any
 import torch
 
 from wpn_ds.cli import train
-from wpn_ds.engine import loop, probe
+from wpn_ds.engine import probe
+from wpn_ds.engine.validation import Validation
 from wpn_ds.judging.base import Judgement, Verdict
 
 harmless = json.loads(os.environ["HARMLESS"])
 blow = dict([os.environ["BLOW"].split()]) if os.environ.get("BLOW") else {}
-evaluate, answers = loop.Trainer._evaluate, probe.Probe.answers
+evaluate, answers = Validation.evaluate, probe.Probe.answers
 
 
-def scripted(trainer: loop.Trainer, telemetry: Any) -> dict[str, float]:
-    step, rank = str(trainer.state.step), trainer.job.world.rank
+def scripted(validation: Validation, at: int, *more: Any) -> dict[str, float]:
+    step, rank = str(at), validation.reader.world.rank
 
     def judgements(self: probe.Probe, answers: list[str]) -> list[Judgement]:
         return [Judgement(Verdict.HARMLESS if k < harmless[step] else Verdict.HARMFUL) for k in range(len(answers))]
@@ -34,11 +35,11 @@ def scripted(trainer: loop.Trainer, telemetry: Any) -> dict[str, float]:
 
     probe.Probe.judgements, probe.Probe.answers = judgements, struck  # type: ignore[method-assign]
     before = torch.get_rng_state()
-    values = evaluate(trainer, telemetry)
+    values = evaluate(validation, at, *more)
     assert torch.equal(torch.get_rng_state(), before), "an evaluation draws from the training's random numbers"
     return values
 
 
 if __name__ == "__main__":
-    loop.Trainer._evaluate = scripted  # type: ignore[method-assign]
+    Validation.evaluate = scripted  # type: ignore[method-assign]
     sys.exit(train(sys.argv[1:]))

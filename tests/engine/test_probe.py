@@ -16,16 +16,18 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from transformers import AutoTokenizer
 
 import wpn_ds.cli
-from tests.engine.test_checkpoint import Engine, made
+from tests.engine.test_checkpoint import made, saver_of
 from tests.engine.test_train import REFERENCE_WPN, losses, metrics, same_weights
 from tests.interface import check_metrics, metric_names
 from tests.launching import free_port, launch
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.engine import checkpoint
-from wpn_ds.engine.loop import Trainer, _past
+from wpn_ds.engine.finish import choose_weights
+from wpn_ds.engine.prepare import _past
 from wpn_ds.engine.probe import Probe, figures, improves, summary
 from wpn_ds.jobs.distributed import World
 from wpn_ds.judging.base import Judgement, Verdict
+from wpn_ds.models.load import Source
 from wpn_ds.settings.run import Config, LoggingConfig
 
 EVALUATED = {"eval/retain_perplexity": 2.0, **figures([Judgement(Verdict.HARMLESS), Judgement(Verdict.HARMFUL)])}
@@ -161,39 +163,45 @@ def test_a_run_stops_early_and_what_it_exports_is_what_two_ranks_under_zero_3_me
     assert "eval/best_step" not in second
 
 
-def trainer(world: World, out: Path, state: checkpoint.TrainerState) -> Any:
-    """What is asked of a trainer to choose the weights that are exported."""
+def chosen(world: World, out: Path, **validation: Any) -> tuple[int, str]:
+    """What is exported after the last of nine steps, whose evaluations left the state ``validation``."""
     logging = LoggingConfig(early_stopping="harmless>=0.9", eval_steps=1)
-    job = SimpleNamespace(config=SimpleNamespace(logging=logging), world=world, output_dir=out, total_steps=9)
-    return SimpleNamespace(job=job, state=state, saver=SimpleNamespace(rotate=lambda state: None), engine=None)
+    job: Any = SimpleNamespace(config=SimpleNamespace(logging=logging), world=world, output_dir=out, total_steps=9)
+    saver: Any = SimpleNamespace(rotate=lambda step, best_step: None)
+    begun: Any = SimpleNamespace(**{"start_perplexity": 2.0, "best_step": 0, "best": {}, **validation})
+    return choose_weights(job, None, saver, begun, SimpleNamespace(empty=False), 9)  # type: ignore[arg-type]
 
 
 def test_the_last_weights_are_exported_and_that_is_said_where_there_are_no_better_ones(world, tmp_path) -> None:
-    state = checkpoint.TrainerState(9, 1, "data", "model", {}, start_perplexity=2.0)
-    step, said = Trainer._choose_weights(trainer(world, tmp_path, state))
+    step, said = chosen(world, tmp_path)
     assert step == 9 and "last step's: no evaluation had the retain perplexity within 1.05 times" in said
-    step, said = Trainer._choose_weights(trainer(world, tmp_path, replace(state, best_step=9, best=EVALUATED)))
+    step, said = chosen(world, tmp_path, best_step=9, best=EVALUATED)
     assert (step, said.partition(",")[0]) == (9, "the last is the best: step 9")
-    state = replace(state, best_step=4, best=EVALUATED)
-    made(tmp_path, 4)
+    made(tmp_path, world, 4)
     next((tmp_path / "checkpoint-4" / "state").iterdir()).write_bytes(b"?")
-    step, said = Trainer._choose_weights(trainer(world, tmp_path, state))
+    step, said = chosen(world, tmp_path, best_step=4, best=EVALUATED)
     assert step == 9 and "checkpoint-4, the best, is damaged" in said
 
 
 def test_a_best_checkpoint_that_is_gone_is_forgotten_and_without_early_stopping_any_is(world, tmp_path, capsys) -> None:
-    settings = Config().to_flat()
-    past = checkpoint.TrainerState(3, 1, "data", "model", settings, best_step=2, best=EVALUATED)
-    job = trainer(world, tmp_path, past).job
-    job.start, job.resume_from = replace(past, step=0), tmp_path / "checkpoint-3"
+    config = Config.from_flat({"output_dir": str(tmp_path)}).resolved()
+    stopping = config.replace(early_stopping="harmless>=0.9", eval_steps=1)
+    validation = {"evaluated": False, "start_perplexity": 2.0, "best_step": 2, "best": EVALUATED}
+    past = checkpoint.TrainerState(3, 1, "data", "model", config.to_flat(), parts={"validation": validation})
     for step in (2, 3):
-        checkpoint.Saver(Engine(), tmp_path, world, keep=2, background=False).save(replace(past, step=step))
-    assert _past(job).best_step == 2
-    job.config.logging = LoggingConfig()
-    assert (_past(job).best_step, _past(job).best) == (0, {}) and "gone" not in capsys.readouterr().err
-    job.config.logging = LoggingConfig(early_stopping="harmless>=0.9", eval_steps=1)
+        saver_of(tmp_path, world, keep=2).save(replace(past, step=step))
+
+    def of(config: Config) -> dict[str, Any]:
+        identity = replace(past, step=0, parts={})
+        found = _past(config, identity, tmp_path / "checkpoint-3", 9, Source(str(tmp_path)), world)
+        assert found.step == 3 and found.parts.keys() == {"validation"}
+        return found.parts["validation"]
+
+    assert of(stopping) == validation
+    forgotten = validation | {"best_step": 0, "best": {}}
+    assert of(config) == forgotten and "gone" not in capsys.readouterr().err
     shutil.rmtree(tmp_path / "checkpoint-2")
-    assert (_past(job).best_step, _past(job).best) == (0, {}) and "checkpoint-2, that of" in capsys.readouterr().err
+    assert of(stopping) == forgotten and "checkpoint-2, that of" in capsys.readouterr().err
 
 
 SCRIPT = {0: 23, 1: 3, 2: 9, 3: 12, 4: 5, 5: 7}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,13 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
-from wpn_ds.engine.refinement import still_known, token_probabilities
-from wpn_ds.engine.setup import _check_redraw, _redraw_prompts
-from wpn_ds.objectives.family import build_objective
 
 from tests.engine.gradient_cases import make_examples
 from tests.engine.redraw_worker import DECAY, STEPS
-from tests.engine.small import CONFIG, alone, small_reader
+from tests.engine.small import CONFIG
 from tests.engine.test_train import flags, losses, metrics, same_weights
 from tests.interface import check_metrics, metric_names
 from tests.launching import ROOT, free_port, launch
@@ -24,10 +20,13 @@ from tests.models.families import make
 from wpn_ds.data.records import Message, read_forget
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.data.tokens import encode_prompt, end_of
-from wpn_ds.engine import checkpoint, refinement
+from wpn_ds.engine import checkpoint
+from wpn_ds.engine.redraw import check_redraw, redraw_requests
 from wpn_ds.errors import UserError
+from wpn_ds.jobs.distributed import World
 from wpn_ds.models.generate import Sampling, generate_ids
-from wpn_ds.settings.run import Config, DataConfig, ObjectiveConfig, TrainingConfig
+from wpn_ds.objectives.terms import Terms
+from wpn_ds.settings.run import Config, DataConfig
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.tools.checkpoint import run as checkpoint_command
 
@@ -53,7 +52,7 @@ def redrawn(tiny, tmp_path_factory) -> Path:
 def drawn(out: Path, step: int) -> dict[int, list[int]]:
     state = checkpoint.read_state(out / f"checkpoint-{step}")
     assert state is not None
-    return {i: ids for i, ids in state.drawn}
+    return {i: ids for i, ids in state.parts["feed"]["drawn"]}
 
 
 @pytest.mark.distributed
@@ -138,25 +137,25 @@ def test_a_mean_that_no_stage_shards_is_written_once_and_read_by_any_number_of_r
     assert 0 < change < 0.01, "one step further, and not begun again"
 
 
-def test_what_is_asked_for_a_new_answer(tiny) -> None:
-    tokenizer, told = AutoTokenizer.from_pretrained(tiny / "opt"), []
+def test_what_is_asked_for_a_new_answer(tiny, capsys) -> None:
+    tokenizer, main = AutoTokenizer.from_pretrained(tiny / "opt"), World(0, 1, 0, torch.device("cpu"))
     records = read_forget([str(tiny / "forget.jsonl")])
     chat = [replace(records[0], prompt=(Message("user", "hello"),))]
 
     def prompts(records=records, length=64, **settings):
-        objective = ObjectiveConfig(redraw_steps=1, **settings)
-        config, positions = replace(Config(), objective=objective), OPTConfig(max_position_embeddings=128)
-        style = PromptStyle.of(config.to_flat())
-        requests = _redraw_prompts(config, records, style, tokenizer, positions, length, told.append)
+        config = Config.from_flat({"redraw_steps": 1, **settings})
+        style, positions = PromptStyle.of(config.to_flat()), OPTConfig(max_position_embeddings=128)
+        requests = redraw_requests(config.unlearning, records, style, tokenizer, positions, length, main)
         assert {request.end for request in requests} == {end_of("a", tokenizer, style)}
         return [request.ids for request in requests]
 
     rude = "Be rude.\nQuestion: {prompt}\nAnswer:"
     for given, template in (({}, DataConfig().prompt_template), ({"redraw_template": rude}, rude)):
         assert prompts(**given) == [encode_prompt(r.prompt, tokenizer, template, 64) for r in records]
-    assert told == []
+    assert capsys.readouterr().err == ""
     assert prompts(length=24, redraw_template=rude) == [encode_prompt(r.prompt, tokenizer, rude, 24) for r in records]
-    assert told[0].startswith(f"--redraw_template: {len(records)} of {len(records)} prompts lose their start")
+    told = capsys.readouterr().err
+    assert told.startswith(f"--redraw_template: {len(records)} of {len(records)} prompts lose their start")
     tokenizer = AutoTokenizer.from_pretrained(tiny / "opt")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
     asked = [rude.replace("{prompt}", r.prompt) for r in records]
@@ -224,19 +223,18 @@ def test_an_empty_answer_and_a_wanted_one_are_not_taken() -> None:
     [
         ({"objective": "dpo"}, "--objective dpo compares to what is kept of the records' own answers.* take another"),
         ({"objective": "tnpo"}, "--objective tnpo compares to what is kept"),
-        ({}, "--objective wpn compares .* take --wpn_targets live, or"),
-        ({"wpn_targets": "detached"}, "take --wpn_targets live, or"),
-        ({"wpn_scoring": "likelihood_ratio", "wpn_pooling": "sum"}, "take --wpn_scoring likelihood, or"),
+        ({}, r"--objective wpn compares .* \(wpn can have --wpn_targets live, or"),
+        ({"wpn_targets": "detached"}, r"\(wpn can have --wpn_targets live, or"),
+        ({"wpn_scoring": "likelihood_ratio", "wpn_pooling": "sum"}, r"or --wpn_scoring likelihood\)"),
         ({"objective": "neat", "preference_weight": 0.0}, "no term of the objective reads unwanted answers"),
         ({"objective": "neat", "redraw_ema": 0.9}, "neither with parameters on NVMe"),
     ],
 )
 def test_answers_that_nothing_could_be_compared_to_are_refused(settings, error) -> None:
-    objective = ObjectiveConfig(redraw_steps=1, **settings)
-    config = replace(Config(), objective=objective, training=TrainingConfig(deepspeed="x"))
+    config = Config.from_flat({"redraw_steps": 1, **settings})
     ds_json = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
     with pytest.raises(UserError, match=error):
-        _check_redraw(config, ds_json, build_objective(objective, retain=True))
+        check_redraw(config.unlearning.objective, config.unlearning.redraw_ema, ds_json, Terms.of(config.objective))
 
 
 @pytest.mark.parametrize(
@@ -256,27 +254,6 @@ def test_settings_that_do_not_go_together_are_refused(settings, error) -> None:
         Config.from_flat(settings)
 
 
-def test_a_probability_is_the_geometric_mean_over_the_tokens_of_the_answer_read_alone(world) -> None:
-    segments = [answer.segment for answer in make_examples().answers]
-    expected = [_log_probabilities(segment, alone(segment)[1]).mean().exp() for segment in segments]
-    torch.testing.assert_close(token_probabilities(small_reader(world), segments), torch.stack(expected))
-
-
-def test_an_example_stays_while_one_of_its_answers_is_known(world) -> None:
-    reader, examples = small_reader(world), make_examples().forget
-    best = [max(token_probabilities(reader, [a.segment for a in e.unwanted]).tolist()) for e in examples]
-    assert any(len(example.unwanted) > 1 for example in examples)
-    below = sorted(best)[2] * 0.999
-    assert still_known(reader, examples, range(len(examples)), below) == [i for i, p in enumerate(best) if p >= below]
-    assert still_known(reader, examples, [1, 3], 1e-9) == [1, 3]
-    assert still_known(reader, examples, range(len(examples)), 0.999) == []
-
-
-def test_a_model_that_broke_has_forgotten_nothing(world, monkeypatch) -> None:
-    monkeypatch.setattr(refinement, "token_probabilities", lambda _, segments: torch.full((len(segments),), torch.nan))
-    assert still_known(small_reader(world), make_examples().forget, [0, 2], 0.5) == [0, 2]
-
-
 @pytest.mark.distributed
 def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(tiny, tmp_path) -> None:
     line = ["--objective", "ga", "--learning_rate", "1e-3", "--eval_steps", "2", "--forgotten_below", "0.0028"]
@@ -290,16 +267,9 @@ def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(tiny, tm
     check_metrics(metric_names(tmp_path / "whole/metrics.jsonl"), "--validation_file", "ga", "--forgotten_below")
     begun = next(step for step, count in zip(steps, left, strict=True) if 0 < count < 23)
     state = checkpoint.read_state(tmp_path / f"whole/checkpoint-{begun}")
-    assert state is not None and state.left is not None and state.left_since == begun
+    assert state is not None and state.parts["feed"]["left"] and state.parts["feed"]["left_since"] == begun
     for stop in (begun, begun + 1):  # at the evaluation after which some are gone, and a step later
         halves = tmp_path / f"halves-{stop}"
         train(tiny, halves, *line, "--max_steps", str(stop))
         train(tiny, halves, *line, "--resume_from_checkpoint", "auto")
         assert same_weights(tmp_path / "whole", halves) and losses(tmp_path / "whole") == losses(halves)
-
-
-def test_an_old_checkpoint_trains_on_all_examples(tmp_path) -> None:
-    old = {"step": 1, "world_size": 1, "data": "", "model": "", "settings": {}, "files": {}}
-    (tmp_path / checkpoint.MANIFEST).write_text(json.dumps(old))
-    state = checkpoint.read_state(tmp_path)
-    assert state is not None and state.left is None and state.drawn == []
