@@ -20,12 +20,28 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from tests.pool import Pool
 from wpn_ds.jobs import launchers
 from wpn_ds.models.plant import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 OPT = {"vocab": "projects/OPT/assets/gpt2-vocab.json", "merges": "projects/OPT/assets/gpt2-merges.txt"}
 GPT2 = {"vocab": "GPT2/encoder.json", "merges": "GPT2/vocab.bpe"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests that start ranks are distributed ones."""
+    for item in items:
+        if "pool" in getattr(item, "fixturenames", ()):
+            item.add_marker("distributed")
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """Ranks that need not import anything; their process lives as long as the tests."""
+    made = Pool(tmp_path_factory.mktemp("pool"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")
