@@ -183,17 +183,24 @@ class Pool:
     def _connected(self) -> Connection:
         if self._server is None or self._server.poll() is not None:
             ours, theirs = Pipe()
-            self._server = subprocess.Popen(
-                [sys.executable, "-m", "tests.pool", str(theirs.fileno())],
-                cwd=ROOT,
-                env=environment(),
-                pass_fds=[theirs.fileno()],
-                stdin=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+            log = self._folder / "server.txt"
+            with log.open("w") as output:
+                self._server = subprocess.Popen(
+                    [sys.executable, "-m", "tests.pool", str(theirs.fileno())],
+                    cwd=ROOT,
+                    env=environment(),
+                    pass_fds=[theirs.fileno()],
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                )
             theirs.close()
             self._connection = ours
-            assert ours.recv() == "ready"
+            try:
+                ours.recv()  # it has imported everything
+            except EOFError:
+                raise RankFailed(f"the pool did not start\n{log.read_text()}") from None
         assert self._connection is not None
         return self._connection
 
