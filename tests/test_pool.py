@@ -108,8 +108,8 @@ def test_an_error_comes_back_as_itself_with_the_rank_s_traceback(pool) -> None:
 
 def test_a_rank_that_ends_with_an_error_ends_the_others_and_its_code_is_the_job_s(pool) -> None:
     job = pool.run(2, "tests.test_pool:end_by_itself", 7)
-    assert job.poll() == 7 and job.codes == {0: -signal.SIGTERM, 1: 7} and job.output == "about to end\n" * 2
-    with pytest.raises(RankFailed, match=r"\{1: 7, 0: -15\}\n---- rank 0 ----\nabout to end"):
+    assert job.poll() == 7 and job.codes == {0: -signal.SIGTERM, 1: 7}
+    with pytest.raises(RankFailed, match=r"\{1: 7, 0: -15\}\n(.*\n)*---- rank 1 ----\nabout to end"):
         job.results()
 
 
