@@ -29,11 +29,15 @@ OPT = {"vocab": "projects/OPT/assets/gpt2-vocab.json", "merges": "projects/OPT/a
 GPT2 = {"vocab": "GPT2/encoder.json", "merges": "GPT2/vocab.bpe"}
 
 
+#: Fixtures that bring a marker along.
+MARKERS = {"pool": "distributed", "cluster": "slurm", "browser": "browser"}
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests that start ranks are distributed ones."""
+    """Mark each test by what it needs."""
     for item in items:
-        if "pool" in getattr(item, "fixturenames", ()):
-            item.add_marker("distributed")
+        for name in MARKERS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKERS[name])
 
 
 @pytest.fixture(scope="session")

@@ -59,17 +59,17 @@ class Running:
     _failed_at: float | None = None
 
     def poll(self) -> int | None:
-        """The job's exit code once all ranks have ended, else None: that of the first rank that failed, or 0."""
-        return self._code(0.0)
+        """:attr:`returncode`, after a look at who has ended."""
+        return self._look(0.0)
 
     def wait(self, timeout: float) -> int:
-        """The job's exit code, as :meth:`poll` has it.
+        """:attr:`returncode` at the end.
 
         Raises:
             RankFailed: ranks are there after ``timeout`` seconds; they are ended, and the message has their stacks.
         """
         end = time.monotonic() + timeout
-        while (code := self._code(0.2)) is None:
+        while (code := self._look(0.2)) is None:
             if time.monotonic() > end:
                 self.kill(signal.SIGUSR2)  # their stacks
                 time.sleep(1)
@@ -88,6 +88,13 @@ class Running:
     def shown(self, most: int = 5000) -> str:
         """The end of what each rank wrote."""
         return "".join(f"---- rank {k} ----\n{text[-most:]}\n" for k, text in enumerate(self.outputs))
+
+    @property
+    def returncode(self) -> int | None:
+        """The exit code once all ranks have ended, else None: that of the first rank that failed, or 0."""
+        if len(self.codes) < len(self.pids):
+            return None
+        return next((code for code in self.codes.values() if code), 0)
 
     @property
     def outputs(self) -> list[str]:
@@ -115,17 +122,15 @@ class Running:
             raise error from _OfRank(f"{text}\n{self.shown()}")
         raise RankFailed(f"exit codes by rank: {self.codes}\n{self.shown()}")
 
-    def _code(self, seconds: float) -> int | None:
+    def _look(self, seconds: float) -> int | None:
         self._await(self, seconds)
-        failed = next((code for code in self.codes.values() if code), 0)
-        if len(self.codes) == len(self.pids):
-            return failed
-        if failed and self._failed_at is None:
-            self._failed_at = time.monotonic()
-            self.kill(signal.SIGTERM)
-        elif self._failed_at is not None and time.monotonic() > self._failed_at + PATIENCE:
-            self.kill()
-        return None
+        if self.returncode is None and any(self.codes.values()):
+            if self._failed_at is None:
+                self._failed_at = time.monotonic()
+                self.kill(signal.SIGTERM)
+            elif time.monotonic() > self._failed_at + PATIENCE:
+                self.kill()
+        return self.returncode
 
 
 class Pool:
@@ -138,7 +143,7 @@ class Pool:
         self._connection: Connection | None = None
         self._calls: dict[int, Running] = {}  # by process of a rank
 
-    def call(self, ranks: int, place: str, *arguments: Any, timeout: float = 300, **options: Any) -> list[Any]:
+    def call(self, ranks: int, place: str, *arguments: Any, timeout: float = 600, **options: Any) -> list[Any]:
         """What ``place``, a function as "module:name", returns on each rank for ``arguments``; see :meth:`start`.
 
         Raises:
@@ -149,7 +154,7 @@ class Pool:
         running.wait(timeout)
         return running.results()
 
-    def run(self, ranks: int, place: str, *arguments: Any, timeout: float = 300, **options: Any) -> Running:
+    def run(self, ranks: int, place: str, *arguments: Any, timeout: float = 600, **options: Any) -> Running:
         """The call after it has ended, however it did."""
         running = self.start(ranks, place, *arguments, **options)
         running.wait(timeout)
