@@ -1,9 +1,10 @@
-"""Figures of a run: ratios with their spread, the printed table, the plot, the README's tables."""
+"""Figures of a run: ratios with their spread, the printed table, the plot, the tables of docs/performance.md."""
 
 from __future__ import annotations
 
 import json
 import sys
+import textwrap
 from collections.abc import Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -107,17 +108,19 @@ def markdown(lines: Sequence[Sequence[str]]) -> str:
     return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
 
 
-def readme_section(results: Mapping[str, Any]) -> str:
-    """The README's generated part, markers included."""
+def section(results: Mapping[str, Any]) -> str:
+    """The generated part of docs/performance.md, markers included."""
     machine, rows = results["machine"], results["rows"]
     where = (
-        f"{machine['cores']} CPU cores, {machine['memory_gib']} GiB of memory, "
+        f"Measured on {machine['cores']} CPU cores, {machine['memory_gib']} GiB of memory, "
         + ", ".join(f"{name} {version}" for name, version in machine["versions"].items())
         + "; data: "
         + ", ".join(sorted({row["data"] for row in rows.values()}))
+        + "."
     )
     full = ["<details><summary>Every row</summary>", "", markdown(details(rows)), "", "</details>"]
-    return "\n".join([BEGIN, "", f"Measured on {where}.", "", markdown(table(results)), "", *full, "", END])
+    measured = textwrap.wrap(where, 120, break_long_words=False, break_on_hyphens=False)
+    return "\n".join([BEGIN, "", *measured, "", markdown(table(results)), "", *full, "", END])
 
 
 def plot(results: Mapping[str, Any], path: Path) -> None:
@@ -173,13 +176,13 @@ def plot(results: Mapping[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    """Put the tables of ``results.json`` into the README, between its two markers."""
-    readme = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER.parent / "README.md"
-    text, results = readme.read_text(), json.loads(RESULTS.read_text())
+    """Put the tables of ``results.json`` into docs/performance.md, between its two markers."""
+    page = Path(sys.argv[1]) if len(sys.argv) > 1 else FOLDER.parent / "docs/performance.md"
+    text, results = page.read_text(), json.loads(RESULTS.read_text())
     if text.count(BEGIN) != 1 or text.count(END) != 1:
-        sys.exit(f"{readme}: the markers {BEGIN} and {END} are not there once each")
+        sys.exit(f"{page}: the markers {BEGIN} and {END} are not there once each")
     before, rest = text.split(BEGIN)
-    readme.write_text(before + readme_section(results) + rest.split(END)[1])
+    page.write_text(before + section(results) + rest.split(END)[1])
 
 
 if __name__ == "__main__":

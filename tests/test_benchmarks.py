@@ -192,28 +192,35 @@ def test_a_whole_run_writes_exactly_the_named_ratios(monkeypatch, tmp_path):
     assert str(tmp_path.parent) not in (tmp_path / "results.json").read_text()
 
 
-def test_the_readme_gets_its_figures_from_the_results_file(monkeypatch, tmp_path):
+def test_the_page_gets_its_figures_from_the_results_file(monkeypatch, tmp_path):
     row = {"ways": {"ours": way([1.0]), "plain": way([3.25], 250.0)}, "data": "pku", "group": "plain"}
     named = report.ratios({"plain_pku": row})
     results = {
         "ratios": {name: value[0] for name, value in named.items()},
         "spread": {name: value[1:] for name, value in named.items()},
         "rows": {"plain_pku": row},
-        "machine": {"cores": 2, "memory_gib": 8, "versions": {"torch": "2.0"}},
+        "machine": {
+            "cores": 2,
+            "memory_gib": 8,
+            "versions": {"torch": "2.0"} | {f"library-{k}": "1.2.3" for k in range(9)},
+        },
     }
     monkeypatch.setattr(report, "RESULTS", tmp_path / "results.json")
     (tmp_path / "results.json").write_text(json.dumps(results))
-    readme = tmp_path / "README.md"
-    monkeypatch.setattr(sys, "argv", ["report", str(readme)])
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    page = tmp_path / "performance.md"
+    monkeypatch.setattr(sys, "argv", ["report", str(page)])
+    page.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
     for _ in range(2):  # it can be done again
         report.main()
-        text = readme.read_text()
+        text = page.read_text()
         assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
         assert "| throughput_vs_plain_pku | 3.25 | 3.25..3.25 | >= 3 | reached |" in text
         assert "| memory_vs_plain_pku | 0.40 | 0.40..0.40 | <= 0.4 | reached |" in text
-        assert "2 CPU cores, 8 GiB of memory, torch 2.0; data: pku" in text
-    readme.write_text("no markers")
+        assert (
+            "Measured on 2 CPU cores, 8 GiB of memory, torch 2.0, library-0 1.2.3, " in text and "; data: pku." in text
+        )
+        assert max(map(len, text.splitlines())) <= 120
+    page.write_text("no markers")
     with pytest.raises(SystemExit, match="markers"):
         report.main()
 
