@@ -8,14 +8,14 @@ from typing import Any
 
 import torch
 
-from tests.commands import wpn_ds
+from tests.commands import script
 from wpn_ds.engine import loop, probe
 from wpn_ds.judging.base import Judgement, Verdict
 
 
 def train(line: list[str], harmless: dict[int, int], blow: tuple[int, signal.Signals] | None) -> None:
-    """``wpn-ds train LINE...``. ``harmless``: how many answers are, at each step; ``blow``: the step in whose
-    evaluation rank 1 gets a signal, and which."""
+    """Run ``line``, a program with its flags. ``harmless``: how many answers are, at each step; ``blow``: the step in
+    whose evaluation rank 1 gets a signal, and which."""
     evaluate, answers = loop.Trainer._evaluate, probe.Probe.answers
 
     def scripted(trainer: loop.Trainer, telemetry: Any) -> dict[str, float]:
@@ -36,4 +36,4 @@ def train(line: list[str], harmless: dict[int, int], blow: tuple[int, signal.Sig
         return values
 
     loop.Trainer._evaluate = scripted  # type: ignore[method-assign]
-    wpn_ds("train", *line)
+    script(*line)

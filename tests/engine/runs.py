@@ -1,4 +1,4 @@
-"""Whole training runs of the tiny model, as `wpn-ds train` is started on ranks of the pool, and what they leave."""
+"""Whole training runs of the tiny model, on ranks of the pool or by a launcher, and what they leave."""
 
 from __future__ import annotations
 
@@ -17,9 +17,12 @@ MEASURED = ["--validation_file", "--probe_prompts"]
 REFERENCE_WPN = ["wpn", "--wpn_targets reference"]
 
 
-def flags(tiny: Path, out: Path, *extra: str, model: str = "opt", ds: str = "zero3", peak: list[str] = PEAK) -> list:
-    """Flags of six steps; ``extra`` ones win."""
+def flags(
+    tiny: Path, out: Path, *extra: str, model: str = "opt", ds: str = "zero3", peak: list[str] = PEAK
+) -> list[str]:
+    """A command line of six steps; the flags in ``extra`` win."""
     return [
+        "launch/train.py",
         *("--deepspeed", f"ds_configs/{ds}.json"),
         *("--model_name_or_path", str(tiny / model)),
         *("--train_file", str(tiny / "forget.jsonl"), "--retain_file", str(tiny / "retain.jsonl")),
@@ -38,8 +41,8 @@ def cached(tiny: Path) -> dict[str, str]:
 
 
 def train(pool: Pool, line: list[str], env: dict[str, str], *, ranks: int = 2, code: int = 0) -> str:
-    """What a run with the flags of ``line`` says; it has to end with ``code``."""
-    run = pool.run(ranks, "tests.commands:wpn_ds", "train", *line, env=env)
+    """What a run by the command line says; it has to end with ``code``."""
+    run = pool.run(ranks, "tests.commands:script", *line, env=env)
     assert run.returncode == code, run.shown()
     return run.output
 

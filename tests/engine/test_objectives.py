@@ -38,9 +38,7 @@ def readme(name: str, tiny: Path, out: Path) -> list[str]:
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_the_readmes_command_trains(pool, name, tiny, tmp_path) -> None:
-    program, *line = readme(name, tiny, tmp_path / "out")
-    assert program == "launch/train.py"
-    runs.train(pool, line, cached(tiny), ranks=1)
+    runs.train(pool, readme(name, tiny, tmp_path / "out"), cached(tiny), ranks=1)
     logged = [json.loads(text) for text in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     terms = {key for entry in logged for key in entry if key.startswith("loss/")}
     assert ("loss/preference" in terms) == (name in ["npo", "simnpo", "dpo", "idkdpo", "altpo", "neat", "c3po"])
@@ -58,7 +56,7 @@ def test_the_readmes_command_does_the_same_in_a_shell(pool, tiny, tmp_path) -> N
     one, other = (readme("npo", tiny, tmp_path / name) for name in ("shell", "pool"))
     done = launch(1, one, port=free_port(), env=cached(tiny))
     assert done.returncode == 0, done.stdout[-4000:]
-    runs.train(pool, other[1:], cached(tiny), ranks=1)
+    runs.train(pool, other, cached(tiny), ranks=1)
     assert runs.same_weights(tmp_path / "shell", tmp_path / "pool")
 
 

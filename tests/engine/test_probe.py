@@ -102,13 +102,13 @@ def run(pool: Pool, tiny: Path) -> Callable[..., str]:
         blow: tuple[int, signal.Signals] | None = None,
     ) -> str:
         line = [
-            *("--deepspeed", f"ds_configs/{ds}.json", "--model_name_or_path", str(model)),
+            *("launch/train.py", "--deepspeed", f"ds_configs/{ds}.json", "--model_name_or_path", str(model)),
             *("--train_file", str(tiny / "forget.jsonl"), "--retain_file", str(tiny / "retain.jsonl")),
             *("--output_dir", str(out), "--peak_tflops", "0.1", "--max_length", "64"),
             *("--tokens_per_micro_batch", "512", *extra),
         ]
         if script is None:
-            job = pool.run(ranks, "tests.commands:wpn_ds", "train", *line, env=cached(tiny))
+            job = pool.run(ranks, "tests.commands:script", *line, env=cached(tiny))
         else:
             job = pool.run(ranks, "tests.engine.probe_worker:train", line, script, blow, env=cached(tiny))
         killed = blow is not None and blow[1] == signal.SIGKILL

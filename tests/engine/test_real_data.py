@@ -35,7 +35,7 @@ def test_real_pairs_train_end_to_end_on_two_ranks(pool, family, request, shared_
         text = (derived / f"triples_{name}.jsonl").read_text().splitlines(keepends=True)[:lines]
         (tmp_path / f"{name}.jsonl").write_text("".join(text))
     line = [
-        *("--deepspeed", "ds_configs/zero3.json"),
+        *("launch/train.py", "--deepspeed", "ds_configs/zero3.json"),
         *("--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")),
         *("--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "dev.jsonl")),
         *("--retain_file", str(shared_data / "truthfulqa" / "derived" / "retain.jsonl")),

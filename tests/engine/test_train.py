@@ -149,7 +149,7 @@ def test_a_run_whose_rank_was_killed_resumes_bit_for_bit_dropout_included(train,
     unbroken = tmp_path_factory.mktemp("with_dropout") / "out"
     train(unbroken, "--save_steps", "2", *measured, peak=[])
     out = tmp_path / "out"
-    line = ["launch/train.py", *flags(tiny, out, "--save_steps", "2", *measured, peak=[])]
+    line = flags(tiny, out, "--save_steps", "2", *measured, peak=[])
     process = begin(2, line, port=free_port(), env=cached(tiny))
     wait_for(lambda: (out / "checkpoint-2").exists(), process)
     ranks_of(process)[1].kill()
@@ -164,7 +164,7 @@ def test_a_run_whose_rank_was_killed_resumes_bit_for_bit_dropout_included(train,
 def test_a_run_killed_during_a_save_falls_back_to_the_checkpoint_before(pool, train, tiny, unbroken, tmp_path):
     out = tmp_path / "out"
     line = flags(tiny, out, "--save_steps", "2")
-    job = pool.start(2, "tests.commands:wpn_ds", "train", *line, env=cached(tiny))
+    job = pool.start(2, "tests.commands:script", *line, env=cached(tiny))
     wait_for(lambda: (out / "checkpoint-4.tmp").exists(), job, pause=0)
     job.kill()
     job.wait(timeout=60)
@@ -233,7 +233,7 @@ def test_a_checkpoint_becomes_the_model_it_is(unbroken, tmp_path):
 @pytest.mark.distributed
 def test_a_signal_ends_a_run_in_good_order_and_it_goes_on(train, tiny, unbroken, tmp_path):
     out = tmp_path / "out"
-    line = ["launch/train.py", *flags(tiny, out, "--save_steps", "0")]
+    line = flags(tiny, out, "--save_steps", "0")
     process = begin(2, line, port=free_port(), env=cached(tiny))
     wait_for(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) >= 2, process)
     ranks_of(process)[1].send_signal(signal.SIGUSR1)  # one rank alone
@@ -265,7 +265,7 @@ def test_resuming_another_run_is_refused_in_one_line(pool, unbroken, tiny, tmp_p
     else:
         extra += ["--seed", "7"]
     if shell:
-        run = launch(2, ["launch/train.py", *flags(tiny, tmp_path / "out", *extra)], port=free_port())
+        run = launch(2, flags(tiny, tmp_path / "out", *extra), port=free_port())
         assert run.returncode != 0
         said = run.stdout
     else:
@@ -334,7 +334,7 @@ def test_a_gradient_that_is_never_finite_stops_the_run(train, tmp_path, stage):
 def test_a_disk_that_is_full_during_a_save_is_one_line_and_leaves_the_checkpoint_before(train, tiny, tmp_path):
     out = tmp_path / "out"
     train(out, "--max_steps", "2", "--save_steps", "2")
-    line = ["launch/train.py", *flags(tiny, out, "--save_steps", "2", "--resume_from_checkpoint", "auto")]
+    line = flags(tiny, out, "--save_steps", "2", "--resume_from_checkpoint", "auto")
     command = deepspeed(2, line, port=free_port())
     limited = f"ulimit -f 150; exec {shlex.join(command)}"  # in KiB: the optimizer's file is larger
     run = subprocess.run(

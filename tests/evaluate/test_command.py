@@ -169,7 +169,7 @@ def test_two_ranks_report_what_one_reports(pool, folders, files, tmp_path) -> No
     flags += ["--tofu_dir", str(write_tofu(tmp_path / "tofu"))]
     for ranks in (1, 2):
         out = ["--output_dir", str(tmp_path / str(ranks))]
-        done = pool.run(ranks, "tests.commands:wpn_ds", "evaluate", *flags, *out)
+        done = pool.run(ranks, "tests.commands:script", "launch/evaluate.py", *flags, *out)
         assert done.returncode == 0, done.shown()
     one, two = (report(tmp_path / str(ranks)) for ranks in (1, 2))
     assert one["settings"].pop("ranks") == 1 and two["settings"].pop("ranks") == 2
@@ -181,7 +181,7 @@ def test_two_ranks_report_what_one_reports(pool, folders, files, tmp_path) -> No
 @pytest.mark.distributed
 def test_a_mistake_that_both_ranks_make_is_one_line_in_a_shell(folders, files, tmp_path) -> None:
     line = ["launch/evaluate.py", "--model", str(folders / "opt"), *files, "--output_dir", str(tmp_path)]
-    wrong = launch(2, [*line, "--suite", "nonsense"], port=free_port(), timeout=120)
+    wrong = launch(2, [*line, "--suite", "nonsense"], port=free_port())
     assert wrong.returncode == 2 and wrong.stdout.count("error: --suite nonsense") == 1, wrong.stdout
 
 

@@ -87,7 +87,7 @@ def test_a_call_that_was_stopped_goes_on_where_it_was(
 
 def test_two_ranks_write_what_one_writes(pool, folder, questions, tmp_path, unbroken) -> None:
     out = tmp_path / "two.jsonl"
-    done = pool.run(2, "tests.commands:wpn_ds", "alternates", *flags(folder, questions, out))
+    done = pool.run(2, "tests.commands:script", "launch/alternates.py", *flags(folder, questions, out))
     assert done.returncode == 0, done.shown()
     assert out.read_bytes() == unbroken and not out.with_name("two.jsonl.parts").exists()
     assert done.output.count("alternates of use") == 1
