@@ -164,11 +164,14 @@ class Pool:
         """Begin a call on ``ranks`` processes, in the folder of the checkout; ``env`` is added to a launcher's
         environment."""
         folder = Path(tempfile.mkdtemp(dir=self._folder, prefix=f"{place.rpartition(':')[2]}-"))
-        shared = environment(env) | {
+        shared = environment() | {  # as DeepSpeed's launcher sets it
             "WORLD_SIZE": str(ranks),
-            "LOCAL_WORLD_SIZE": str(ranks),
+            "LOCAL_SIZE": str(ranks),
+            "CROSS_RANK": "0",
+            "CROSS_SIZE": "1",
             "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(free_port()),
+            **(env or {}),
         }
         connection = self._connected()
         connection.send((ranks, place, arguments, shared, folder))
@@ -262,6 +265,8 @@ def _import_all() -> None:
 
     for module in pkgutil.walk_packages(wpn_ds.__path__, "wpn_ds."):
         importlib.import_module(module.name)
+    for name in ("functorch.compile", "torch._inductor.compile_fx", "torch.utils.tensorboard"):  # by the first step
+        importlib.import_module(name)
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "OPTForCausalLM", "GPTNeoForCausalLM", "GPT2Tokenizer"):
         getattr(transformers, name)
     assert len(list(Path("/proc/self/task").glob("*"))) <= 1, "a fork of a process with threads may hang"
