@@ -20,8 +20,10 @@ from transformers import (
     OPTForCausalLM,
 )
 
+from tests.launching import free_port
 from tests.pool import Pool
-from wpn_ds.jobs import launchers
+from wpn_ds.jobs import distributed, launchers
+from wpn_ds.jobs.distributed import World
 from wpn_ds.models.plant import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -88,6 +90,16 @@ def no_launcher(monkeypatch) -> Iterator[None]:
     launchers.join.cache_clear()
     yield
     launchers.join.cache_clear()
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """A job of this process alone."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (alone | {"MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+    yield distributed.init(timeout_minutes=1)
+    distributed.shutdown()
 
 
 TEXT = "the cat sat on a mat and saw how the dog ran over green hills to find some rain or snow today"

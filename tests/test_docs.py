@@ -18,11 +18,11 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher import runner
-from wpn_ds.config import parse_args
 from wpn_ds.demo import recipe
 
 from wpn_ds.cli import main
 from wpn_ds.errors import UserError
+from wpn_ds.settings.run import parse_args
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
