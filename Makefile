@@ -5,11 +5,12 @@ STAMP := .venv/.installed
 # DeepSpeed's launcher, and ninja for what DeepSpeed compiles on first use, are found through PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help env demo test kills check bench house clean
+.PHONY: help env demo test system kills check bench house clean
 
 help:
 	@echo "make demo    plant a small model with harmful answers, unlearn them, print a before/after table"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests, all that need neither root nor Slurm nor a browser"
+	@echo "make system  run the tests that do (root, slurm-wlm, munge, chromium)"
 	@echo "make kills   kill training jobs on a real Slurm 50 times, half an hour (root, slurm-wlm, munge)"
 	@echo "make check   ruff, mypy and the tests: what a change has to pass"
 	@echo "make bench   measure against other ways to train, an hour (ONLY=main: half of it; QUICK=1 tries the rows)"
@@ -31,8 +32,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(IN_VENV) wpn-ds demo
 
+# Side by side what starts no ranks, then what does.
 test: $(STAMP)
-	@$(IN_VENV) python -m pytest
+	@$(IN_VENV) python -m pytest -n 2 -m 'not (distributed or slurm or browser)'
+	@$(IN_VENV) python -m pytest -m 'distributed and not (slurm or browser)'
+
+system: $(STAMP)
+	@$(IN_VENV) python -m pytest -m 'slurm or browser'
 
 kills: $(STAMP)
 	@$(IN_VENV) WPN_DS_REQUIRE_SLURM=1 WPN_DS_KILLS=$${WPN_DS_KILLS:-50} python -m pytest tests/slurm/test_kills.py
@@ -40,7 +46,7 @@ kills: $(STAMP)
 check: $(STAMP)
 	@$(IN_VENV) ruff check .
 	@$(IN_VENV) mypy
-	@$(IN_VENV) python -m pytest
+	@$(MAKE) --no-print-directory test
 
 house: $(STAMP)
 	@$(IN_VENV) python -m tests.house

@@ -21,6 +21,7 @@ from transformers import (
 )
 
 from tests.launching import free_port
+from tests.pool import Pool
 from wpn_ds.jobs import distributed, launchers
 from wpn_ds.jobs.distributed import World
 from wpn_ds.models.plant import train_tokenizer
@@ -28,6 +29,25 @@ from wpn_ds.models.plant import train_tokenizer
 ROOT = Path(__file__).parent.parent
 OPT = {"vocab": "projects/OPT/assets/gpt2-vocab.json", "merges": "projects/OPT/assets/gpt2-merges.txt"}
 GPT2 = {"vocab": "GPT2/encoder.json", "merges": "GPT2/vocab.bpe"}
+
+
+#: Fixtures that bring a marker along.
+MARKERS = {"pool": "distributed", "cluster": "slurm", "browser": "browser"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by what it needs."""
+    for item in items:
+        for name in MARKERS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKERS[name])
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """Ranks that need not import anything; their process lives as long as the tests."""
+    made = Pool(tmp_path_factory.mktemp("pool"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")
@@ -73,7 +93,7 @@ def no_launcher(monkeypatch) -> Iterator[None]:
 
 
 @pytest.fixture
-def world(monkeypatch) -> Iterator[World]:
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
     """A job of this process alone, with a process group of one."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (alone | {"MASTER_PORT": str(free_port())}).items():

@@ -1,9 +1,7 @@
-"""One process: SGD steps with a running mean of the weights, and what the model says with the mean in their place."""
+"""One rank: SGD steps with a running mean of the weights, and what the model says with the mean in their place."""
 
 from __future__ import annotations
 
-import argparse
-import os
 from pathlib import Path
 
 import torch
@@ -19,7 +17,7 @@ from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.redraw import Ema
 from wpn_ds.engine.start import Start
 from wpn_ds.engine.step import Step
-from wpn_ds.jobs.distributed import init, shutdown
+from wpn_ds.jobs.distributed import init
 from wpn_ds.models.load import Source, load_model
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.pmpo import PMPO
@@ -28,21 +26,17 @@ from wpn_ds.objectives.terms import Terms
 DECAY, STEPS = 0.6, 3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--stage", type=int)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--local_rank")
-    args = parser.parse_args()
+def run(folder: Path, stage: int, out: Path) -> None:
+    """Rank 0 saves in ``out`` the weights as ``<step>.<name>``, and the probabilities of all answers: ``averaged`` with
+    the mean in place, ``before`` and ``after`` it."""
     world = init(timeout_minutes=2)
-    config = ds_json(args.stage, world.size)
-    zero3 = {k: v for k, v in config.items() if k != "train_batch_size"} if args.stage == 3 else None
+    config = ds_json(stage, world.size)
+    zero3 = {k: v for k, v in config.items() if k != "train_batch_size"} if stage == 3 else None
     layout = Layout(48, 10_000, packed=True, world_size=world.size, flat=True)
-    lm = load_model(Source(str(args.model)), dtype=torch.float32, attention="wpn_packed", zero3=zero3)
+    lm = load_model(Source(str(folder)), dtype=torch.float32, attention="wpn_packed", zero3=zero3)
     model = PackedLM(lm, packed=True)
     engine = build_engine(model, config, None)
-    if args.stage == 3:
+    if stage == 3:
         assert engine.optimizer.persistent_parameters, "no parameter stays gathered: the test would miss them"
     terms = Terms.of(PMPO(nll_weight=1.0, ascent_weight=0.0, retain_weight=0.0))
     examples, reader, ema = make_examples(), Reader(engine, layout, 0, world), Ema(engine, DECAY)
@@ -62,11 +56,5 @@ def main() -> None:
         for k, weights in enumerate(saved):
             assert weights is not None
             found |= {f"{k}.{name}": value for name, value in weights.items()}
-        save_file({name: value.contiguous() for name, value in found.items()}, args.out)
+        save_file({name: value.contiguous() for name, value in found.items()}, out)
     engine.destroy()
-    shutdown()
-    os._exit(0)  # see wpn_ds.jobs.guard
-
-
-if __name__ == "__main__":
-    main()

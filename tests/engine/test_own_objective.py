@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from pathlib import Path
 
@@ -14,7 +13,8 @@ from tests.engine import reference
 from tests.engine.gradient_cases import FAMILY, MATRIX, case, make_model, name_of
 from tests.engine.reference import ORACLES, Answer, pairs, unwanted
 from tests.engine.test_gradient import TOLERANCE, compare
-from tests.launching import ROOT, free_port, launch
+from tests.launching import ROOT
+from tests.pool import Pool
 from wpn_ds.objectives.registry import built_in
 
 PAGE = (ROOT / "docs" / "own-objective.md").read_text(encoding="utf-8")
@@ -34,9 +34,8 @@ def unlikelihood(settings: dict, answers: list[Answer]) -> dict[str, Tensor]:
 OWN = {"ipo.py:IPO": ipo, "unlikelihood.py:Unlikelihood": unlikelihood}
 
 
-@pytest.mark.distributed
 def test_an_objective_of_ones_own_has_its_oracles_gradient_under_zero_3_on_two_ranks(
-    tmp_path: Path, monkeypatch
+    pool: Pool, tmp_path: Path, monkeypatch
 ) -> None:
     make_model("opt", tmp_path / "start", seed=1)
     make_model("opt", tmp_path / "reference", seed=2)
@@ -47,10 +46,7 @@ def test_an_objective_of_ones_own_has_its_oracles_gradient_under_zero_3_on_two_r
         monkeypatch.setitem(reference.ORACLES, f"{tmp_path}/{place}", oracle)
         common = {"objective": f"{tmp_path}/{place}", "stage": 3, "nll": 0.3, "beta": 0.4}
         cases += [case(**common, retain_loss="kl"), case(**common, retain_loss="nll", layout="padded", several=False)]
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    program = ["--module", "tests.engine.gradient_worker", "--models", str(tmp_path)]
-    run = launch(2, [*program, "--cases", str(tmp_path / "cases.json"), "--out", str(tmp_path)], port=free_port())
-    assert run.returncode == 0, run.stdout[-5000:]
+    pool.call(2, "tests.engine.gradient_worker:run_cases", cases, tmp_path, tmp_path)
     errors = {name_of(c): compare(tmp_path, tmp_path / f"{k}.safetensors", c) for k, c in enumerate(cases)}
     assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
 

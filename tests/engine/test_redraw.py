@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
 
+from tests.engine import runs
 from tests.engine.gradient_cases import make_examples
 from tests.engine.redraw_worker import DECAY, STEPS
+from tests.engine.runs import cached, flags, losses, metrics, same_weights
 from tests.engine.small import CONFIG
-from tests.engine.test_train import flags, losses, metrics, same_weights
 from tests.interface import check_metrics, metric_names
-from tests.launching import ROOT, free_port, launch
+from tests.launching import ROOT
 from tests.models.families import make
 from wpn_ds.data.records import Message, read_forget
 from wpn_ds.data.seeds import seed_of
@@ -31,21 +33,25 @@ from wpn_ds.settings.style import PromptStyle
 from wpn_ds.tools.checkpoint import run as checkpoint_command
 
 
-def train(tiny: Path, out: Path, *extra: str, ranks: int = 2, fails: bool = False) -> str:
-    line = [*flags(tiny, out, "--probe_prompts", "0", "--lr_scheduler_type", "constant"), *extra]
-    run = launch(ranks, line, port=free_port(), env={"WPN_DS_CACHE": str(tiny / "cache")})
-    assert (run.returncode != 0) is fails, run.stdout[-4000:]
-    return run.stdout
+@pytest.fixture(scope="module")
+def train(pool, tiny) -> Callable[..., str]:
+    """Runs the tiny model's training into a folder, with the flags that follow; returns what it says."""
+
+    def run(out: Path, *extra: str, ranks: int = 2, code: int = 0) -> str:
+        line = flags(tiny, out, "--probe_prompts", "0", "--lr_scheduler_type", "constant", *extra)
+        return runs.train(pool, line, cached(tiny), ranks=ranks, code=code)
+
+    return run
 
 
 REDRAW = ["--objective", "simnpo", "--redraw_steps", "2", "--redraw_tokens", "8", "--redraw_ema", "0.5"]
 
 
 @pytest.fixture(scope="module")
-def redrawn(tiny, tmp_path_factory) -> Path:
+def redrawn(train, tmp_path_factory) -> Path:
     """Four steps; answers are drawn before the first and before the third."""
     out = tmp_path_factory.mktemp("redrawn") / "out"
-    train(tiny, out, *REDRAW, "--max_steps", "4", "--save_steps", "1", "--save_total_limit", "9")
+    train(out, *REDRAW, "--max_steps", "4", "--save_steps", "1", "--save_total_limit", "9")
     return out
 
 
@@ -55,7 +61,6 @@ def drawn(out: Path, step: int) -> dict[int, list[int]]:
     return {i: ids for i, ids in state.parts["feed"]["drawn"]}
 
 
-@pytest.mark.distributed
 def test_the_first_answers_are_those_that_the_starting_model_draws_by_itself(redrawn, tiny) -> None:
     lm = AutoModelForCausalLM.from_pretrained(tiny / "opt", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny / "opt")
@@ -70,36 +75,32 @@ def test_the_first_answers_are_those_that_the_starting_model_draws_by_itself(red
     assert first == drawn(redrawn, 2) and first.keys() != drawn(redrawn, 3).keys()
 
 
-@pytest.mark.distributed
-def test_drawn_answers_are_trained_on(redrawn, tiny, tmp_path) -> None:
-    train(tiny, tmp_path / "own", "--objective", "simnpo", "--max_steps", "4")
+def test_drawn_answers_are_trained_on(redrawn, train, tmp_path) -> None:
+    train(tmp_path / "own", "--objective", "simnpo", "--max_steps", "4")
     assert not same_weights(redrawn, tmp_path / "own")
     taken = [m["redraw/taken"] for m in metrics(redrawn) if "redraw/taken" in m]
     assert len(taken) == 2 and min(taken) > 0.5
     check_metrics(metric_names(redrawn / "metrics.jsonl"), "--validation_file", "simnpo", "--redraw_steps")
 
 
-@pytest.mark.distributed
-def test_a_run_with_drawn_answers_goes_on_as_if_it_had_not_stopped(redrawn, tiny, tmp_path) -> None:
+def test_a_run_with_drawn_answers_goes_on_as_if_it_had_not_stopped(redrawn, train, tmp_path) -> None:
     """Between two draws, and where draws are due."""
     for stop in ("1", "2"):
         out = tmp_path / stop
-        train(tiny, out, *REDRAW, "--max_steps", stop)
-        train(tiny, out, *REDRAW, "--max_steps", "4", "--resume_from_checkpoint", "auto")
+        train(out, *REDRAW, "--max_steps", stop)
+        train(out, *REDRAW, "--max_steps", "4", "--resume_from_checkpoint", "auto")
         assert same_weights(redrawn, out) and losses(redrawn) == losses(out)
         assert drawn(redrawn, 4) == drawn(out, 4)
 
 
-@pytest.mark.distributed
-def test_one_rank_draws_what_two_draw(redrawn, tiny, tmp_path) -> None:
-    train(tiny, tmp_path, *REDRAW, "--max_steps", "4", "--save_steps", "2", "--overwrite_output_dir", ranks=1)
+def test_one_rank_draws_what_two_draw(redrawn, train, tmp_path) -> None:
+    train(tmp_path, *REDRAW, "--max_steps", "4", "--save_steps", "2", "--overwrite_output_dir", ranks=1)
     assert drawn(redrawn, 2) == drawn(tmp_path, 2)
     assert [value for _, value in losses(redrawn)] == pytest.approx([value for _, value in losses(tmp_path)], rel=1e-4)
-    said = train(tiny, tmp_path, *REDRAW, "--max_steps", "6", "--resume_from_checkpoint", "auto", fails=True)
+    said = train(tmp_path, *REDRAW, "--max_steps", "6", "--resume_from_checkpoint", "auto", code=2)
     assert "error: --resume_from_checkpoint" in said and "--redraw_ema goes on only on as many ranks" in said
 
 
-@pytest.mark.distributed
 def test_the_running_mean_draws_and_not_the_weights(redrawn, tiny, tmp_path) -> None:
     weights = [load_file(tiny / "opt/model.safetensors")]
     for step in (1, 2):
@@ -125,12 +126,11 @@ def test_the_running_mean_draws_and_not_the_weights(redrawn, tiny, tmp_path) -> 
     assert said["mean"] != said["weights"], "the mean says what the weights say: no test"
 
 
-@pytest.mark.distributed
-def test_a_mean_that_no_stage_shards_is_written_once_and_read_by_any_number_of_ranks(tiny, tmp_path) -> None:
+def test_a_mean_that_no_stage_shards_is_written_once_and_read_by_any_number_of_ranks(train, tmp_path) -> None:
     line = [*REDRAW, "--deepspeed", str(ROOT / "ds_configs/zero2.json")]
-    train(tiny, tmp_path, *line, "--max_steps", "2")
+    train(tmp_path, *line, "--max_steps", "2")
     assert [path.name for path in tmp_path.glob("checkpoint-2/ema-*")] == ["ema-0.pt"]
-    train(tiny, tmp_path, *line, "--max_steps", "3", "--resume_from_checkpoint", "auto", ranks=1)
+    train(tmp_path, *line, "--max_steps", "3", "--resume_from_checkpoint", "auto", ranks=1)
     before, after = (torch.load(tmp_path / f"checkpoint-{step}/ema-0.pt", weights_only=True) for step in (2, 3))
     assert [a.shape for a in before] == [a.shape for a in after]
     change = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
@@ -168,14 +168,11 @@ def test_what_is_asked_for_a_new_answer(tiny, capsys) -> None:
     assert prompts(redraw_tokens=128 - longest)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize(("stage", "ranks"), [(3, 2), (0, 2), (2, 1)])
-def test_the_model_computes_with_the_running_mean_and_then_with_its_weights_again(stage, ranks, tmp_path) -> None:
+def test_the_model_computes_with_the_running_mean_and_then_with_its_weights_again(pool, stage, ranks, tmp_path) -> None:
     make(CONFIG, "sdpa").save_pretrained(tmp_path / "model")
     out = tmp_path / "found.safetensors"
-    worker = [str(ROOT / "tests/engine/redraw_worker.py"), "--model", str(tmp_path / "model"), "--stage", str(stage)]
-    run = launch(ranks, [*worker, "--out", str(out)], port=free_port())
-    assert run.returncode == 0, run.stdout[-4000:]
+    pool.call(ranks, "tests.engine.redraw_worker:run", tmp_path / "model", stage, out)
     found = load_file(out)
     names = [name.removeprefix("0.") for name in found if name.startswith("0.")]
     mean = {name: found[f"0.{name}"].double() for name in names}
@@ -254,11 +251,10 @@ def test_settings_that_do_not_go_together_are_refused(settings, error) -> None:
         Config.from_flat(settings)
 
 
-@pytest.mark.distributed
-def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(tiny, tmp_path) -> None:
+def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(train, tmp_path) -> None:
     line = ["--objective", "ga", "--learning_rate", "1e-3", "--eval_steps", "2", "--forgotten_below", "0.0028"]
     line += ["--max_steps", "40", "--save_steps", "2", "--save_total_limit", "99"]
-    said = train(tiny, tmp_path / "whole", *line)
+    said = train(tmp_path / "whole", *line)
     left = [int(m["eval/examples_left"]) for m in metrics(tmp_path / "whole") if "eval/examples_left" in m]
     steps = [m["step"] for m in metrics(tmp_path / "whole") if "eval/examples_left" in m]
     assert left[0] == 23 and left[-1] == 0 and left == sorted(left, reverse=True) and steps[-1] < 40
@@ -270,6 +266,6 @@ def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(tiny, tm
     assert state is not None and state.parts["feed"]["left"] and state.parts["feed"]["left_since"] == begun
     for stop in (begun, begun + 1):  # at the evaluation after which some are gone, and a step later
         halves = tmp_path / f"halves-{stop}"
-        train(tiny, halves, *line, "--max_steps", str(stop))
-        train(tiny, halves, *line, "--resume_from_checkpoint", "auto")
+        train(halves, *line, "--max_steps", str(stop))
+        train(halves, *line, "--resume_from_checkpoint", "auto")
         assert same_weights(tmp_path / "whole", halves) and losses(tmp_path / "whole") == losses(halves)
