@@ -9,7 +9,7 @@ from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
 ROOT = Path(__file__).parents[1]
-# Told from torch's own version: its wheels require each of their CUDA libraries in one version.
+# What torch's CUDA builds bring along: torch asks for their versions itself, and a CPU build has none of them.
 BY_TORCH = ("nvidia-", "cuda-", "triton")
 
 
