@@ -18,9 +18,9 @@ from pathlib import Path
 
 import pytest
 from deepspeed.launcher import runner
-from wpn_ds.demo import recipe
 
 from wpn_ds.cli import main
+from wpn_ds.data.embedded import recipe
 from wpn_ds.errors import UserError
 from wpn_ds.settings.run import parse_args
 
