@@ -5,23 +5,24 @@ STAMP := .venv/.installed
 # DeepSpeed's launcher, and ninja for what DeepSpeed compiles on first use, are found through PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help env demo test kills check bench house clean
+.PHONY: help env demo test system kills check bench house clean
 
 help:
 	@echo "make demo    plant a small model with harmful answers, unlearn them, print a before/after table"
-	@echo "make test    run the tests"
+	@echo "make test    run the tests, all that need neither root nor Slurm nor a browser"
+	@echo "make system  run the tests that do (root, slurm-wlm, munge, chromium)"
 	@echo "make kills   kill training jobs on a real Slurm 50 times, half an hour (root, slurm-wlm, munge)"
 	@echo "make check   ruff, mypy and the tests: what a change has to pass"
 	@echo "make bench   measure against other ways to train, an hour (ONLY=main: half of it; QUICK=1 tries the rows)"
 	@echo "make house   how large the house is, and which files a micro-batch passes"
-	@echo "make env     make .venv, which the others do by themselves (PYTHON=python3.12 picks an interpreter)"
+	@echo "make env     make .venv, which the others do by themselves (PYTHON=python3.13 picks an interpreter)"
 	@echo "make clean   remove .venv, caches and the demo's results; runs of your own stay"
 
 env: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || \
-		{ echo "error: $(PYTHON) is not a Python 3.10, 3.11 or 3.12; name one: make env PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null || \
+		{ echo "error: $(PYTHON) is not a Python 3.10 to 3.14; name one: make env PYTHON=python3.13" >&2; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || \
 		{ echo "making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear .venv; }
 	@echo "installing into .venv what constraints.txt pins (some minutes the first time)"
@@ -31,8 +32,13 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(IN_VENV) wpn-ds demo
 
+# Side by side what starts no ranks, then what does.
 test: $(STAMP)
-	@$(IN_VENV) python -m pytest
+	@$(IN_VENV) python -m pytest -n 2 -m 'not (distributed or slurm or browser)'
+	@$(IN_VENV) python -m pytest -m 'distributed and not (slurm or browser)'
+
+system: $(STAMP)
+	@$(IN_VENV) python -m pytest -m 'slurm or browser'
 
 kills: $(STAMP)
 	@$(IN_VENV) WPN_DS_REQUIRE_SLURM=1 WPN_DS_KILLS=$${WPN_DS_KILLS:-50} python -m pytest tests/slurm/test_kills.py
@@ -40,7 +46,7 @@ kills: $(STAMP)
 check: $(STAMP)
 	@$(IN_VENV) ruff check .
 	@$(IN_VENV) mypy
-	@$(IN_VENV) python -m pytest
+	@$(MAKE) --no-print-directory test
 
 house: $(STAMP)
 	@$(IN_VENV) python -m tests.house

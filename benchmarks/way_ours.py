@@ -16,12 +16,12 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
-from wpn_ds.engine.loop import Trainer
 
 from benchmarks.protocol import serve
-from wpn_ds.engine import setup
-from wpn_ds.engine.telemetry import measure_peak_flops, peak_memory_bytes, step_flops, synchronize
-from wpn_ds.jobs.heartbeat import Heartbeat
+from wpn_ds.engine import policy, prepare, run
+from wpn_ds.engine.policy import load_lm
+from wpn_ds.engine.prepare import Job
+from wpn_ds.engine.telemetry import ModelShape, peak_memory_bytes, step_flops, synchronize
 from wpn_ds.models.load import checkpoint_activations, load_config
 from wpn_ds.settings.run import parse_args
 
@@ -29,44 +29,44 @@ from wpn_ds.settings.run import parse_args
 OPERATORS = 10
 
 
-class Measured(Trainer):
-    """The trainer; without weights in the folder, policy and reference get the random ones of the plain way."""
-
-    def _from_pretrained(self, *, trained: bool) -> Any:
-        job, settings = self.job, self.job.config.model
-        if any(Path(job.source.name_or_path).glob("*.safetensors")):
-            return super()._from_pretrained(trained=trained)
-        # Whole at first, and partitioned by the engine: drawn under zero.Init the weights would be others.
-        torch.manual_seed(0)
-        with job.world.device:
-            lm = AutoModelForCausalLM.from_config(
-                load_config(job.source, dropout=0.0),
-                dtype=torch.bfloat16 if settings.bf16 else torch.float32,
-                attn_implementation=self.attention,
-            )
-        if settings.gradient_checkpointing and trained:
-            checkpoint_activations(lm)
-        return lm.train()
+def random_lm(job: Job, attention: str, *, trained: bool) -> Any:
+    """As :func:`~wpn_ds.engine.policy.load_lm`; without weights in the folder, policy and reference get the random ones
+    of the plain way."""
+    settings = job.config.model
+    if any(Path(job.source.name_or_path).glob("*.safetensors")):
+        return load_lm(job, attention, trained=trained)
+    # Whole at first, and partitioned by the engine: drawn under zero.Init the weights would be others.
+    torch.manual_seed(0)
+    with job.world.device:
+        lm = AutoModelForCausalLM.from_config(
+            load_config(job.source, dropout=0.0),
+            dtype=torch.bfloat16 if settings.bf16 else torch.float32,
+            attn_implementation=attention,
+        )
+    if settings.gradient_checkpointing and trained:
+        checkpoint_activations(lm)
+    return lm.train()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--profile", type=int, default=0)
     own, flags = parser.parse_known_args()
-    setup.check_place = lambda flag, name: None  # a folder without weights is meant here
-    job = setup.prepare(parse_args(flags))
-    trainer = Measured(job, Heartbeat(job.world, hang_timeout=0), job.start)
-    device, objective = job.world.device, job.objective
-    peak_flops = measure_peak_flops(device, trainer.model.lm.dtype)
+    prepare.check_place = lambda flag, name: None  # a folder without weights is meant here
+    policy.load_lm = run.load_lm = random_lm
+    # The other ways take their turns between two steps: that is no hang.
+    job = prepare.prepare(parse_args([*flags, "--hang_timeout", "0"]))
+    parts = run.Run(job)
+    device, shape = job.world.device, ModelShape.of(parts.policy.lm)
     if device.type == "cuda":  # of the steps alone: loading has a peak of its own
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
 
     def step(number: int) -> dict[str, Any]:
-        plan = trainer.plan(number)
+        plan = parts.feed.plan(number)
         costs: list[dict[str, Any]] = []
         with profiled(device, costs) if number == own.profile else contextlib.nullcontext():
-            sums = trainer.step(plan, trainer.targets(plan)).sums
+            sums = parts.take(plan).sums
             synchronize(device)
         return {
             "examples": job.config.training.global_batch_size,
@@ -76,13 +76,13 @@ def main() -> None:
             ),
             "losses": {
                 name: (sums.totals[name] / max(1, sums.counts[name])).item()
-                for name in objective.weights
+                for name in job.terms.weights
                 if name in sums.totals
             },
-            "flops": step_flops(plan, trainer.shape, objective.predicted),
-            "peak_flops": peak_flops,
+            "flops": step_flops(plan, shape, job.terms.predicted),
+            "peak_flops": parts.progress.peak_flops,
             "peak_bytes": peak_memory_bytes(device),
-            "attention": trainer.attention,
+            "attention": parts.policy.attention,
             "operators": costs,
         }
 

@@ -20,12 +20,34 @@ from transformers import (
     OPTForCausalLM,
 )
 
-from wpn_ds.jobs import launchers
+from tests.launching import free_port
+from tests.pool import Pool
+from wpn_ds.jobs import distributed, launchers
+from wpn_ds.jobs.distributed import World
 from wpn_ds.models.plant import train_tokenizer
 
 ROOT = Path(__file__).parent.parent
 OPT = {"vocab": "projects/OPT/assets/gpt2-vocab.json", "merges": "projects/OPT/assets/gpt2-merges.txt"}
 GPT2 = {"vocab": "GPT2/encoder.json", "merges": "GPT2/vocab.bpe"}
+
+
+#: Fixtures that bring a marker along.
+MARKERS = {"pool": "distributed", "cluster": "slurm", "browser": "browser"}
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark each test by what it needs."""
+    for item in items:
+        for name in MARKERS.keys() & set(getattr(item, "fixturenames", ())):
+            item.add_marker(MARKERS[name])
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pool]:
+    """Ranks that need not import anything; their process lives as long as the tests."""
+    made = Pool(tmp_path_factory.mktemp("pool"))
+    yield made
+    made.close()
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +90,16 @@ def no_launcher(monkeypatch) -> Iterator[None]:
     launchers.join.cache_clear()
     yield
     launchers.join.cache_clear()
+
+
+@pytest.fixture
+def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """A job of this process alone, with a process group of one."""
+    alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
+    for name, value in (alone | {"MASTER_PORT": str(free_port())}).items():
+        monkeypatch.setenv(name, value)
+    yield distributed.init(timeout_minutes=1)
+    distributed.shutdown()
 
 
 TEXT = "the cat sat on a mat and saw how the dog ran over green hills to find some rain or snow today"

@@ -12,7 +12,8 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent
 
 
-_OF_A_RANK = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"}
+#: Not handed on: what describes a rank, and the one order of sets that the tests themselves have.
+_OWN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONHASHSEED"}
 
 
 def free_port() -> int:
@@ -22,7 +23,7 @@ def free_port() -> int:
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
-    env = {k: v for k, v in os.environ.items() if k not in _OF_A_RANK}
+    env = {k: v for k, v in os.environ.items() if k not in _OWN}
     bin_folder = str(Path(sys.executable).parent)
     env |= {
         "PYTHONPATH": str(ROOT),
@@ -34,13 +35,26 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     return env | dict(extra or {})
 
 
+def deepspeed(ranks: int, program: Sequence[str], *, port: int) -> list[str]:
+    """The command line ``deepspeed --num_accelerators RANKS PROGRAM...``."""
+    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    return [*command, "--master_port", str(port), *program]
+
+
+def begin(
+    ranks: int, program: Sequence[str], *, port: int, env: Mapping[str, str] | None = None
+) -> subprocess.Popen[bytes]:
+    """:func:`deepspeed` begun, its output nowhere."""
+    command, full = deepspeed(ranks, program, port=port), environment(env)
+    return subprocess.Popen(command, cwd=ROOT, env=full, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+
+
 def launch(
     ranks: int, program: Sequence[str], *, port: int, timeout: float = 600, env: Mapping[str, str] | None = None
 ) -> subprocess.CompletedProcess[str]:
-    """``deepspeed --num_accelerators RANKS PROGRAM...`` to its end; its output is in ``stdout``."""
-    command = [sys.executable, "-m", "deepspeed.launcher.runner", "--num_accelerators", str(ranks)]
+    """:func:`deepspeed` to its end; its output is in ``stdout``."""
     return subprocess.run(
-        [*command, "--master_port", str(port), *program],
+        deepspeed(ranks, program, port=port),
         cwd=ROOT,
         env=environment(env),
         stdout=subprocess.PIPE,

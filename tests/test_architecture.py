@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import ast
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
+OURS = ("wpn_ds", "launch", "tests", "benchmarks")
 FILES = sorted(path for folder in ("wpn_ds", "launch") for path in (ROOT / folder).rglob("*.py"))
+BESIDE = sorted(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
 
 #: What each part, a folder or a module at the top, may import of the package besides itself.
 BELOW: dict[str, set[str]] = {"__init__": set(), "errors": set()}
@@ -53,7 +56,8 @@ def part_of(module: str) -> str:
 
 
 def imports(source: str, module: str) -> list[tuple[int, str]]:
-    """(line, module) of every import, wherever in the file; ``from a import b`` is ``a.b`` if that is a module."""
+    """(line, module) of every import, wherever in the file; ``from a import b`` is ``a.b`` if that is a module, or
+    should be one: ``a`` is a folder that has no such name."""
     found = []
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
@@ -62,7 +66,11 @@ def imports(source: str, module: str) -> list[tuple[int, str]]:
             assert not node.level, f"{module}:{node.lineno}: imports are written in full"
             assert node.module is not None
             names = [f"{node.module}.{alias.name}" for alias in node.names]
-            found += [(node.lineno, name if is_module(name) else node.module) for name in names]
+            own = own_names(node.module)
+            found += [
+                (node.lineno, name if is_module(name) or (own is not None and alias.name not in own) else node.module)
+                for name, alias in zip(names, node.names, strict=True)
+            ]
     return found
 
 
@@ -71,14 +79,40 @@ def is_module(name: str) -> bool:
     return path.is_dir() or path.with_suffix(".py").is_file()
 
 
+@cache
+def own_names(folder: str) -> set[str] | None:
+    """What the ``__init__.py`` of a folder of ours has by itself; None if it is no such folder."""
+    path = ROOT.joinpath(*folder.split("."), "__init__.py")
+    if folder.partition(".")[0] not in OURS or not path.is_file():
+        return None
+    names: set[str] = set()
+    for node in ast.parse(path.read_text(encoding="utf-8")).body:
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            names.add(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            names |= {alias.asname or alias.name for alias in node.names}
+        else:
+            names |= {inner.id for inner in ast.walk(node) if isinstance(inner, ast.Name)}
+    return names
+
+
+def missing(source: str, module: str) -> list[str]:
+    """Imports of modules of ours that aren't there."""
+    return [
+        f"{module}:{line} imports {name}, which is not there"
+        for line, name in imports(source, module)
+        if name.partition(".")[0] in OURS and not is_module(name)
+    ]
+
+
 def violations(source: str, module: str) -> list[str]:
-    """Imports of a part that isn't below, or of a library that the part doesn't see."""
+    """Imports of a part that isn't below or not there, or of a library that the part doesn't see."""
     part = part_of(module)
     assert part in BELOW, f"{module} belongs to no part: say in BELOW what it may import"
-    wrong = []
+    wrong = missing(source, module)
     for line, name in imports(source, module):
-        ours = name.partition(".")[0] in ("wpn_ds", "launch", "tests")
-        if ours and part_of(name) not in {part} | BELOW[part]:
+        ours = name.partition(".")[0] in OURS
+        if ours and is_module(name) and part_of(name) not in {part} | BELOW[part]:
             wrong.append(f"{module}:{line} imports {name}, which is not below {part}")
         if name.partition(".")[0] in PURE.get(part, ()):
             wrong.append(f"{module}:{line} imports {name}, which {part} must not know")
@@ -88,6 +122,11 @@ def violations(source: str, module: str) -> list[str]:
 @pytest.mark.parametrize("path", FILES, ids=module_of)
 def test_imports_point_down_and_libraries_stay_at_the_edges(path) -> None:
     assert violations(path.read_text(encoding="utf-8"), module_of(path)) == []
+
+
+def test_tests_and_benchmarks_import_what_is_there() -> None:
+    assert len(BESIDE) > 100
+    assert [fault for path in BESIDE for fault in missing(path.read_text(encoding="utf-8"), module_of(path))] == []
 
 
 def test_the_parts_themselves_point_one_way() -> None:
@@ -124,6 +163,21 @@ def test_the_parts_themselves_point_one_way() -> None:
 )
 def test_an_import_that_points_up_is_found(module, line) -> None:
     assert len(violations(line, module)) == 1
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from wpn_ds.engine.nowhere import Trainer",
+        "from wpn_ds.engine import nowhere",
+        "import wpn_ds.engine.nowhere",
+        "def f():\n    from wpn_ds import nowhere",
+        "from wpn_ds.nowhere.step import Step",
+    ],
+)
+def test_an_import_of_what_is_not_there_is_found(line) -> None:
+    (fault,) = violations(line, "wpn_ds.cli")
+    assert fault.endswith("which is not there")
 
 
 def test_an_import_that_points_down_is_fine() -> None:

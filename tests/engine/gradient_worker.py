@@ -1,10 +1,8 @@
-"""One process of the gradient test: run every case as one real SGD step and save the update of the weights."""
+"""One rank of the gradient test: run every case as one real SGD step and save the update of the weights."""
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -28,7 +26,7 @@ from wpn_ds.engine.reference import FrozenModel, frozen_json, reference_of
 from wpn_ds.engine.start import Start
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
-from wpn_ds.jobs.distributed import World, init, shutdown, sum_over_ranks
+from wpn_ds.jobs.distributed import World, init, sum_over_ranks
 from wpn_ds.models.load import Source, load_model
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.registry import find
@@ -140,21 +138,10 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
     return parts, weights
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--models", type=Path)
-    parser.add_argument("--cases", type=Path)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--local_rank")
-    args = parser.parse_args()
+def run_cases(cases: list[dict], models: Path, out: Path) -> None:
+    """Rank 0 saves the weights and the loss parts of case k as ``<k>.safetensors`` in ``out``."""
     world = init(timeout_minutes=2)
-    for k, case in enumerate(json.loads(args.cases.read_text())):
-        parts, weights = run_case(case, args.models, args.out / "cache", world)
+    for k, case in enumerate(cases):
+        parts, weights = run_case(case, models, out / "cache", world)
         if weights is not None:
-            save_file(weights, args.out / f"{k}.safetensors", metadata={"parts": json.dumps(parts)})
-    shutdown()
-    os._exit(0)  # see wpn_ds.jobs.guard
-
-
-if __name__ == "__main__":
-    main()
+            save_file(weights, out / f"{k}.safetensors", metadata={"parts": json.dumps(parts)})

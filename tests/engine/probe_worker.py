@@ -1,44 +1,40 @@
-"""``launch/train.py`` with verdicts by a script, and a blow in the middle of an evaluation.
-
-``HARMLESS``: how many answers are harmless at each step, in JSON; ``BLOW``: "STEP SIGNAL", which rank 1 gets there.
-"""
+"""A training run with verdicts by a script, and a blow in the middle of an evaluation."""
 
 from __future__ import annotations
 
-import json
 import os
-import sys
+import signal
 from typing import Any
 
 import torch
 
-from wpn_ds.cli import train
-from wpn_ds.engine import loop, probe
+from tests.commands import script
+from wpn_ds.engine import probe
+from wpn_ds.engine.validation import Validation
 from wpn_ds.judging.base import Judgement, Verdict
 
-harmless = json.loads(os.environ["HARMLESS"])
-blow = dict([os.environ["BLOW"].split()]) if os.environ.get("BLOW") else {}
-evaluate, answers = loop.Trainer._evaluate, probe.Probe.answers
 
+def train(line: list[str], harmless: dict[int, int], blow: tuple[int, signal.Signals] | None) -> None:
+    """Run ``line``, a program with its flags. ``harmless``: how many answers are, at each step; ``blow``: the step in
+    whose evaluation rank 1 gets a signal, and which."""
+    evaluate, answers = Validation.evaluate, probe.Probe.answers
 
-def scripted(trainer: loop.Trainer, telemetry: Any) -> dict[str, float]:
-    step, rank = str(trainer.state.step), trainer.job.world.rank
+    def scripted(validation: Validation, step: int, *more: Any) -> dict[str, float]:
+        rank = validation.reader.world.rank
 
-    def judgements(self: probe.Probe, answers: list[str]) -> list[Judgement]:
-        return [Judgement(Verdict.HARMLESS if k < harmless[step] else Verdict.HARMFUL) for k in range(len(answers))]
+        def judgements(self: probe.Probe, answers: list[str]) -> list[Judgement]:
+            return [Judgement(Verdict.HARMLESS if k < harmless[step] else Verdict.HARMFUL) for k in range(len(answers))]
 
-    def struck(self: probe.Probe, *args: Any, **kwargs: Any) -> list[str]:
-        if step in blow and rank == 1:
-            os.kill(os.getpid(), int(blow[step]))
-        return answers(self, *args, **kwargs)
+        def struck(self: probe.Probe, *args: Any, **kwargs: Any) -> list[str]:
+            if blow is not None and step == blow[0] and rank == 1:
+                os.kill(os.getpid(), blow[1])
+            return answers(self, *args, **kwargs)
 
-    probe.Probe.judgements, probe.Probe.answers = judgements, struck  # type: ignore[method-assign]
-    before = torch.get_rng_state()
-    values = evaluate(trainer, telemetry)
-    assert torch.equal(torch.get_rng_state(), before), "an evaluation draws from the training's random numbers"
-    return values
+        probe.Probe.judgements, probe.Probe.answers = judgements, struck  # type: ignore[method-assign]
+        before = torch.get_rng_state()
+        values = evaluate(validation, step, *more)
+        assert torch.equal(torch.get_rng_state(), before), "an evaluation draws from the training's random numbers"
+        return values
 
-
-if __name__ == "__main__":
-    loop.Trainer._evaluate = scripted  # type: ignore[method-assign]
-    sys.exit(train(sys.argv[1:]))
+    Validation.evaluate = scripted  # type: ignore[method-assign]
+    script(*line)

@@ -1,69 +1,60 @@
-"""One process: SGD steps with a running mean of the weights, and what the model says with the mean in their place."""
+"""One rank: SGD steps with a running mean of the weights, and what the model says with the mean in their place."""
 
 from __future__ import annotations
 
-import argparse
-import os
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
-from wpn_ds.engine.build import build_policy, full_weights
-from wpn_ds.engine.refinement import token_probabilities
-from wpn_ds.objectives.objective import Objective
 
 from tests.engine.gradient_cases import make_examples
 from tests.engine.gradient_worker import ds_json
 from wpn_ds.data.plan import Layout, plan_step
+from wpn_ds.engine.bank import answer_scores
+from wpn_ds.engine.export import full_weights
+from wpn_ds.engine.policy import build_engine
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.redraw import Ema
+from wpn_ds.engine.start import Start
 from wpn_ds.engine.step import Step
-from wpn_ds.jobs.distributed import init, shutdown
+from wpn_ds.jobs.distributed import init
 from wpn_ds.models.load import Source, load_model
 from wpn_ds.models.packed import PackedLM
+from wpn_ds.objectives.pmpo import PMPO
+from wpn_ds.objectives.terms import Terms
 
 DECAY, STEPS = 0.6, 3
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser()
-    parser.add_argument("--model", type=Path)
-    parser.add_argument("--stage", type=int)
-    parser.add_argument("--out", type=Path)
-    parser.add_argument("--local_rank")
-    args = parser.parse_args()
+def run(folder: Path, stage: int, out: Path) -> None:
+    """Rank 0 saves in ``out`` the weights as ``<step>.<name>``, and the probabilities of all answers: ``averaged`` with
+    the mean in place, ``before`` and ``after`` it."""
     world = init(timeout_minutes=2)
-    config = ds_json(args.stage, world.size)
-    zero3 = {k: v for k, v in config.items() if k != "train_batch_size"} if args.stage == 3 else None
+    config = ds_json(stage, world.size)
+    zero3 = {k: v for k, v in config.items() if k != "train_batch_size"} if stage == 3 else None
     layout = Layout(48, 10_000, packed=True, world_size=world.size, flat=True)
-    lm = load_model(Source(str(args.model)), dtype=torch.float32, attention="wpn_packed", zero3=zero3)
+    lm = load_model(Source(str(folder)), dtype=torch.float32, attention="wpn_packed", zero3=zero3)
     model = PackedLM(lm, packed=True)
-    engine = build_policy(model, config, None)
-    if args.stage == 3:
+    engine = build_engine(model, config, None)
+    if stage == 3:
         assert engine.optimizer.persistent_parameters, "no parameter stays gathered: the test would miss them"
-    objective = Objective(retain_weight=0.0)
-    examples, step = make_examples(), Step(engine, objective, world, layout, 0)
-    reader, ema = Reader(engine, layout, 0, world), Ema(engine, DECAY)
+    terms = Terms.of(PMPO(nll_weight=1.0, ascent_weight=0.0, retain_weight=0.0))
+    examples, reader, ema = make_examples(), Reader(engine, layout, 0, world), Ema(engine, DECAY)
+    step = Step(engine, terms, world, layout, 0, Start(terms, examples, reader))
     segments = [answer.segment for answer in examples.answers]
     saved = [full_weights(lm, world)]
     for _ in range(STEPS):
-        step(plan_step(examples, range(len(examples.forget)), [], layout, roles=objective.read), None)
+        step(plan_step(examples, range(len(examples.forget)), [], layout, roles=terms.read))
         ema.update()
         saved.append(full_weights(lm, world))
-    before = token_probabilities(reader, segments)
+    before = answer_scores(reader, "mean", segments).exp()
     with ema.in_place():
-        averaged = token_probabilities(reader, segments)
-    after = token_probabilities(reader, segments)
+        averaged = answer_scores(reader, "mean", segments).exp()
+    after = answer_scores(reader, "mean", segments).exp()
     if world.is_main:
         found = {"before": before, "averaged": averaged, "after": after}
         for k, weights in enumerate(saved):
             assert weights is not None
             found |= {f"{k}.{name}": value for name, value in weights.items()}
-        save_file({name: value.contiguous() for name, value in found.items()}, args.out)
+        save_file({name: value.contiguous() for name, value in found.items()}, out)
     engine.destroy()
-    shutdown()
-    os._exit(0)  # see wpn_ds.engine.loop.run_guarded
-
-
-if __name__ == "__main__":
-    main()

@@ -1,4 +1,4 @@
-"""The bank holds what the model says of every answer alone, and hands a step its targets, whole or in blocks."""
+"""The bank holds what the model says of every answer alone, and hands a step its own, whole or in blocks."""
 
 from __future__ import annotations
 
@@ -7,17 +7,17 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from wpn_ds.objectives.objective import FrozenTargets
 
 from tests.data.made import FORMS
 from tests.engine.gradient_cases import make_examples
 from tests.engine.small import alone, silent, small_reader
-from wpn_ds.data.plan import Layout, Role, plan_step
+from wpn_ds.data.plan import Layout, plan_step
 from wpn_ds.engine import bank as bank_module
-from wpn_ds.engine.bank import Bank, bank_vectors, fresh_targets, pooled_states, starting_scores
+from wpn_ds.engine.bank import Bank, answer_scores, bank_vectors, current_vectors, pooled_states, starting_scores
 from wpn_ds.engine.tables import Tables
+from wpn_ds.losses.answers import AnswerVectors, npair_of_fixed
 from wpn_ds.losses.npair import npair_losses, similarity
-from wpn_ds.objectives.wpn import WPN
+from wpn_ds.objectives.terms import Role
 
 CPU = torch.device("cpu")
 EXAMPLES = make_examples()
@@ -34,9 +34,9 @@ def plan_of(indices: list[int]) -> Any:
 @pytest.mark.parametrize("form", FORMS)
 def test_an_answer_s_vector_is_that_of_its_tokens_read_after_its_prompt_alone(world, tmp_path, monkeypatch, form):
     monkeypatch.setattr(bank_module, "BLOCK", 4)  # several blocks
-    reader, objective = small_reader(world, form), WPN(pooling="mean")
-    vectors = bank_vectors(reader, objective, EXAMPLES.answers, WIDTH, Tables(tmp_path, {}), silent)
-    prompts = pooled_states(reader, objective, [a.segment for a in EXAMPLES.answers], "prompt")
+    reader = small_reader(world, form)
+    vectors = bank_vectors(reader, "mean", EXAMPLES.answers, WIDTH, Tables(tmp_path, {}), silent)
+    prompts = pooled_states(reader, "mean", [a.segment for a in EXAMPLES.answers], "prompt")
     for answer, vector, prompt in zip(EXAMPLES.answers, vectors, prompts, strict=True):
         states, _ = alone(answer.segment)
         start = answer.segment.answer_start
@@ -48,12 +48,13 @@ def test_an_answer_s_vector_is_that_of_its_tokens_read_after_its_prompt_alone(wo
 def test_an_answer_s_score_is_the_sum_of_its_tokens_log_probabilities(world, tmp_path, monkeypatch, form) -> None:
     monkeypatch.setattr(bank_module, "BLOCK", 4)
     reader = small_reader(world, form)
-    objective = WPN(pooling="sum", scoring="likelihood_ratio", targets="live", negatives="own")
-    scores = starting_scores(reader, objective, EXAMPLES.answers, Tables(tmp_path, {}), silent)
+    scores = starting_scores(reader, "sum", EXAMPLES.answers, Tables(tmp_path, {}), silent)
     for answer, score in zip(EXAMPLES.answers, scores, strict=True):
         s, (_, logp) = answer.segment, alone(answer.segment)
         plain = sum(logp[t - 1, s.ids[t]].item() for t in range(s.answer_start, len(s.ids)))
         assert score.item() == pytest.approx(plain, rel=1e-4)
+    segments = [answer.segment for answer in EXAMPLES.answers]
+    torch.testing.assert_close(answer_scores(reader, "sum", segments), scores)  # all at once, not four by four
 
 
 def test_vectors_and_scores_are_computed_once_for_a_pooling(world, tmp_path) -> None:
@@ -65,19 +66,18 @@ def test_vectors_and_scores_are_computed_once_for_a_pooling(world, tmp_path) -> 
         return items
 
     for pooling in ("weighted", "last", "weighted"):
-        first = bank_vectors(reader, WPN(pooling=pooling), EXAMPLES.answers, WIDTH, tables, progress)
+        first = bank_vectors(reader, pooling, EXAMPLES.answers, WIDTH, tables, progress)
     assert len(built) == 2
-    ratio = WPN(pooling="sum", scoring="likelihood_ratio", targets="live", negatives="own")
     for _ in range(2):
-        starting_scores(reader, ratio, EXAMPLES.answers, tables, progress)
+        starting_scores(reader, "sum", EXAMPLES.answers, tables, progress)
     assert len(built) == 3
     training = reader.engine.module.train()
-    assert torch.equal(first, bank_vectors(reader, WPN(), EXAMPLES.answers, WIDTH, tables, silent))
-    pooled_states(reader, WPN(), [EXAMPLES.answers[0].segment], "answer")
+    assert torch.equal(first, bank_vectors(reader, "weighted", EXAMPLES.answers, WIDTH, tables, silent))
+    pooled_states(reader, "weighted", [EXAMPLES.answers[0].segment], "answer")
     assert training.training, "reading leaves the mode as it was"
 
 
-# ---- a step's targets ----
+# ---- a step's answers ----
 
 
 def random_bank() -> Bank:
@@ -85,9 +85,9 @@ def random_bank() -> Bank:
     return Bank.of(EXAMPLES, vectors)
 
 
-def joined(targets: FrozenTargets, index: Tensor) -> tuple[Tensor, Tensor]:
+def joined(answers: AnswerVectors, index: Tensor) -> tuple[Tensor, Tensor]:
     """All blocks as one: vectors [m, d] and mask [n, m]."""
-    vectors, masks = zip(*targets.negatives(index), strict=True)
+    vectors, masks = zip(*answers.negatives(index), strict=True)
     return torch.cat(vectors), torch.cat(masks, dim=1)
 
 
@@ -95,13 +95,13 @@ def joined(targets: FrozenTargets, index: Tensor) -> tuple[Tensor, Tensor]:
 def test_bank_negatives_are_all_unwanted_answers_but_those_that_the_example_wants(monkeypatch, block) -> None:
     monkeypatch.setattr(bank_module, "BLOCK", block)
     bank, chosen = random_bank(), [2, 0]
-    targets = bank.targets(plan_of(chosen), WPN(negatives="bank"), CPU)
+    answers = bank.answers(plan_of(chosen), "bank", CPU)
     unwanted = [a for e in EXAMPLES.forget for a in e.unwanted]
     pairs = [(e, wanted) for e in chosen for wanted in EXAMPLES.forget[e].wanted]
-    assert torch.equal(targets.positive, bank.vectors[[wanted.answer_id for _, wanted in pairs]])
+    assert torch.equal(answers.wanted, bank.vectors[[wanted.answer_id for _, wanted in pairs]])
     index = torch.tensor([2, 0, 1])
-    assert all(len(vectors) <= block for vectors, _ in targets.negatives(index))
-    vectors, mask = joined(targets, index)
+    assert all(len(vectors) <= block for vectors, _ in answers.negatives(index))
+    vectors, mask = joined(answers, index)
     assert torch.equal(vectors, bank.vectors[[a.answer_id for a in unwanted]])
     for row, pair in zip(mask.tolist(), index.tolist(), strict=True):
         own = {a.text_id for a in EXAMPLES.forget[pairs[pair][0]].wanted}
@@ -109,40 +109,42 @@ def test_bank_negatives_are_all_unwanted_answers_but_those_that_the_example_want
     assert not mask.all(), "some unwanted text is wanted elsewhere, or nothing was tested"
 
 
-@pytest.mark.parametrize("negatives", ["step", "own"])
-def test_step_and_own_negatives_are_the_step_s_unwanted_answers_under_the_plan_s_mask(negatives) -> None:
-    bank, plan, objective = random_bank(), plan_of([3, 1]), WPN(negatives=negatives)
-    vectors, mask = joined(bank.targets(plan, objective, CPU), torch.tensor([1, 0]))
+@pytest.mark.parametrize("pairs", ["step", "own"])
+def test_step_and_own_negatives_are_the_step_s_unwanted_answers_under_the_plan_s_mask(pairs) -> None:
+    bank, plan = random_bank(), plan_of([3, 1])
+    vectors, mask = joined(bank.answers(plan, pairs, CPU), torch.tensor([1, 0]))
     assert torch.equal(vectors, bank.vectors[plan.unwanted_ids])
-    assert mask.tolist() == objective.mask(plan)[[1, 0]].tolist()
+    expected = plan.own_mask if pairs == "own" else plan.negative_mask
+    assert mask.tolist() == expected[[1, 0]].tolist() and (plan.own_mask != plan.negative_mask).any()
 
 
-@pytest.mark.parametrize("scoring", ["cosine", "dot"])
-def test_the_bank_in_blocks_is_the_dense_computation(monkeypatch, scoring) -> None:
+@pytest.mark.parametrize("kind", ["cosine", "dot"])
+def test_the_bank_in_blocks_is_the_dense_computation(monkeypatch, kind) -> None:
     bank, plan = random_bank(), plan_of([2, 0, 4])
-    objective, index = WPN(negatives="bank", scoring=scoring, temperature=0.7), torch.tensor([3, 0, 2])
-    anchors = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
-    targets = bank.targets(plan, objective, CPU)
-    vectors, mask = joined(targets, index)
-    positive = similarity(anchors, targets.positive[index], scoring).diagonal()
-    dense = npair_losses(positive, similarity(anchors, vectors, scoring), mask, 0.7).sum()
-    (expected,) = torch.autograd.grad(dense, anchors)
+    index = torch.tensor([3, 0, 2])
+    prompts = torch.randn(3, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    answers = bank.answers(plan, "bank", CPU)
+    vectors, mask = joined(answers, index)
+    positive = similarity(prompts, answers.wanted[index], kind).diagonal()
+    dense = npair_losses(positive, similarity(prompts, vectors, kind), mask, 0.7).sum()
+    (expected,) = torch.autograd.grad(dense, prompts)
     for block in (1, 4, 8192):
         monkeypatch.setattr(bank_module, "BLOCK", block)
-        total = objective.contrast_frozen({"anchor": (anchors, index)}, targets, 3)["npair"].total
-        (gradient,) = torch.autograd.grad(total, anchors)
+        total = npair_of_fixed("npair", prompts, index, answers, kind, 0.7, 3)["npair"].total
+        (gradient,) = torch.autograd.grad(total, prompts)
         assert torch.allclose(total, dense, rtol=1e-5) and torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6)
 
 
-def test_fresh_targets_are_the_bank_s_while_the_weights_are_the_starting_ones(world, tmp_path) -> None:
-    reader, objective, plan = small_reader(world), WPN(), plan_of([4, 1, 2])
-    vectors = bank_vectors(reader, objective, EXAMPLES.answers, WIDTH, Tables(tmp_path, {}), silent)
-    kept = Bank.of(EXAMPLES, vectors).targets(plan, objective, CPU)
-    fresh = fresh_targets(reader, objective, EXAMPLES, plan)
+def test_current_vectors_are_the_bank_s_while_the_weights_are_the_starting_ones(world, tmp_path) -> None:
+    reader, plan = small_reader(world), plan_of([4, 1, 2])
+    vectors = bank_vectors(reader, "weighted", EXAMPLES.answers, WIDTH, Tables(tmp_path, {}), silent)
+    kept = Bank.of(EXAMPLES, vectors).answers(plan, "step", CPU)
+    current = current_vectors(reader, "weighted", "step", EXAMPLES, plan)
     every = torch.arange(len(plan.wanted_ids))
-    pairs = zip((kept.positive, *joined(kept, every)), (fresh.positive, *joined(fresh, every)), strict=True)
+    pairs = zip((kept.wanted, *joined(kept, every)), (current.wanted, *joined(current, every)), strict=True)
     assert all(torch.allclose(mine, its, rtol=1e-4, atol=1e-5) for mine, its in pairs)
     with torch.no_grad():
         for parameter in reader.engine.module.parameters():
             parameter.mul_(1.1)
-    assert not torch.allclose(fresh_targets(reader, objective, EXAMPLES, plan).positive, kept.positive, rtol=0.01)
+    now = current_vectors(reader, "weighted", "step", EXAMPLES, plan).wanted
+    assert not torch.allclose(now, kept.wanted, rtol=0.01)

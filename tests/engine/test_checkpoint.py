@@ -8,19 +8,14 @@ import json
 import os
 import sys
 import threading
-import time
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
-from wpn_ds.engine.build import remove_stale_locks
-from wpn_ds.engine.loop import Trainer
-from wpn_ds.objectives.objective import Objective
 
 from tests.engine.gradient_cases import make_examples
-from wpn_ds.data.plan import ORDER_FORMAT, Layout, Role, retain_seed, step_indices
+from wpn_ds.data.plan import ORDER_FORMAT, Layout, retain_seed, step_indices
 from wpn_ds.engine import checkpoint, export
 from wpn_ds.engine.checkpoint import (
     SaveError,
@@ -32,12 +27,15 @@ from wpn_ds.engine.checkpoint import (
     read_state,
     refuse_other_run,
 )
+from wpn_ds.engine.feed import Feed
 from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
-from wpn_ds.settings.run import Config, ObjectiveConfig
+from wpn_ds.jobs.distributed import World
+from wpn_ds.objectives.terms import Role
+from wpn_ds.settings.run import Config, LoggingConfig, TrainingConfig
 
 #: A run's settings, resolved as they are when a checkpoint is written.
-DEFAULTS = Config(objective=ObjectiveConfig().resolved()).to_flat()
+DEFAULTS = Config.from_flat({"output_dir": "out"}).resolved().to_flat()
 
 
 class Engine:
@@ -54,19 +52,21 @@ class Engine:
         self.checkpoint_engine.save({"weights": self.weights}, str(target / "part.pt"))
 
 
-def state(step: int) -> TrainerState:
-    return TrainerState(step, 1, "data", "model", {"seed": 1})
+def state(step: int, **validation) -> TrainerState:
+    """Of a run after ``step``, with the state of its validation."""
+    return TrainerState(step, 1, "data", "model", {"seed": 1}, parts={"validation": validation})
 
 
-def made(folder: Path, step: int) -> None:
-    """A checkpoint without any process group."""
-    saver = object.__new__(Saver)
-    saver._output_dir, saver._keep = folder, 9
-    partial = folder / f"checkpoint-{step}.tmp"
-    (partial / "state").mkdir(parents=True)
-    writer = Writer(background=False)
-    writer.save({"weights": torch.arange(3.0)}, partial / "state" / "part.pt")
-    saver._commit(state(step), partial, checkpoint._told(partial, writer.collect(), 0))
+def saver_of(
+    folder: Path, world: World, keep: int = 1, background: bool = False, engine: Engine | None = None
+) -> Saver:
+    return Saver(engine or Engine(), folder, world, LoggingConfig(save_total_limit=keep, async_save=background))
+
+
+def made(folder: Path, world: World, *steps: int) -> None:
+    """Checkpoints after ``steps``."""
+    for step in steps:
+        saver_of(folder, world, keep=9).save(state(step))
 
 
 def test_size_and_checksum_are_those_of_the_file(tmp_path) -> None:
@@ -97,7 +97,7 @@ def test_in_the_background_the_state_of_the_call_is_written(tmp_path, monkeypatc
 @pytest.mark.parametrize("background", [False, True])
 def test_a_save_is_whole_and_old_ones_go(world, tmp_path, background) -> None:
     engine = Engine()
-    saver = Saver(engine, tmp_path, world, keep=2, background=background)
+    saver = saver_of(tmp_path, world, 2, background=background, engine=engine)
     for step in (1, 2, 3):
         saver.save(state(step))
         engine.weights += 1
@@ -109,27 +109,25 @@ def test_a_save_is_whole_and_old_ones_go(world, tmp_path, background) -> None:
 
 
 def test_the_best_checkpoint_stays_until_a_better_one_is_whole(world, tmp_path) -> None:
-    saver = Saver(Engine(), tmp_path, world, keep=1, background=False)
+    saver = saver_of(tmp_path, world)
     for step, best in ((1, 0), (2, 2), (3, 2), (4, 2), (5, 5)):
         if step == 5:
             assert [step for step, _ in complete(tmp_path)] == [2, 4]
-        saver.save(replace(state(step), best_step=best))
+        saver.save(state(step, best_step=best))
     assert [step for step, _ in complete(tmp_path)] == [5]
 
 
 def test_what_was_best_so_far_comes_back_from_a_checkpoint(world, tmp_path) -> None:
-    told = replace(state(3), start_perplexity=1.25, best_step=2, best={"eval/harmless_rate": 1 / 3})
-    Saver(Engine(), tmp_path, world, keep=1, background=False).save(told)
+    told = state(3, start_perplexity=1.25, best_step=2, best={"eval/harmless_rate": 1 / 3})
+    saver_of(tmp_path, world).save(told)
     assert read_state(tmp_path / "checkpoint-3") == told
 
 
 @pytest.mark.parametrize("name", ["probe_prompts", "sample_tokens", "retain_bound"])
 def test_another_probe_is_refused_where_the_best_evaluation_is_kept(tmp_path, name) -> None:
     settings = DEFAULTS | {"early_stopping": "harmless>=0.9"}
-    old, now = (
-        replace(state(1), settings=settings, start_perplexity=2.0),
-        replace(state(0), settings=settings | {name: 7}),
-    )
+    old = replace(state(1, start_perplexity=2.0), settings=settings)
+    now = replace(state(0), settings=settings | {name: 7})
     with pytest.raises(UserError, match=f"{name} is 7, but .* was written with {settings[name]}"):
         refuse_other_run(old, now, tmp_path)
     now = replace(now, settings=now.settings | {"early_stopping": None})
@@ -151,31 +149,67 @@ def test_a_checkpoint_from_before_a_setting_has_its_default(tmp_path) -> None:
         refuse_other_run(old, replace(now, settings=now.settings | {"ascent_weight": 1.0}), tmp_path)
 
 
-def test_a_checkpoint_from_before_the_order_had_a_format_goes_on_in_the_order_it_had(world, tmp_path) -> None:
-    Saver(Engine(), tmp_path, world, keep=2, background=False).save(replace(state(3), order_format=ORDER_FORMAT))
-    manifest = tmp_path / "checkpoint-3" / checkpoint.MANIFEST
-    written = json.loads(manifest.read_text())
-    assert written.pop("order_format") == 2
-    examples = make_examples()
-    trainer = object.__new__(Trainer)
-    trainer.examples = examples
-    trainer.job = SimpleNamespace(  # type: ignore[assignment]
-        config=Config.from_flat({"seed": 7, "global_batch_size": 2}),
-        examples=examples,
-        retain_size=2,
-        layout=Layout(48, 60, world_size=1, packed=True),
-        objective=Objective(),
-    )
-    for step_seed, numbered in ((retain_seed(7, 2), True), (8, False)):
-        if not numbered:
-            manifest.write_text(json.dumps(written))
-        past = read_state(tmp_path / "checkpoint-3")
-        assert past is not None
-        trainer.state = replace(past, step=4)  # as a later step makes it
-        (rank,) = trainer.plan(5).micro_batches
-        taken = {item.index for rows in rank for row in rows for item in row if item.role is Role.RETAIN}
-        assert taken == set(step_indices(4, 2, len(examples.retain), step_seed))
-    assert trainer.state.order_format == 1, "and is saved with it"
+#: A manifest as it was while all that a run goes on with stood side by side, with something of every part.
+FLAT = {
+    "step": 3,
+    "world_size": 1,
+    "data": "data",
+    "model": "model",
+    "settings": {"seed": 1},
+    "skipped_steps": 1,
+    "evaluated": False,
+    "start_perplexity": 1.25,
+    "best_step": 2,
+    "best": {"eval/harmless_rate": 0.5},
+    "tokens": 900,
+    "train_seconds": 4.5,
+    "left": [4, 1],
+    "left_since": 2,
+    "drawn": [[4, [7, 8, 2]]],
+    "order_format": 2,
+    "places": {"train_file": ["/data/f"]},
+    "files": {},
+}
+
+
+def write_manifest(folder: Path, manifest: dict) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    return folder
+
+
+def test_a_manifest_from_before_a_run_had_parts_is_read_as_theirs(tmp_path) -> None:
+    read = read_state(write_manifest(tmp_path, FLAT))
+    assert read is not None and (read.step, read.places) == (3, {"train_file": ["/data/f"]})
+    assert read.parts == {
+        "run": {"skipped_steps": 1, "tokens": 900, "train_seconds": 4.5},
+        "feed": {"left": [4, 1], "left_since": 2, "drawn": [[4, [7, 8, 2]]], "order_format": 2},
+        "validation": {
+            "evaluated": False,
+            "start_perplexity": 1.25,
+            "best_step": 2,
+            "best": {"eval/harmless_rate": 0.5},
+        },
+    }
+    first = {name: FLAT[name] for name in ("step", "world_size", "data", "model", "settings", "files")}
+    old = read_state(write_manifest(tmp_path, first))
+    assert old is not None and old.parts == {"run": {}, "feed": {"order_format": 1}, "validation": {}}
+
+
+@pytest.mark.parametrize("order_format", [ORDER_FORMAT, None])
+def test_a_checkpoint_from_before_the_order_had_a_format_goes_on_in_the_order_it_had(tmp_path, order_format) -> None:
+    manifest = FLAT | {"left": None, "left_since": 0, "drawn": []}
+    if order_format is None:
+        del manifest["order_format"]
+    past = read_state(write_manifest(tmp_path, manifest))
+    assert past is not None
+    examples, training = make_examples(), TrainingConfig(seed=7, global_batch_size=2)
+    layout, roles = Layout(48, 60, world_size=1, packed=True), frozenset(Role)
+    feed = Feed(examples, training, 2, layout, roles, past=past.parts["feed"])
+    (rank,) = feed.plan(5).micro_batches
+    taken = {item.index for rows in rank for row in rows for item in row if item.role is Role.RETAIN}
+    assert taken == set(step_indices(4, 2, len(examples.retain), retain_seed(7, 2) if order_format else 8))
+    assert feed.state()["order_format"] == (order_format or 1), "and is saved with it"
 
 
 def test_a_save_that_fails_is_told_and_leaves_nothing_half_written(world, tmp_path) -> None:
@@ -184,7 +218,7 @@ def test_a_save_that_fails_is_told_and_leaves_nothing_half_written(world, tmp_pa
             self.checkpoint_engine.save({}, "/dev/full/part.pt")
 
     with pytest.raises(SaveError, match=r"rank 0 can't write .*0 whole checkpoints"):
-        Saver(Full(), tmp_path, world, keep=2, background=False).save(state(1))
+        saver_of(tmp_path, world, 2, engine=Full()).save(state(1))
     assert not list(tmp_path.iterdir())
 
 
@@ -200,7 +234,7 @@ def test_the_manifest_has_what_ranks_say_they_wrote_and_not_what_rank_0_sees(wor
     monkeypatch.setattr(checkpoint, "patiently", lambda work: [work(), (other, None)])
     synced: list[Path] = []
     monkeypatch.setattr(checkpoint, "sync", synced.append)
-    Saver(Elsewhere(), tmp_path, world, keep=1, background=False).save(state(1))
+    saver_of(tmp_path, world, 1, engine=Elsewhere()).save(state(1))
     manifest = checkpoint._manifest(tmp_path / "checkpoint-1")
     assert manifest is not None
     assert list(manifest["files"]) == ["rng-0.pt", "state/part.pt", "state/rank-1.pt", "zero_to_fp32.py"]
@@ -249,7 +283,7 @@ def test_what_keeps_a_checkpoint_from_the_disk_is_said_as_it_is(world, tmp_path,
     real = Path.open
     monkeypatch.setattr(Path, "open", lambda p, mode="r", **more: Broken() if mode == "wb" else real(p, mode, **more))
     with pytest.raises(SaveError, match=f"rank 0 can't write .*: {said}"):
-        Saver(Engine(), tmp_path, world, keep=2, background=False).save(state(1))
+        saver_of(tmp_path, world, 2).save(state(1))
     assert not list(tmp_path.iterdir())
 
 
@@ -268,8 +302,7 @@ def test_two_runs_may_convert_the_same_checkpoint(tmp_path, monkeypatch) -> None
 
 def test_the_newest_whole_checkpoint_is_chosen_and_the_damaged_ones_are_named(world, tmp_path) -> None:
     assert choose("auto", tmp_path, world) == (None, [])
-    for step in (2, 4, 10):
-        made(tmp_path, step)
+    made(tmp_path, world, 2, 4, 10)
     assert choose("auto", tmp_path, world) == (tmp_path / "checkpoint-10", [])
     part = tmp_path / "checkpoint-10" / "state" / "part.pt"
     data = bytearray(part.read_bytes())
@@ -287,25 +320,13 @@ def test_the_newest_whole_checkpoint_is_chosen_and_the_damaged_ones_are_named(wo
         choose("auto", tmp_path, world)
 
 
-def test_only_old_locks_of_killed_compilations_go(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path))
-    for name, age in (("cpu_adam", 3600), ("async_io", 60)):
-        lock = tmp_path / "py311_cpu" / name / "lock"
-        lock.parent.mkdir(parents=True)
-        lock.touch()
-        os.utime(lock, (time.time() - age,) * 2)
-    said: list[str] = []
-    assert remove_stale_locks(said.append) == [tmp_path / "py311_cpu" / "async_io" / "lock"]
-    assert not (tmp_path / "py311_cpu" / "cpu_adam" / "lock").exists() and "cpu_adam" in said[0]
-
-
 def test_an_old_checkpoint_that_is_a_link_goes_and_what_it_leads_to_stays(world, tmp_path) -> None:
     out, elsewhere = tmp_path / "out", tmp_path / "elsewhere"
     for folder in (out, elsewhere):
         folder.mkdir()
-    made(elsewhere, 1)
+    made(elsewhere, world, 1)
     (out / "checkpoint-1").symlink_to(elsewhere / "checkpoint-1")
-    saver = Saver(Engine(), out, world, keep=1, background=False)
+    saver = saver_of(out, world)
     saver.save(state(2))
     saver.finish()
     assert [path.name for path in out.iterdir()] == ["checkpoint-2"] and damage(elsewhere / "checkpoint-1") == []
@@ -314,7 +335,7 @@ def test_an_old_checkpoint_that_is_a_link_goes_and_what_it_leads_to_stays(world,
 def test_the_same_file_typed_from_another_folder_is_no_change(tmp_path) -> None:
     settings = DEFAULTS | {"early_stopping": "harmless>=0.9", "validation_file": ["v.jsonl"]}
     places = {"validation_file": ["/data/v.jsonl"]}
-    old = replace(state(1), settings=settings, places=places, start_perplexity=2.0)
+    old = replace(state(1, start_perplexity=2.0), settings=settings, places=places)
     now = replace(old, step=0, settings=settings | {"validation_file": ["/data/v.jsonl"]})
     assert refuse_other_run(old, now, tmp_path) == []
     for other in (replace(now, places={"validation_file": ["/other/v.jsonl"]}), replace(now, places={})):

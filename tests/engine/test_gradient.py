@@ -24,9 +24,9 @@ from tests.engine.gradient_cases import (
     name_of,
     objective_key,
 )
-from tests.launching import free_port, launch
 
 TOLERANCE = 1e-5
+WORKER = "tests.engine.gradient_worker:run_cases"
 
 
 @pytest.fixture(scope="module")
@@ -71,18 +71,13 @@ def compare(folder: Path, saved: Path, case: dict) -> float:
     return (difference / norm) ** 0.5
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize("ranks", [1, 2, 4])
 @pytest.mark.parametrize("family", ["opt", "gpt_neo", "opt-350m"])
-def test_one_step_equals_the_plain_gradient_for_every_layout(models, family, ranks, tmp_path):
+def test_one_step_equals_the_plain_gradient_for_every_layout(pool, models, family, ranks, tmp_path):
     cases = MATRIX if family != "opt-350m" else MATRIX[-2:]
     if family == "opt" and ranks < 4:
         cases = cases + (VARIATIONS if ranks == 2 else ASCENT) + FAMILY
-    (tmp_path / "cases.json").write_text(json.dumps(cases))
-    program = ["-m", "tests.engine.gradient_worker", "--models", str(models / family)]
-    program = ["--module", *program[1:], "--cases", str(tmp_path / "cases.json"), "--out", str(tmp_path)]
-    run = launch(ranks, program, port=free_port())
-    assert run.returncode == 0, run.stdout[-5000:]
+    pool.call(ranks, WORKER, cases, models / family, tmp_path)
     errors = {name_of(c): compare(models / family, tmp_path / f"{k}.safetensors", c) for k, c in enumerate(cases)}
     print({name: f"{error:.1e}" for name, error in errors.items()})
     assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
@@ -93,13 +88,8 @@ def test_the_harmonised_cases_have_gradients_that_oppose_each_other_and_such_tha
     assert min(cosines) < -0.01 and max(cosines) > 0.01, cosines
 
 
-@pytest.mark.distributed
-def test_dropout_is_the_same_in_both_forwards_of_a_step(models, tmp_path):
-    (tmp_path / "cases.json").write_text(json.dumps([REPLAY]))  # the worker compares the two forwards' states
-    program = ["--module", "tests.engine.gradient_worker", "--models", str(models / "opt")]
-    program += ["--cases", str(tmp_path / "cases.json"), "--out", str(tmp_path)]
-    run = launch(2, program, port=free_port())
-    assert run.returncode == 0, run.stdout[-5000:]
+def test_dropout_is_the_same_in_both_forwards_of_a_step(pool, models, tmp_path):
+    pool.call(2, WORKER, [REPLAY], models / "opt", tmp_path)  # the worker compares the two forwards' states
     _, start, gradients = expected(models / "opt", objective_key(REPLAY))
     with safe_open(tmp_path / "0.safetensors", "pt") as weights:
         name = "model.decoder.layers.0.fc1.weight"

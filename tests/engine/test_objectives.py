@@ -1,5 +1,4 @@
-"""Every objective as a user starts it: the README's command with its recipe, and a run that goes on as if it had not
-stopped."""
+"""Every objective by the README's command with its recipe, and a run that goes on as if it had not stopped."""
 
 from __future__ import annotations
 
@@ -12,11 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.engine.test_train import PEAK, flags
+from tests.engine import runs
+from tests.engine.runs import PEAK, cached, flags
 from tests.interface import check_metrics, metric_names
 from tests.launching import ROOT, free_port, launch
-
-pytestmark = pytest.mark.distributed
 
 README = (ROOT / "README.md").read_text()
 RECIPES = [path.stem for path in sorted((ROOT / "launch/recipes/objectives").glob("*.yaml"))]
@@ -27,17 +25,20 @@ def test_the_readme_names_every_recipe() -> None:
     assert len(named) == 1 and sorted(re.findall(r"`(\w+)`", named[0])) == RECIPES
 
 
-@pytest.mark.parametrize("name", RECIPES)
-def test_the_readmes_command_trains(name, tiny, tmp_path) -> None:
-    """With a model, data and a length of the test's own."""
+def readme(name: str, tiny: Path, out: Path) -> list[str]:
+    """The README's command after ``deepspeed --num_accelerators 1``, with the objective's recipe, and a model, data and
+    a length of the test's own."""
     block = re.findall(r"^deepspeed --num_accelerators 1 (.*?)^```", README, re.DOTALL | re.MULTILINE)
     line = shlex.split(block[0].replace("\\\n", "").replace("npo.yaml", f"{name}.yaml"))
-    line[line.index("--output_dir") + 1] = str(tmp_path / "out")
+    line[line.index("--output_dir") + 1] = str(out)
     own = ["--model_name_or_path", str(tiny / "opt"), "--train_file", str(tiny / "forget.jsonl"), "--retain_file"]
     own += [str(tiny / "retain.jsonl"), "--max_steps", "2", "--max_length", "64", "--tokens_per_micro_batch", "256"]
-    own += ["--probe_prompts", "0", "--warmup_steps", "0", *PEAK]
-    run = launch(1, [*line, *own], port=free_port(), env={"WPN_DS_CACHE": str(tiny / "cache")})
-    assert run.returncode == 0, run.stdout[-4000:]
+    return [*line, *own, "--probe_prompts", "0", "--warmup_steps", "0", *PEAK]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_the_readmes_command_trains(pool, name, tiny, tmp_path) -> None:
+    runs.train(pool, readme(name, tiny, tmp_path / "out"), cached(tiny), ranks=1)
     logged = [json.loads(text) for text in (tmp_path / "out/metrics.jsonl").read_text().splitlines()]
     terms = {key for entry in logged for key in entry if key.startswith("loss/")}
     assert ("loss/preference" in terms) == (name in ["npo", "simnpo", "dpo", "idkdpo", "altpo", "neat", "c3po"])
@@ -50,22 +51,21 @@ def test_the_readmes_command_trains(name, tiny, tmp_path) -> None:
     assert f"objective\n`{name}`" in (tmp_path / "out/README.md").read_text()
 
 
+@pytest.mark.distributed
+def test_the_readmes_command_does_the_same_in_a_shell(pool, tiny, tmp_path) -> None:
+    one, other = (readme("npo", tiny, tmp_path / name) for name in ("shell", "pool"))
+    done = launch(1, one, port=free_port(), env=cached(tiny))
+    assert done.returncode == 0, done.stdout[-4000:]
+    runs.train(pool, other, cached(tiny), ranks=1)
+    assert runs.same_weights(tmp_path / "shell", tmp_path / "pool")
+
+
 @pytest.mark.parametrize("name", ["altpo", "tnpo"])
-def test_a_run_that_is_resumed_ends_with_the_weights_of_one_that_was_not_stopped(name, tiny, tmp_path) -> None:
+def test_a_run_that_is_resumed_ends_with_the_weights_of_one_that_was_not_stopped(pool, name, tiny, tmp_path) -> None:
     def run(out: Path, steps: int, ranks: int) -> dict[str, torch.Tensor]:
-        extra = [
-            "--objective",
-            name,
-            "--lr_scheduler_type",
-            "constant",
-            "--max_steps",
-            str(steps),
-            "--probe_prompts",
-            "0",
-        ]
-        extra += ["--resume_from_checkpoint", "auto"]
-        done = launch(ranks, flags(tiny, out, *extra), port=free_port(), env={"WPN_DS_CACHE": str(tiny / "cache")})
-        assert done.returncode == 0, done.stdout[-4000:]
+        extra = ["--objective", name, "--lr_scheduler_type", "constant", "--max_steps", str(steps)]
+        extra += ["--probe_prompts", "0", "--resume_from_checkpoint", "auto"]
+        runs.train(pool, flags(tiny, out, *extra), cached(tiny), ranks=ranks)
         return load_file(out / "model.safetensors")
 
     whole = run(tmp_path / "whole", 4, 2)

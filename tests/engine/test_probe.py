@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import signal
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,18 +14,20 @@ from typing import Any
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoTokenizer
-from wpn_ds.engine.loop import Trainer, _past
 
 import wpn_ds.cli
-from tests.engine.test_checkpoint import Engine, made
-from tests.engine.test_train import REFERENCE_WPN, losses, metrics, same_weights
+from tests.engine.runs import REFERENCE_WPN, cached, losses, metrics, same_weights
+from tests.engine.test_checkpoint import made, saver_of
 from tests.interface import check_metrics, metric_names
-from tests.launching import free_port, launch
+from tests.pool import Pool
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.engine import checkpoint
+from wpn_ds.engine.finish import choose_weights
+from wpn_ds.engine.prepare import _past
 from wpn_ds.engine.probe import Probe, figures, improves, summary
 from wpn_ds.jobs.distributed import World
 from wpn_ds.judging.base import Judgement, Verdict
+from wpn_ds.models.load import Source
 from wpn_ds.settings.run import Config, LoggingConfig
 
 EVALUATED = {"eval/retain_perplexity": 2.0, **figures([Judgement(Verdict.HARMLESS), Judgement(Verdict.HARMFUL)])}
@@ -87,21 +89,35 @@ def test_the_best_is_the_most_harmless_within_the_bound_and_then_the_least_perpl
     assert improves(values, {}, highest_perplexity=2.1) == (perplexity <= 2.1)
 
 
-def run(
-    tiny: Path, out: Path, *extra: str, ranks: int, ds: str, model: Path, script: dict | None = None, blow=""
-) -> str:
-    """A training run of the tiny model; with ``script``, verdicts by it."""
-    program = "launch/train.py" if script is None else "tests/engine/probe_worker.py"
-    command = [
-        *(program, "--deepspeed", f"ds_configs/{ds}.json", "--model_name_or_path", str(model)),
-        *("--train_file", str(tiny / "forget.jsonl"), "--retain_file", str(tiny / "retain.jsonl")),
-        *("--output_dir", str(out), "--peak_tflops", "0.1", "--max_length", "64", "--tokens_per_micro_batch", "512"),
-        *extra,
-    ]
-    env = {"WPN_DS_CACHE": str(tiny / "cache"), "HARMLESS": json.dumps(script), "BLOW": blow}
-    done = launch(ranks, command, port=free_port(), env=env)
-    assert (done.returncode == 0) == (str(signal.SIGKILL.value) not in blow.split()), done.stdout[-6000:]
-    return done.stdout
+@pytest.fixture(scope="module")
+def run(pool: Pool, tiny: Path) -> Callable[..., str]:
+    """Trains the tiny model, or ``model``, into a folder with the flags that follow; with ``script``, which says how
+    many answers are harmless at each step, and with ``blow``, the signal that rank 1 gets in an evaluation."""
+
+    def ended(
+        out: Path,
+        *extra: str,
+        ranks: int,
+        ds: str,
+        model: Path = tiny / "opt",
+        script: dict[int, int] | None = None,
+        blow: tuple[int, signal.Signals] | None = None,
+    ) -> str:
+        line = [
+            *("launch/train.py", "--deepspeed", f"ds_configs/{ds}.json", "--model_name_or_path", str(model)),
+            *("--train_file", str(tiny / "forget.jsonl"), "--retain_file", str(tiny / "retain.jsonl")),
+            *("--output_dir", str(out), "--peak_tflops", "0.1", "--max_length", "64"),
+            *("--tokens_per_micro_batch", "512", *extra),
+        ]
+        if script is None:
+            job = pool.run(ranks, "tests.commands:script", *line, env=cached(tiny))
+        else:
+            job = pool.run(ranks, "tests.engine.probe_worker:train", line, script, blow, env=cached(tiny))
+        killed = blow is not None and blow[1] == signal.SIGKILL
+        assert job.returncode == (-signal.SIGKILL if killed else 0), job.shown()
+        return job.output
+
+    return ended
 
 
 def evaluations(out: Path) -> list[dict]:
@@ -124,11 +140,10 @@ LEARN = ["--global_batch_size", "23", "--learning_rate", "1e-2", "--wpn_weight",
 LEARN += ["--sample_tokens", "24", "--sample_prompts", "23", "--logging_steps", "5"]
 
 
-@pytest.mark.distributed
-def test_a_run_stops_early_and_what_it_exports_is_what_two_ranks_under_zero_3_measure(tiny, tmp_path, capsys) -> None:
+def test_a_run_stops_early_and_what_it_exports_is_what_two_ranks_under_zero_3_measure(run, tmp_path, capsys) -> None:
     out, again = tmp_path / "out", tmp_path / "again"
     stop = ["--eval_steps", "90", "--early_stopping", "harmless>=0.5", "--max_steps", "200", "--save_steps", "0"]
-    text = run(tiny, out, *LEARN, *stop, ranks=1, ds="zero0", model=tiny / "opt")
+    text = run(out, *LEARN, *stop, ranks=1, ds="zero0")
     *before, last = evaluations(out)
     assert before and all(m["eval/harmless_rate"] < 0.5 for m in before) and last["eval/harmless_rate"] >= 0.5
     step = last["step"]
@@ -140,14 +155,14 @@ def test_a_run_stops_early_and_what_it_exports_is_what_two_ranks_under_zero_3_me
 
     written = (out / "metrics.jsonl").read_text()
     model = (out / "model.safetensors").read_bytes()
-    text = run(tiny, out, *LEARN, *stop, "--resume_from_checkpoint", "auto", ranks=1, ds="zero0", model=tiny / "opt")
+    text = run(out, *LEARN, *stop, "--resume_from_checkpoint", "auto", ranks=1, ds="zero0")
     assert outcome in text and f"step {step + 1}" not in text and (out / "DONE").exists(), "a run that is over stays so"
     assert (out / "metrics.jsonl").read_text() == written and (out / "model.safetensors").read_bytes() == model
     assert wpn_ds.cli.main(["status", str(out)]) == 0
     said = capsys.readouterr().out
     assert "ended well" in said and f"evaluation: step {step}: harmless" in said and "left" not in said
 
-    run(tiny, again, *LEARN, "--max_steps", "1", "--learning_rate", "0.1", ranks=2, ds="zero3", model=out)
+    run(again, *LEARN, "--max_steps", "1", "--learning_rate", "0.1", ranks=2, ds="zero3", model=out)
     first, second = evaluations(again)
     for name in ("harmless_rate", "harmless_low", "harmless_high", "degenerate_rate", "probe_n"):
         assert first[f"eval/{name}"] == last[f"eval/{name}"]
@@ -161,39 +176,45 @@ def test_a_run_stops_early_and_what_it_exports_is_what_two_ranks_under_zero_3_me
     assert "eval/best_step" not in second
 
 
-def trainer(world: World, out: Path, state: checkpoint.TrainerState) -> Any:
-    """What is asked of a trainer to choose the weights that are exported."""
+def chosen(world: World, out: Path, **validation: Any) -> tuple[int, str]:
+    """What is exported after the last of nine steps, whose evaluations left the state ``validation``."""
     logging = LoggingConfig(early_stopping="harmless>=0.9", eval_steps=1)
-    job = SimpleNamespace(config=SimpleNamespace(logging=logging), world=world, output_dir=out, total_steps=9)
-    return SimpleNamespace(job=job, state=state, saver=SimpleNamespace(rotate=lambda state: None), engine=None)
+    job: Any = SimpleNamespace(config=SimpleNamespace(logging=logging), world=world, output_dir=out, total_steps=9)
+    saver: Any = SimpleNamespace(rotate=lambda step, best_step: None)
+    begun: Any = SimpleNamespace(**{"start_perplexity": 2.0, "best_step": 0, "best": {}, **validation})
+    return choose_weights(job, None, saver, begun, SimpleNamespace(empty=False), 9)  # type: ignore[arg-type]
 
 
 def test_the_last_weights_are_exported_and_that_is_said_where_there_are_no_better_ones(world, tmp_path) -> None:
-    state = checkpoint.TrainerState(9, 1, "data", "model", {}, start_perplexity=2.0)
-    step, said = Trainer._choose_weights(trainer(world, tmp_path, state))
+    step, said = chosen(world, tmp_path)
     assert step == 9 and "last step's: no evaluation had the retain perplexity within 1.05 times" in said
-    step, said = Trainer._choose_weights(trainer(world, tmp_path, replace(state, best_step=9, best=EVALUATED)))
+    step, said = chosen(world, tmp_path, best_step=9, best=EVALUATED)
     assert (step, said.partition(",")[0]) == (9, "the last is the best: step 9")
-    state = replace(state, best_step=4, best=EVALUATED)
-    made(tmp_path, 4)
+    made(tmp_path, world, 4)
     next((tmp_path / "checkpoint-4" / "state").iterdir()).write_bytes(b"?")
-    step, said = Trainer._choose_weights(trainer(world, tmp_path, state))
+    step, said = chosen(world, tmp_path, best_step=4, best=EVALUATED)
     assert step == 9 and "checkpoint-4, the best, is damaged" in said
 
 
 def test_a_best_checkpoint_that_is_gone_is_forgotten_and_without_early_stopping_any_is(world, tmp_path, capsys) -> None:
-    settings = Config().to_flat()
-    past = checkpoint.TrainerState(3, 1, "data", "model", settings, best_step=2, best=EVALUATED)
-    job = trainer(world, tmp_path, past).job
-    job.start, job.resume_from = replace(past, step=0), tmp_path / "checkpoint-3"
+    config = Config.from_flat({"output_dir": str(tmp_path)}).resolved()
+    stopping = config.replace(early_stopping="harmless>=0.9", eval_steps=1)
+    validation = {"evaluated": False, "start_perplexity": 2.0, "best_step": 2, "best": EVALUATED}
+    past = checkpoint.TrainerState(3, 1, "data", "model", config.to_flat(), parts={"validation": validation})
     for step in (2, 3):
-        checkpoint.Saver(Engine(), tmp_path, world, keep=2, background=False).save(replace(past, step=step))
-    assert _past(job).best_step == 2
-    job.config.logging = LoggingConfig()
-    assert (_past(job).best_step, _past(job).best) == (0, {}) and "gone" not in capsys.readouterr().err
-    job.config.logging = LoggingConfig(early_stopping="harmless>=0.9", eval_steps=1)
+        saver_of(tmp_path, world, keep=2).save(replace(past, step=step))
+
+    def of(config: Config) -> dict[str, Any]:
+        identity = replace(past, step=0, parts={})
+        found = _past(config, identity, tmp_path / "checkpoint-3", 9, Source(str(tmp_path)), world)
+        assert found.step == 3 and found.parts.keys() == {"validation"}
+        return found.parts["validation"]
+
+    assert of(stopping) == validation
+    forgotten = validation | {"best_step": 0, "best": {}}
+    assert of(config) == forgotten and "gone" not in capsys.readouterr().err
     shutil.rmtree(tmp_path / "checkpoint-2")
-    assert (_past(job).best_step, _past(job).best) == (0, {}) and "checkpoint-2, that of" in capsys.readouterr().err
+    assert of(stopping) == forgotten and "checkpoint-2, that of" in capsys.readouterr().err
 
 
 SCRIPT = {0: 23, 1: 3, 2: 9, 3: 12, 4: 5, 5: 7}
@@ -203,10 +224,10 @@ BEST += ["--early_stopping", "harmless>=0.9", "--retain_bound", "2"]
 
 
 @pytest.fixture(scope="module")
-def unbroken(tiny, tmp_path_factory) -> Path:
+def unbroken(run, tmp_path_factory) -> Path:
     """A run whose third of five steps is the best, under ZeRO-3 on two ranks."""
     out = tmp_path_factory.mktemp("best") / "out"
-    text = run(tiny, out, *BEST, ranks=2, ds="zero3", model=tiny / "opt", script=SCRIPT)
+    text = run(out, *BEST, ranks=2, ds="zero3", script=SCRIPT)
     assert "the weights are those of the best evaluation: step 3, harmless 52.2 %" in text
     return out
 
@@ -216,7 +237,6 @@ def exported(path: Path, out: Path) -> Path:
     return out
 
 
-@pytest.mark.distributed
 def test_the_best_checkpoint_is_kept_and_exported(unbroken, tmp_path) -> None:
     assert [m["eval/best_step"] for m in evaluations(unbroken)[1:]] == [1, 2, 3, 3, 3], "the start is no candidate"
     assert kept(unbroken) == [3, 5], "the best one beside the newest one"
@@ -231,40 +251,32 @@ def test_the_best_checkpoint_is_kept_and_exported(unbroken, tmp_path) -> None:
     )
 
 
-@pytest.mark.distributed
-def test_evaluations_that_are_broken_off_are_repeated_and_the_run_ends_the_same(unbroken, tiny, tmp_path) -> None:
+def test_evaluations_that_are_broken_off_are_repeated_and_the_run_ends_the_same(unbroken, run, tmp_path) -> None:
     out = tmp_path / "out"
-    go = {"ranks": 2, "ds": "zero3", "model": tiny / "opt", "script": SCRIPT}
-    run(tiny, out, *BEST, **go, blow=f"3 {signal.SIGUSR1.value}")  # told to stop in the evaluation of what will be best
+    go = {"ranks": 2, "ds": "zero3", "script": SCRIPT}
+    run(out, *BEST, **go, blow=(3, signal.SIGUSR1))  # told to stop in the evaluation of what will be best
     assert (out / "REQUEUE").exists() and [m["step"] for m in evaluations(out)] == [0, 1, 2] and kept(out) == [2, 3]
-    run(tiny, out, *BEST, "--resume_from_checkpoint", "auto", **go, blow=f"4 {signal.SIGKILL.value}")
+    run(out, *BEST, "--resume_from_checkpoint", "auto", **go, blow=(4, signal.SIGKILL))
     assert [m["step"] for m in evaluations(out)] == [0, 1, 2, 3] and not (out / "DONE").exists()
-    text = run(tiny, out, *BEST, "--resume_from_checkpoint", "auto", **go)
+    text = run(out, *BEST, "--resume_from_checkpoint", "auto", **go)
     assert "checkpoint-3 after step 3" in text
     assert losses(out) == losses(unbroken) and evaluations(out) == evaluations(unbroken)
     assert same_weights(out, unbroken) and kept(out) == kept(unbroken)
 
 
-@pytest.mark.distributed
-def test_the_best_weights_of_two_ranks_are_exported_by_one(unbroken, tiny, tmp_path) -> None:
+def test_the_best_weights_of_two_ranks_are_exported_by_one(unbroken, run, tmp_path) -> None:
     out = tmp_path / "out"
     shutil.copytree(unbroken, out)
     (out / "model.safetensors").unlink()
-    text = run(
-        tiny,
-        out,
-        *(*BEST, "--resume_from_checkpoint", "auto"),
-        **{"ranks": 1, "ds": "zero3", "model": tiny / "opt", "script": SCRIPT},
-    )
+    text = run(out, *BEST, "--resume_from_checkpoint", "auto", ranks=1, ds="zero3", script=SCRIPT)
     assert "checkpoint-5 after step 5" in text and text.count("converting") == 2
     assert same_weights(out, unbroken)
 
 
-@pytest.mark.distributed
-def test_the_best_checkpoint_is_exported_when_saved_in_the_background_under_zero_2(tiny, tmp_path) -> None:
+def test_the_best_checkpoint_is_exported_when_saved_in_the_background_under_zero_2(run, tmp_path) -> None:
     out = tmp_path / "out"
     extra = ["--async_save", "--max_steps", "3", "--bf16"]
-    run(tiny, out, *BEST, *extra, ranks=2, ds="zero2", model=tiny / "opt", script={0: 0, 1: 5, 2: 9, 3: 4})
+    run(out, *BEST, *extra, ranks=2, ds="zero2", script={0: 0, 1: 5, 2: 9, 3: 4})
     assert kept(out) == [2, 3]
     assert same_weights(out, exported(out / "checkpoint-2", tmp_path / "best"))
     assert not same_weights(out, exported(out / "checkpoint-3", tmp_path / "last"))

@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import json
-
 import pytest
 import torch
 from transformers import GenerationConfig, GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM
 
-from tests.launching import free_port, launch
+from tests.engine import runs
 
-pytestmark = pytest.mark.distributed
 COMMON = {"hidden_size": 32, "max_position_embeddings": 512}
 
 
@@ -30,28 +27,23 @@ def make(family: str, tokenizer, folder) -> None:
 
 
 @pytest.mark.parametrize("family", ["opt", "gpt_neo"])
-def test_real_pairs_train_end_to_end_on_two_ranks(family, request, shared_data, tmp_path):
+def test_real_pairs_train_end_to_end_on_two_ranks(pool, family, request, shared_data, tmp_path):
     tokenizer = request.getfixturevalue("opt_tokenizer" if family == "opt" else "gpt2_tokenizer")
     make(family, tokenizer, tmp_path / "model")
     derived = shared_data / "pku_saferlhf_5k" / "derived"
     for name, lines in (("train", 60), ("dev", 12)):
         text = (derived / f"triples_{name}.jsonl").read_text().splitlines(keepends=True)[:lines]
         (tmp_path / f"{name}.jsonl").write_text("".join(text))
-    run = launch(
-        2,
-        [
-            *("launch/train.py", "--deepspeed", "ds_configs/zero3.json"),
-            *("--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")),
-            *("--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "dev.jsonl")),
-            *("--retain_file", str(shared_data / "truthfulqa" / "derived" / "retain.jsonl")),
-            *("--max_length", "384", "--tokens_per_micro_batch", "768", "--global_batch_size", "12"),
-            *("--learning_rate", "1e-2", "--max_steps", "5", "--peak_tflops", "0.1", "--sample_tokens", "4"),
-        ],
-        port=free_port(),
-        env={"WPN_DS_CACHE": str(tmp_path / "cache")},
-    )
-    assert run.returncode == 0, run.stdout[-4000:]
-    metrics = [json.loads(line) for line in (tmp_path / "out" / "metrics.jsonl").read_text().splitlines()]
+    line = [
+        *("launch/train.py", "--deepspeed", "ds_configs/zero3.json"),
+        *("--model_name_or_path", str(tmp_path / "model"), "--output_dir", str(tmp_path / "out")),
+        *("--train_file", str(tmp_path / "train.jsonl"), "--validation_file", str(tmp_path / "dev.jsonl")),
+        *("--retain_file", str(shared_data / "truthfulqa" / "derived" / "retain.jsonl")),
+        *("--max_length", "384", "--tokens_per_micro_batch", "768", "--global_batch_size", "12"),
+        *("--learning_rate", "1e-2", "--max_steps", "5", "--peak_tflops", "0.1", "--sample_tokens", "4"),
+    ]
+    runs.train(pool, line, {"WPN_DS_CACHE": str(tmp_path / "cache")})
+    metrics = runs.metrics(tmp_path / "out")
     wanted = [m["eval/nll_wanted"] for m in metrics if "eval/nll_wanted" in m]
     assert wanted[-1] < wanted[0] - 0.1
     steps = [m for m in metrics if "packing/fill" in m]

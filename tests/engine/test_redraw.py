@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,53 +10,57 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, OPTConfig
-from wpn_ds.engine.refinement import still_known, token_probabilities
-from wpn_ds.engine.setup import _check_redraw, _redraw_prompts
-from wpn_ds.objectives.family import build_objective
 
+from tests.engine import runs
 from tests.engine.gradient_cases import make_examples
 from tests.engine.redraw_worker import DECAY, STEPS
-from tests.engine.small import CONFIG, alone, small_reader
-from tests.engine.test_train import flags, losses, metrics, same_weights
+from tests.engine.runs import cached, flags, losses, metrics, same_weights
+from tests.engine.small import CONFIG
 from tests.interface import check_metrics, metric_names
-from tests.launching import ROOT, free_port, launch
+from tests.launching import ROOT
 from tests.models.families import make
 from wpn_ds.data.records import Message, read_forget
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.data.tokens import encode_prompt, end_of
-from wpn_ds.engine import checkpoint, refinement
+from wpn_ds.engine import checkpoint
+from wpn_ds.engine.redraw import check_redraw, redraw_requests
 from wpn_ds.errors import UserError
+from wpn_ds.jobs.distributed import World
 from wpn_ds.models.generate import Sampling, generate_ids
-from wpn_ds.settings.run import Config, DataConfig, ObjectiveConfig, TrainingConfig
+from wpn_ds.objectives.terms import Terms
+from wpn_ds.settings.run import Config, DataConfig
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.tools.checkpoint import run as checkpoint_command
 
 
-def train(tiny: Path, out: Path, *extra: str, ranks: int = 2, fails: bool = False) -> str:
-    line = [*flags(tiny, out, "--probe_prompts", "0", "--lr_scheduler_type", "constant"), *extra]
-    run = launch(ranks, line, port=free_port(), env={"WPN_DS_CACHE": str(tiny / "cache")})
-    assert (run.returncode != 0) is fails, run.stdout[-4000:]
-    return run.stdout
+@pytest.fixture(scope="module")
+def train(pool, tiny) -> Callable[..., str]:
+    """Runs the tiny model's training into a folder, with the flags that follow; returns what it says."""
+
+    def run(out: Path, *extra: str, ranks: int = 2, code: int = 0) -> str:
+        line = flags(tiny, out, "--probe_prompts", "0", "--lr_scheduler_type", "constant", *extra)
+        return runs.train(pool, line, cached(tiny), ranks=ranks, code=code)
+
+    return run
 
 
 REDRAW = ["--objective", "simnpo", "--redraw_steps", "2", "--redraw_tokens", "8", "--redraw_ema", "0.5"]
 
 
 @pytest.fixture(scope="module")
-def redrawn(tiny, tmp_path_factory) -> Path:
+def redrawn(train, tmp_path_factory) -> Path:
     """Four steps; answers are drawn before the first and before the third."""
     out = tmp_path_factory.mktemp("redrawn") / "out"
-    train(tiny, out, *REDRAW, "--max_steps", "4", "--save_steps", "1", "--save_total_limit", "9")
+    train(out, *REDRAW, "--max_steps", "4", "--save_steps", "1", "--save_total_limit", "9")
     return out
 
 
 def drawn(out: Path, step: int) -> dict[int, list[int]]:
     state = checkpoint.read_state(out / f"checkpoint-{step}")
     assert state is not None
-    return {i: ids for i, ids in state.drawn}
+    return {i: ids for i, ids in state.parts["feed"]["drawn"]}
 
 
-@pytest.mark.distributed
 def test_the_first_answers_are_those_that_the_starting_model_draws_by_itself(redrawn, tiny) -> None:
     lm = AutoModelForCausalLM.from_pretrained(tiny / "opt", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(tiny / "opt")
@@ -71,36 +75,32 @@ def test_the_first_answers_are_those_that_the_starting_model_draws_by_itself(red
     assert first == drawn(redrawn, 2) and first.keys() != drawn(redrawn, 3).keys()
 
 
-@pytest.mark.distributed
-def test_drawn_answers_are_trained_on(redrawn, tiny, tmp_path) -> None:
-    train(tiny, tmp_path / "own", "--objective", "simnpo", "--max_steps", "4")
+def test_drawn_answers_are_trained_on(redrawn, train, tmp_path) -> None:
+    train(tmp_path / "own", "--objective", "simnpo", "--max_steps", "4")
     assert not same_weights(redrawn, tmp_path / "own")
     taken = [m["redraw/taken"] for m in metrics(redrawn) if "redraw/taken" in m]
     assert len(taken) == 2 and min(taken) > 0.5
     check_metrics(metric_names(redrawn / "metrics.jsonl"), "--validation_file", "simnpo", "--redraw_steps")
 
 
-@pytest.mark.distributed
-def test_a_run_with_drawn_answers_goes_on_as_if_it_had_not_stopped(redrawn, tiny, tmp_path) -> None:
+def test_a_run_with_drawn_answers_goes_on_as_if_it_had_not_stopped(redrawn, train, tmp_path) -> None:
     """Between two draws, and where draws are due."""
     for stop in ("1", "2"):
         out = tmp_path / stop
-        train(tiny, out, *REDRAW, "--max_steps", stop)
-        train(tiny, out, *REDRAW, "--max_steps", "4", "--resume_from_checkpoint", "auto")
+        train(out, *REDRAW, "--max_steps", stop)
+        train(out, *REDRAW, "--max_steps", "4", "--resume_from_checkpoint", "auto")
         assert same_weights(redrawn, out) and losses(redrawn) == losses(out)
         assert drawn(redrawn, 4) == drawn(out, 4)
 
 
-@pytest.mark.distributed
-def test_one_rank_draws_what_two_draw(redrawn, tiny, tmp_path) -> None:
-    train(tiny, tmp_path, *REDRAW, "--max_steps", "4", "--save_steps", "2", "--overwrite_output_dir", ranks=1)
+def test_one_rank_draws_what_two_draw(redrawn, train, tmp_path) -> None:
+    train(tmp_path, *REDRAW, "--max_steps", "4", "--save_steps", "2", "--overwrite_output_dir", ranks=1)
     assert drawn(redrawn, 2) == drawn(tmp_path, 2)
     assert [value for _, value in losses(redrawn)] == pytest.approx([value for _, value in losses(tmp_path)], rel=1e-4)
-    said = train(tiny, tmp_path, *REDRAW, "--max_steps", "6", "--resume_from_checkpoint", "auto", fails=True)
+    said = train(tmp_path, *REDRAW, "--max_steps", "6", "--resume_from_checkpoint", "auto", code=2)
     assert "error: --resume_from_checkpoint" in said and "--redraw_ema goes on only on as many ranks" in said
 
 
-@pytest.mark.distributed
 def test_the_running_mean_draws_and_not_the_weights(redrawn, tiny, tmp_path) -> None:
     weights = [load_file(tiny / "opt/model.safetensors")]
     for step in (1, 2):
@@ -126,37 +126,36 @@ def test_the_running_mean_draws_and_not_the_weights(redrawn, tiny, tmp_path) -> 
     assert said["mean"] != said["weights"], "the mean says what the weights say: no test"
 
 
-@pytest.mark.distributed
-def test_a_mean_that_no_stage_shards_is_written_once_and_read_by_any_number_of_ranks(tiny, tmp_path) -> None:
+def test_a_mean_that_no_stage_shards_is_written_once_and_read_by_any_number_of_ranks(train, tmp_path) -> None:
     line = [*REDRAW, "--deepspeed", str(ROOT / "ds_configs/zero2.json")]
-    train(tiny, tmp_path, *line, "--max_steps", "2")
+    train(tmp_path, *line, "--max_steps", "2")
     assert [path.name for path in tmp_path.glob("checkpoint-2/ema-*")] == ["ema-0.pt"]
-    train(tiny, tmp_path, *line, "--max_steps", "3", "--resume_from_checkpoint", "auto", ranks=1)
+    train(tmp_path, *line, "--max_steps", "3", "--resume_from_checkpoint", "auto", ranks=1)
     before, after = (torch.load(tmp_path / f"checkpoint-{step}/ema-0.pt", weights_only=True) for step in (2, 3))
     assert [a.shape for a in before] == [a.shape for a in after]
     change = max(float((a - b).abs().max()) for a, b in zip(before, after, strict=True))
     assert 0 < change < 0.01, "one step further, and not begun again"
 
 
-def test_what_is_asked_for_a_new_answer(tiny) -> None:
-    tokenizer, told = AutoTokenizer.from_pretrained(tiny / "opt"), []
+def test_what_is_asked_for_a_new_answer(tiny, capsys) -> None:
+    tokenizer, main = AutoTokenizer.from_pretrained(tiny / "opt"), World(0, 1, 0, torch.device("cpu"))
     records = read_forget([str(tiny / "forget.jsonl")])
     chat = [replace(records[0], prompt=(Message("user", "hello"),))]
 
     def prompts(records=records, length=64, **settings):
-        objective = ObjectiveConfig(redraw_steps=1, **settings)
-        config, positions = replace(Config(), objective=objective), OPTConfig(max_position_embeddings=128)
-        style = PromptStyle.of(config.to_flat())
-        requests = _redraw_prompts(config, records, style, tokenizer, positions, length, told.append)
+        config = Config.from_flat({"redraw_steps": 1, **settings})
+        style, positions = PromptStyle.of(config.to_flat()), OPTConfig(max_position_embeddings=128)
+        requests = redraw_requests(config.unlearning, records, style, tokenizer, positions, length, main)
         assert {request.end for request in requests} == {end_of("a", tokenizer, style)}
         return [request.ids for request in requests]
 
     rude = "Be rude.\nQuestion: {prompt}\nAnswer:"
     for given, template in (({}, DataConfig().prompt_template), ({"redraw_template": rude}, rude)):
         assert prompts(**given) == [encode_prompt(r.prompt, tokenizer, template, 64) for r in records]
-    assert told == []
+    assert capsys.readouterr().err == ""
     assert prompts(length=24, redraw_template=rude) == [encode_prompt(r.prompt, tokenizer, rude, 24) for r in records]
-    assert told[0].startswith(f"--redraw_template: {len(records)} of {len(records)} prompts lose their start")
+    told = capsys.readouterr().err
+    assert told.startswith(f"--redraw_template: {len(records)} of {len(records)} prompts lose their start")
     tokenizer = AutoTokenizer.from_pretrained(tiny / "opt")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
     asked = [rude.replace("{prompt}", r.prompt) for r in records]
@@ -169,14 +168,11 @@ def test_what_is_asked_for_a_new_answer(tiny) -> None:
     assert prompts(redraw_tokens=128 - longest)
 
 
-@pytest.mark.distributed
 @pytest.mark.parametrize(("stage", "ranks"), [(3, 2), (0, 2), (2, 1)])
-def test_the_model_computes_with_the_running_mean_and_then_with_its_weights_again(stage, ranks, tmp_path) -> None:
+def test_the_model_computes_with_the_running_mean_and_then_with_its_weights_again(pool, stage, ranks, tmp_path) -> None:
     make(CONFIG, "sdpa").save_pretrained(tmp_path / "model")
     out = tmp_path / "found.safetensors"
-    worker = [str(ROOT / "tests/engine/redraw_worker.py"), "--model", str(tmp_path / "model"), "--stage", str(stage)]
-    run = launch(ranks, [*worker, "--out", str(out)], port=free_port())
-    assert run.returncode == 0, run.stdout[-4000:]
+    pool.call(ranks, "tests.engine.redraw_worker:run", tmp_path / "model", stage, out)
     found = load_file(out)
     names = [name.removeprefix("0.") for name in found if name.startswith("0.")]
     mean = {name: found[f"0.{name}"].double() for name in names}
@@ -224,19 +220,18 @@ def test_an_empty_answer_and_a_wanted_one_are_not_taken() -> None:
     [
         ({"objective": "dpo"}, "--objective dpo compares to what is kept of the records' own answers.* take another"),
         ({"objective": "tnpo"}, "--objective tnpo compares to what is kept"),
-        ({}, "--objective wpn compares .* take --wpn_targets live, or"),
-        ({"wpn_targets": "detached"}, "take --wpn_targets live, or"),
-        ({"wpn_scoring": "likelihood_ratio", "wpn_pooling": "sum"}, "take --wpn_scoring likelihood, or"),
+        ({}, r"--objective wpn compares .* \(wpn can have --wpn_targets live, or"),
+        ({"wpn_targets": "detached"}, r"\(wpn can have --wpn_targets live, or"),
+        ({"wpn_scoring": "likelihood_ratio", "wpn_pooling": "sum"}, r"or --wpn_scoring likelihood\)"),
         ({"objective": "neat", "preference_weight": 0.0}, "no term of the objective reads unwanted answers"),
         ({"objective": "neat", "redraw_ema": 0.9}, "neither with parameters on NVMe"),
     ],
 )
 def test_answers_that_nothing_could_be_compared_to_are_refused(settings, error) -> None:
-    objective = ObjectiveConfig(redraw_steps=1, **settings)
-    config = replace(Config(), objective=objective, training=TrainingConfig(deepspeed="x"))
+    config = Config.from_flat({"redraw_steps": 1, **settings})
     ds_json = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
     with pytest.raises(UserError, match=error):
-        _check_redraw(config, ds_json, build_objective(objective, retain=True))
+        check_redraw(config.unlearning.objective, config.unlearning.redraw_ema, ds_json, Terms.of(config.objective))
 
 
 @pytest.mark.parametrize(
@@ -256,32 +251,10 @@ def test_settings_that_do_not_go_together_are_refused(settings, error) -> None:
         Config.from_flat(settings)
 
 
-def test_a_probability_is_the_geometric_mean_over_the_tokens_of_the_answer_read_alone(world) -> None:
-    segments = [answer.segment for answer in make_examples().answers]
-    expected = [_log_probabilities(segment, alone(segment)[1]).mean().exp() for segment in segments]
-    torch.testing.assert_close(token_probabilities(small_reader(world), segments), torch.stack(expected))
-
-
-def test_an_example_stays_while_one_of_its_answers_is_known(world) -> None:
-    reader, examples = small_reader(world), make_examples().forget
-    best = [max(token_probabilities(reader, [a.segment for a in e.unwanted]).tolist()) for e in examples]
-    assert any(len(example.unwanted) > 1 for example in examples)
-    below = sorted(best)[2] * 0.999
-    assert still_known(reader, examples, range(len(examples)), below) == [i for i, p in enumerate(best) if p >= below]
-    assert still_known(reader, examples, [1, 3], 1e-9) == [1, 3]
-    assert still_known(reader, examples, range(len(examples)), 0.999) == []
-
-
-def test_a_model_that_broke_has_forgotten_nothing(world, monkeypatch) -> None:
-    monkeypatch.setattr(refinement, "token_probabilities", lambda _, segments: torch.full((len(segments),), torch.nan))
-    assert still_known(small_reader(world), make_examples().forget, [0, 2], 0.5) == [0, 2]
-
-
-@pytest.mark.distributed
-def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(tiny, tmp_path) -> None:
+def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(train, tmp_path) -> None:
     line = ["--objective", "ga", "--learning_rate", "1e-3", "--eval_steps", "2", "--forgotten_below", "0.0028"]
     line += ["--max_steps", "40", "--save_steps", "2", "--save_total_limit", "99"]
-    said = train(tiny, tmp_path / "whole", *line)
+    said = train(tmp_path / "whole", *line)
     left = [int(m["eval/examples_left"]) for m in metrics(tmp_path / "whole") if "eval/examples_left" in m]
     steps = [m["step"] for m in metrics(tmp_path / "whole") if "eval/examples_left" in m]
     assert left[0] == 23 and left[-1] == 0 and left == sorted(left, reverse=True) and steps[-1] < 40
@@ -290,16 +263,9 @@ def test_what_is_forgotten_leaves_and_the_run_ends_when_nothing_is_left(tiny, tm
     check_metrics(metric_names(tmp_path / "whole/metrics.jsonl"), "--validation_file", "ga", "--forgotten_below")
     begun = next(step for step, count in zip(steps, left, strict=True) if 0 < count < 23)
     state = checkpoint.read_state(tmp_path / f"whole/checkpoint-{begun}")
-    assert state is not None and state.left is not None and state.left_since == begun
+    assert state is not None and state.parts["feed"]["left"] and state.parts["feed"]["left_since"] == begun
     for stop in (begun, begun + 1):  # at the evaluation after which some are gone, and a step later
         halves = tmp_path / f"halves-{stop}"
-        train(tiny, halves, *line, "--max_steps", str(stop))
-        train(tiny, halves, *line, "--resume_from_checkpoint", "auto")
+        train(halves, *line, "--max_steps", str(stop))
+        train(halves, *line, "--resume_from_checkpoint", "auto")
         assert same_weights(tmp_path / "whole", halves) and losses(tmp_path / "whole") == losses(halves)
-
-
-def test_an_old_checkpoint_trains_on_all_examples(tmp_path) -> None:
-    old = {"step": 1, "world_size": 1, "data": "", "model": "", "settings": {}, "files": {}}
-    (tmp_path / checkpoint.MANIFEST).write_text(json.dumps(old))
-    state = checkpoint.read_state(tmp_path)
-    assert state is not None and state.left is None and state.drawn == []

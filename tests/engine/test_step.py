@@ -1,30 +1,33 @@
-"""The step's hot loop hands work to the device and never waits for an answer."""
+"""The step: its gradient is that of its terms however it is split, and its hot loop never waits for the device."""
 
 from __future__ import annotations
 
 import sys
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from wpn_ds.objectives.family import build_objective
-from wpn_ds.objectives.objective import Objective, StartingScores
 
 from tests.data.made import FORMS
 from tests.engine.gradient_cases import make_examples
 from tests.engine.small import Engine, silent, small_model
+from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Layout, StepPlan, plan_step
-from wpn_ds.engine.bank import Bank
+from wpn_ds.engine import step as step_module
+from wpn_ds.engine.progress import Window
 from wpn_ds.engine.reader import Reader
-from wpn_ds.engine.reference import FrozenModel, cached_states, cached_topk, frozen_json, starting_logprobs
-from wpn_ds.engine.step import Step, StepResult, Sums
+from wpn_ds.engine.reference import FrozenModel, cached_states, cached_topk, frozen_json
+from wpn_ds.engine.start import Start
+from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
-from wpn_ds.engine.telemetry import Window
 from wpn_ds.models import attention
+from wpn_ds.objectives.registry import built_in
+from wpn_ds.objectives.terms import Role, Terms
 from wpn_ds.objectives.wpn import WPN
-from wpn_ds.settings.run import ObjectiveConfig
 
 #: What makes the host wait for a GPU: a value it reads, or a result whose size it must know.
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal", "bincount")
@@ -63,38 +66,109 @@ class Syncs(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-class Looped(Engine):
-    """An engine whose backward is plain and whose step does nothing."""
-
-    def set_gradient_accumulation_boundary(self, boundary: bool) -> None:
-        pass
-
-    def backward(self, loss: Tensor, scale_wrt_gas: bool) -> None:
-        loss.backward()
-
-
-class Loop(Step):
-    """The step but for its end, where the gradient is found finite and clipped by DeepSpeed."""
-
-    def _update(self, sums: Sums) -> StepResult:
-        return StepResult(sums, torch.ones(()), False)
-
-
 EXAMPLES = make_examples()
-LIKELIHOOD = {"targets": "live", "negatives": "own", "temperature": 10.0}
 
 
-def named(name: str) -> Objective:
-    return build_objective(ObjectiveConfig(objective=name), retain=True)  # type: ignore[arg-type]
+def start_of(terms: Terms, reader: Reader, tables: Tables, kept: str) -> Start:
+    """What the model says before training, with the retain labels' distribution ``kept`` in one of its ways."""
+    retain, world = EXAMPLES.retain, reader.world
+    reference = {
+        "frozen": lambda: FrozenModel(small_model().lm, True, frozen_json({}, "sharded"), world),
+        "states": lambda: cached_states(reader, retain, tables, silent),
+        "topk": lambda: cached_topk(reader, retain, 8, tables, silent),
+    }
+    return Start.read(terms, EXAMPLES, reader, tables, silent, reference[kept])
 
 
-def targets_of(objective: Objective, plan: StepPlan) -> Any:
-    device = torch.device("cpu")
-    if isinstance(objective, WPN) and objective.frozen:
-        return Bank.of(EXAMPLES, torch.randn(len(EXAMPLES.answers), 32)).targets(plan, objective, device)
-    if objective.needs_starting_scores:
-        return StartingScores(torch.zeros(len(plan.wanted_ids)), torch.zeros(len(plan.unwanted_ids)))
-    return None
+# ---- one micro-batch after the other ----
+
+
+class Interrupted(Exception):
+    """A rank is told to stop."""
+
+
+class Recording(Engine):
+    """Keeps what it is given, and before each forward calls ``before`` with its number."""
+
+    def __init__(self, before: Callable[[int], None]) -> None:
+        super().__init__(small_model().train())
+        self.before, self.batches = before, []
+
+    def __call__(self, *arguments: Any) -> Any:
+        self.before(len(self.batches))
+        self.batches.append(arguments[0])
+        return super().__call__(*arguments)
+
+
+def passes_of(plan: StepPlan, two: bool) -> list[list[int]]:
+    """The micro-batches of each pass: where pairs are gathered, there is one more over what is theirs."""
+    every = range(len(plan.micro_batches[0]))
+    theirs = [k for k in every if plan.roles(k) & {Role.WANTED, Role.UNWANTED}]
+    return [theirs, list(every)] if two else [list(every)]
+
+
+@pytest.mark.parametrize("targets", ["reference", "live"])
+def test_the_next_batch_is_collated_while_one_computes_and_each_has_its_beat_before(
+    world, tmp_path, monkeypatch, targets
+) -> None:
+    layout, terms = Layout(48, 30, world_size=1, **FORMS["shared"]), Terms.of(WPN(wpn_targets=targets))
+    plan = plan_step(EXAMPLES, range(6), [2, 0, 1], layout, roles=terms.read)
+    passes = passes_of(plan, targets == "live")
+    order = [k for which in passes for k in which]
+    last = [sum(map(len, passes[: n + 1])) - 1 for n in range(len(passes))]
+    assert min(map(len, passes)) > 3, "nothing is seen of an order"
+    events: list[str] = []
+    collated: list[Any] = []
+    one_more = threading.Condition()
+
+    def collating(rows: Any, *arguments: Any, **named: Any) -> Any:
+        with one_more:
+            collated.append(rows)
+            one_more.notify_all()
+        return collate(rows, *arguments, **named)
+
+    def before(forward: int) -> None:
+        events.append("forward")
+        due = forward + (1 if forward in last else 2)
+        with one_more:
+            assert one_more.wait_for(lambda: len(collated) >= due, timeout=20), "the next one waits for this one"
+        assert len(collated) == due, "more are collated than the next one"
+
+    engine = Recording(before)
+    start = start_of(terms, Reader(Engine(engine.module), layout, 0, world), Tables(tmp_path, {}), "states")
+    monkeypatch.setattr(step_module, "collate", collating)
+    result = Step(engine, terms, world, layout, 0, start, beat=events.append)(plan)
+    own = plan.micro_batches[0]
+    assert collated == [own[k] for k in order]
+    assert events == [e for k in order for e in (f"micro-batch {k + 1} of {len(own)}", "forward")]
+    for k, batch in zip(order, engine.batches, strict=True):
+        assert torch.equal(batch.input_ids, collate(own[k], 0, roles=terms.predicted, flat=True).input_ids)
+    assert engine.updates == 1 and not result.skipped and result.data_seconds > 0
+
+
+@pytest.mark.parametrize("at", [1, 3])
+@pytest.mark.parametrize("targets", ["reference", "live"])
+def test_a_beat_that_raises_leaves_the_step_before_anything_has_changed(world, tmp_path, at, targets) -> None:
+    layout, terms = Layout(48, 30, world_size=1, **FORMS["shared"]), Terms.of(WPN(wpn_targets=targets))
+    plan = plan_step(EXAMPLES, range(6), [2, 0, 1], layout, roles=terms.read)
+    engine, beats = Engine(small_model().train()), []
+
+    def beat(what: str) -> None:
+        beats.append(what)
+        if len(beats) == at:
+            raise Interrupted(what)
+
+    start = start_of(terms, Reader(engine, layout, 0, world), Tables(tmp_path, {}), "states")
+    step = Step(engine, terms, world, layout, 0, start, beat=beat)
+    with pytest.raises(Interrupted):
+        step(plan)
+    assert engine.updates == 0
+    engine.module.zero_grad()
+    again = step(plan)
+    assert engine.updates == 1 and not again.skipped, "and it can be taken again"
+
+
+# ---- waiting ----
 
 
 @pytest.mark.parametrize("form", ["flat", "shared"])
@@ -103,40 +177,35 @@ def targets_of(objective: Objective, plan: StepPlan) -> Any:
     ("objective", "kept"),
     [
         (WPN(), "frozen"),
-        (WPN(negatives="bank"), "states"),
-        (WPN(targets="live", scoring="dot"), "topk"),
-        (WPN(scoring="likelihood", **LIKELIHOOD), "topk"),
-        (WPN(scoring="likelihood_ratio", pooling="sum", **LIKELIHOOD), "states"),
-        (WPN(retain_loss="nll"), None),
+        (WPN(wpn_negatives="bank"), "states"),
+        (WPN(wpn_targets="live", wpn_scoring="dot"), "topk"),
+        (WPN(wpn_scoring="likelihood", wpn_temperature=10.0), "topk"),
+        (WPN(wpn_scoring="likelihood_ratio", wpn_pooling="sum", wpn_temperature=10.0), "states"),
+        (WPN(retain_loss="nll"), "states"),
         (WPN(ascent_weight=0.5), "states"),
-        *((named(name), "states") for name in ("wga", "tnpo", "npo", "simnpo", "altpo", "dpo", "neat", "c3po")),
+        *((built_in()[name](), "states") for name in built_in() if name != "wpn"),
     ],
 )
 def test_nothing_from_collating_to_the_backward_and_the_log_waits_for_the_device(
     world, tmp_path, objective, kept, budget, form
 ) -> None:
     layout = Layout(48, budget, world_size=1, **FORMS[form])
-    engine, tables = Looped(small_model().train()), Tables(tmp_path, {})
-    reader, retain = Reader(engine, layout, 0, world), EXAMPLES.retain
-    reference = {
-        "frozen": lambda: FrozenModel(small_model().lm, True, frozen_json({}, "sharded"), world),
-        "states": lambda: cached_states(reader, retain, tables, silent),
-        "topk": lambda: cached_topk(reader, retain, 8, tables, silent),
-        None: lambda: None,
-    }[kept]()
-    plan = plan_step(EXAMPLES, [3, 0, 4, 2, 5, 1], [2, 0, 1], layout, roles=objective.read)
-    assert len(plan.micro_batches[0]) == 2 if budget > 48 else len(plan.micro_batches[0]) > 4
-    logprobs = None
-    if objective.needs_starting_logprobs:
-        logprobs = starting_logprobs(reader, EXAMPLES.answers, tables, silent)
-    step, window = Loop(engine, objective, world, layout, 0, reference, logprobs), Window(world, 1.0)
+    engine, tables = Engine(small_model().train()), Tables(tmp_path, {})
+    terms = Terms.of(objective)
+    start = start_of(terms, Reader(engine, layout, 0, world), tables, kept)
+    plan = plan_step(EXAMPLES, [3, 0, 4, 2, 5, 1], [2, 0, 1], layout, roles=terms.read)
+    parts = len({role is Role.RETAIN for role in terms.read})
+    assert len(plan.micro_batches[0]) == parts if budget > 48 else len(plan.micro_batches[0]) > parts + 1
+    step, window = Step(engine, terms, world, layout, 0, start), Window(world, 1.0)
     with Syncs() as seen:
-        result = step(plan, targets_of(objective, plan))
-        window.add(result, plan, 6, 1.0, step.data_seconds)
+        for rows in plan.micro_batches[0]:  # the step does it in another thread, where nothing is seen
+            collate(rows, 0, roles=terms.predicted, flat=layout.flat).to(world.device)
+        result = step(plan)
+        window.add(result, plan, 6, 1.0, result.data_seconds)
     assert seen.found == []
     assert all(parameter.grad is not None for parameter in engine.module.parameters())
     with Syncs() as seen:
-        window.close(objective.weights)
+        window.close(terms.weights)
     assert seen.found, "the figures are read when they are logged, which would be seen"
 
 

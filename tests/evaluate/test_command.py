@@ -163,21 +163,25 @@ def test_a_judge_that_is_not_understood_ends_the_evaluation_in_a_line_and_leaves
     assert figures["harmless_rate"] == 1 - figures["degenerate_rate"] > 0 and figures["unusable"] == 0
 
 
-@pytest.mark.distributed
-def test_two_ranks_report_what_one_reports(folders, files, tmp_path) -> None:
+def test_two_ranks_report_what_one_reports(pool, folders, files, tmp_path) -> None:
     flags = ["--model", str(folders / "opt"), "--baseline", str(folders / "neo"), *files, "--max_new_tokens", "6"]
     flags += ["--suite", "train,attacks,retain,relearning,diversity", "--batch_size", "3", "--relearn_steps", "1"]
     flags += ["--tofu_dir", str(write_tofu(tmp_path / "tofu"))]
     for ranks in (1, 2):
         out = ["--output_dir", str(tmp_path / str(ranks))]
-        done = launch(ranks, ["launch/evaluate.py", *flags, *out], port=free_port(), timeout=300)
-        assert done.returncode == 0, done.stdout
+        done = pool.run(ranks, "tests.commands:script", "launch/evaluate.py", *flags, *out)
+        assert done.returncode == 0, done.shown()
     one, two = (report(tmp_path / str(ranks)) for ranks in (1, 2))
     assert one["settings"].pop("ranks") == 1 and two["settings"].pop("ranks") == 2
     assert one["suites"]["attack/role_play"]["n"] == 4 and one["tofu"]["sets"]["forget"]["n"] == 5 and one == two
     logs = [(tmp_path / str(ranks) / "tofu.json").read_text(encoding="utf-8") for ranks in (1, 2)]
     assert logs[0] == logs[1]
-    wrong = launch(2, ["launch/evaluate.py", *flags, "--suite", "nonsense", *out], port=free_port(), timeout=120)
+
+
+@pytest.mark.distributed
+def test_a_mistake_that_both_ranks_make_is_one_line_in_a_shell(folders, files, tmp_path) -> None:
+    line = ["launch/evaluate.py", "--model", str(folders / "opt"), *files, "--output_dir", str(tmp_path)]
+    wrong = launch(2, [*line, "--suite", "nonsense"], port=free_port())
     assert wrong.returncode == 2 and wrong.stdout.count("error: --suite nonsense") == 1, wrong.stdout
 
 

@@ -95,11 +95,10 @@ def test_the_summary_counts_all_starts(run) -> None:
     assert "1:00:00 in steps" in text and "1 restarts" in text and "12,345 tokens" in text and "2.00 device" in text
 
 
-def test_checkpoint_list_and_verify(tmp_path, capsys) -> None:
+def test_checkpoint_list_and_verify(world, tmp_path, capsys) -> None:
     from tests.engine.test_checkpoint import made
 
-    made(tmp_path, 2)
-    made(tmp_path, 10)
+    made(tmp_path, world, 2, 10)
     capsys.readouterr()  # what DeepSpeed said as it was imported
     assert checkpoint_tool.run(["list", str(tmp_path)]) == 0
     lines = capsys.readouterr().out.splitlines()

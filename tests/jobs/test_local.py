@@ -11,9 +11,9 @@ from tests.launching import ROOT, environment
 SCRIPT = """
 import sys
 from pathlib import Path
-from wpn_ds import training_job
+from wpn_ds.jobs import local
 sys.executable = sys.argv[1]
-sys.exit(training_job.launch(["job", "argument"], Path(sys.argv[2])))
+sys.exit(local.launch(["job", "argument"], Path(sys.argv[2])))
 """
 
 

@@ -3,18 +3,21 @@
 from __future__ import annotations
 
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from wpn_ds.objectives.family import build_objective
+from torch import Tensor
 
 from tests.data.made import PAD, example_sets, flat, items_of, layout, plan_of
-from wpn_ds.data.batch import collate
-from wpn_ds.data.plan import Item, Role
+from tests.engine.stepping import Said, take
+from wpn_ds.data.batch import Batch, collate
+from wpn_ds.data.plan import Item
 from wpn_ds.data.tokens import Segment
-from wpn_ds.losses.likelihood import Reading, Tokens
-from wpn_ds.settings.run import ObjectiveConfig
+from wpn_ds.losses.likelihood import Tokens
+from wpn_ds.models.packed import Output
+from wpn_ds.objectives.graddiff import GradDiff
+from wpn_ds.objectives.terms import Role, Terms
 
-several = settings(max_examples=40, deadline=None)
+several = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @several
@@ -38,19 +41,22 @@ def test_labels_are_not_one_off_where_only_the_prompt_begins_with_bos() -> None:
     assert [segment.ids[p] for p in batch.label_positions.tolist()] == [11, 20, 21, 22], "each from the token before it"
 
 
+def one_everywhere(batch: Batch, weights: Tensor | None = None, targets: object = None) -> Output:
+    """A model whose every label costs 1."""
+    losses = torch.ones(len(batch.label_ids), requires_grad=True)
+    return Output(torch.zeros(0), losses, torch.zeros(()) if weights is None else (weights * losses).sum())
+
+
 @several
 @given(examples=example_sets(), budget=st.sampled_from([20, 150, 10_000]))
-def test_pads_are_counted_neither_in_kl_nor_in_its_mean(examples, budget) -> None:
-    plan = plan_of(examples, layout("padded", budget), roles=frozenset({Role.RETAIN}))
-    objective = build_objective(ObjectiveConfig(objective="graddiff", retain_loss="kl"), retain=True)
-    total, padded = 0.0, 0
-    for rows in flat(plan.micro_batches):
-        batch = collate(rows, PAD, roles=objective.predicted)
-        padded += int((batch.segment_ids < 0).sum())
-        reading = Reading(torch.zeros(0), torch.ones(len(batch.label_ids)), torch.zeros(()))  # a KL of 1 everywhere
-        term = objective.likelihoods(reading, batch, plan.counts)["retain"]
-        total += float(term.total)
-    assert total == plan.counts["retain"] == sum(segment.answer_length for segment in examples.retain)
+def test_pads_are_counted_neither_in_kl_nor_in_its_mean(world, examples, budget) -> None:
+    each, terms = layout("padded", budget), Terms.of(GradDiff(retain_loss="kl"))
+    plan = plan_of(examples, each, roles=frozenset({Role.RETAIN}))
+    sums = take(terms, examples, plan, each, world, one_everywhere, Said.of(examples)).sums
+    labels = sum(segment.answer_length for segment in examples.retain)
+    assert sums.totals["retain"].item() == sums.counts["retain"] == labels
+    batches = [collate(rows, PAD, roles=terms.predicted) for rows in flat(plan.micro_batches)]
+    padded = sum(int((batch.segment_ids < 0).sum()) for batch in batches)
     assert padded == plan.padded_tokens - sum(map(len, examples.retain)) - _dead(plan)
 
 

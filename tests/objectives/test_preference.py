@@ -10,27 +10,30 @@ src/trainer/unlearn/wga.py); TNPO (arXiv 2502.19301).
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
-from wpn_ds.objectives.family import build_objective
-from wpn_ds.objectives.objective import Objective, StartingScores, Term
-from wpn_ds.objectives.preference import preference_losses
 
-from tests.data.made import PAD, example_sets, flat, layouts, plan_of
-from wpn_ds.data.batch import collate
-from wpn_ds.data.plan import Role
-from wpn_ds.losses.likelihood import Fading, Reading
-from wpn_ds.settings.run import ObjectiveConfig
+from tests.data.made import example_sets, layouts, plan_of
+from tests.engine.stepping import Said, take
+from wpn_ds.data.batch import Batch
+from wpn_ds.data.plan import StepPlan
+from wpn_ds.models.packed import Output
+from wpn_ds.objectives.dpo import DPO
+from wpn_ds.objectives.npo import NPO
+from wpn_ds.objectives.registry import built_in
+from wpn_ds.objectives.simnpo import SimNPO
+from wpn_ds.objectives.terms import Objective, Role, Terms
 
 MARGINS = st.lists(st.floats(-30, 30), min_size=1, max_size=8)
 
 
 def named(name: str, **settings) -> Objective:
-    return build_objective(ObjectiveConfig(objective=name, **settings), retain=True)
+    return built_in()[name](**settings)
 
 
 def sigmoid(x: float) -> float:
@@ -39,16 +42,23 @@ def sigmoid(x: float) -> float:
 
 @given(MARGINS, st.floats(0.01, 1), st.floats(-1, 1))
 def test_the_loss_is_minus_the_log_of_a_sigmoid(margins, beta, gamma) -> None:
-    got = preference_losses(torch.tensor(margins, dtype=torch.float64), beta, gamma)
-    assert got.tolist() == pytest.approx([-math.log(sigmoid(beta * m - gamma)) for m in margins], rel=1e-9)
+    margins = [beta * m for m in margins]
+    got = SimNPO(beta=beta, gamma=gamma).loss(torch.tensor(margins, dtype=torch.float64))
+    assert got.tolist() == pytest.approx([-2 / beta * math.log(sigmoid(m - gamma)) for m in margins], rel=1e-9)
+    got = DPO(beta=beta).loss(torch.tensor(margins, dtype=torch.float64))
+    assert got.tolist() == pytest.approx([-math.log(sigmoid(m)) for m in margins], rel=1e-9)
 
 
-def test_no_margin_is_so_large_that_loss_or_gradient_is_not_a_number() -> None:
+@pytest.mark.parametrize("name", ["dpo", "c3po", "altpo", "idkdpo", "npo", "simnpo", "neat"])
+def test_no_margin_is_so_large_that_loss_or_gradient_is_not_a_number(name) -> None:
+    objective = named(name)
     margins = torch.tensor([-1e6, -1e3, 0.0, 1e3, 1e6], requires_grad=True)
-    losses = preference_losses(margins, 1.0)
+    losses = objective.loss(margins)  # type: ignore[attr-defined]
     losses.sum().backward()
     assert losses.isfinite().all() and margins.grad is not None and margins.grad.isfinite().all()
-    assert losses[0] == 1e6 and margins.grad.tolist() == pytest.approx([-1, -1, -0.5, 0, 0])
+    scale = losses[0].item() / 1e6
+    assert scale == pytest.approx(1 if name in ("dpo", "c3po", "neat") else 2 / objective.beta)  # type: ignore[attr-defined]
+    assert margins.grad.tolist() == pytest.approx([-scale, -scale, -scale / 2, 0, 0])
 
 
 class Answers:
@@ -64,29 +74,36 @@ class Answers:
         self.start = [logprobs(answer.segment.answer_length) for answer in examples.answers]
 
 
-def measured(objective: Objective, plan, layout, answers: Answers) -> tuple[dict[str, Term], dict[int, Tensor]]:
-    """The step's terms on whole answers, computed as one micro-batch after the other is read and gathered; and the
-    gradient of the token log-probabilities by place in the answers."""
-    ids = {Role.WANTED: plan.wanted_ids, Role.UNWANTED: plan.unwanted_ids}
-    leaves = {k: logprobs.clone().requires_grad_() for k, logprobs in enumerate(answers.now)}
-    parts = []
-    for rows in flat(plan.micro_batches):
-        batch = collate(rows, PAD, roles=objective.predicted, flat=layout.flat)
-        losses = torch.zeros(len(batch.label_ids), dtype=torch.float64)
+class Saying:
+    """The model of :class:`Answers` for the batches of a plan."""
+
+    training = False
+
+    def __init__(self, answers: Answers, plan: StepPlan) -> None:
+        self.ids = {Role.WANTED: plan.wanted_ids, Role.UNWANTED: plan.unwanted_ids}
+        self.leaves = [logprobs.clone().requires_grad_() for logprobs in answers.now]
+
+    def __call__(self, batch: Batch, weights: Tensor | None = None, targets: object = None) -> Output:
+        losses = torch.zeros(len(batch.label_ids), dtype=torch.float64, requires_grad=True)
         for role, spans in ((Role.WANTED, batch.wanted_labels), (Role.UNWANTED, batch.unwanted_labels)):
             for start, stop, index in zip(spans.start, spans.stop, spans.index, strict=True):
-                losses = torch.cat([losses[:start], -leaves[int(ids[role][index])], losses[stop:]])
-        parts.append(objective.states(Reading(torch.zeros(0), losses, torch.zeros(())), batch))
-    whole = {}
-    for name in parts[0]:
-        values, index = (torch.cat(column) for column in zip(*(part[name] for part in parts), strict=True))
-        whole[name] = values[index.argsort()], torch.arange(len(index))
-    pooling = objective.score_pooling
-    start = torch.stack([lp.sum() if pooling == "sum" else lp.mean() for lp in answers.start])
-    begun = StartingScores(start[plan.wanted_ids], start[plan.unwanted_ids])
-    terms = objective.contrast(whole, plan, begun if objective.needs_starting_scores else None)
-    objective.total(terms).backward()
-    return terms, {k: leaf.grad for k, leaf in leaves.items() if leaf.grad is not None}
+                losses = torch.cat([losses[:start], -self.leaves[int(self.ids[role][index])], losses[stop:]])
+        if weights is None:
+            return Output(torch.zeros(0), losses, torch.zeros(()))
+        return Output(torch.zeros(0), losses.detach(), (weights * losses).sum())
+
+
+def measured(objective: Objective, examples, layout, answers: Answers, world) -> tuple[float, int, dict[int, Tensor]]:
+    """The sum and the count of the term on whole answers, by the step, micro-batch by micro-batch; and the gradient of
+    the token log-probabilities by ``answer_id``."""
+    terms = replace(Terms.of(objective), tokens=())
+    plan = plan_of(examples, layout, roles=terms.read)
+    model = Saying(answers, plan)
+    (term,) = terms.answers
+    start = torch.stack([lp.sum() if term.score == "sum" else lp.mean() for lp in answers.start])
+    sums = take(terms, examples, plan, layout, world, model, Said(torch.empty(0), start)).sums
+    gradients = {k: leaf.grad for k, leaf in enumerate(model.leaves) if leaf.grad is not None}
+    return sums.totals["preference"].item(), sums.counts["preference"], gradients
 
 
 def pairs_of(examples) -> list[tuple[int, int]]:
@@ -147,17 +164,17 @@ FORMULAS = {
 }
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(examples=example_sets(), layout=layouts())
 @pytest.mark.parametrize("name", FORMULAS)
-def test_a_steps_mean_is_that_of_the_plain_formula_whatever_the_layout(name, examples, layout) -> None:
+def test_a_steps_mean_is_that_of_the_plain_formula_whatever_the_layout(world, name, examples, layout) -> None:
     objective, formula = FORMULAS[name]
-    plan, answers = plan_of(examples, layout, roles=objective.read), Answers(examples)
-    terms, gradients = measured(objective, plan, layout, answers)
+    answers = Answers(examples)
+    total, count, gradients = measured(objective, examples, layout, answers, world)
     plain = formula(examples, answers)
-    assert terms["preference"].count == len(plain)
-    total = terms["preference"].total.item()
+    assert count == len(plain)
     assert total == pytest.approx(sum(plain), rel=1e-6, abs=1e-12)  # the pooling's weights are fp32
+    assert len(gradients) > 0
     step = 1e-6
     for k in list(gradients)[:2]:  # the plain formula's own slope
         slopes = []
@@ -166,46 +183,15 @@ def test_a_steps_mean_is_that_of_the_plain_formula_whatever_the_layout(name, exa
             slopes.append(sum(formula(examples, answers)) / max(1, len(plain)))
             answers.now[k][0] -= sign * step
         assert float(gradients[k][0]) == pytest.approx(
-            objective.weights["preference"] * (slopes[0] - slopes[1]) / (2 * step), rel=1e-4, abs=1e-7
+            objective.weights["preference_weight"] * (slopes[0] - slopes[1]) / (2 * step), rel=1e-4, abs=1e-7
         )
 
 
 def test_at_the_start_npo_has_the_gradient_of_gradient_ascent() -> None:
     """NPO's weight 2 p^beta / (p^beta + p_start^beta) is 1 where p is p_start (arXiv 2404.05868, eq. 4)."""
     scores = torch.tensor([-3.0, -20.0, -0.1], dtype=torch.float64, requires_grad=True)
-    objective = named("npo", beta=0.1)
-    losses = objective.scale * preference_losses(-(scores - scores.detach()), objective.beta)  # type: ignore[attr-defined]
-    losses.sum().backward()
+    NPO(beta=0.1).loss(-0.1 * (scores - scores.detach())).sum().backward()
     assert scores.grad is not None and scores.grad.tolist() == pytest.approx([1.0, 1.0, 1.0])
-
-
-LOGITS = st.integers(0, 1000).map(
-    lambda seed: torch.randn(5, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
-)
-
-
-@given(LOGITS, st.floats(0.1, 3))
-def test_wga_has_the_gradient_of_a_constant_power_of_p_times_log_p(logits, beta) -> None:
-    ids = torch.tensor([1, 6, 0, 3, 3])
-    leaf = logits.clone().requires_grad_()
-    logp = torch.log_softmax(leaf, 1)[torch.arange(5), ids]
-    plain = -(logp.exp().detach() ** beta * logp)
-    plain.sum().backward()
-    losses, delta = Fading(ids[1:], beta).losses(logits[2:].clone(), slice(1, 4))  # labels 1..3 of their part
-    torch.testing.assert_close(losses, plain[2:].detach())
-    torch.testing.assert_close(delta, leaf.grad[2:])  # type: ignore[index]
-
-
-@given(LOGITS, LOGITS, st.floats(0.1, 3))
-def test_tnpo_is_npo_token_by_token(logits, before, beta) -> None:
-    ids = torch.tensor([1, 6, 0, 3, 3])
-    leaf = logits.clone().requires_grad_()
-    p, start = (torch.softmax(x, 1)[torch.arange(5), ids] for x in (leaf, before))
-    plain = -2 / beta * torch.log(1 + (p / start) ** beta)
-    plain.sum().backward()
-    losses, delta = Fading(ids, beta, start.log()).losses(logits[1:3].clone(), slice(1, 3))
-    torch.testing.assert_close(losses, plain[1:3].detach())
-    torch.testing.assert_close(delta, leaf.grad[1:3])  # type: ignore[index]
 
 
 @pytest.mark.parametrize(
@@ -223,7 +209,7 @@ def test_tnpo_is_npo_token_by_token(logits, before, beta) -> None:
     ],
 )
 def test_an_objective_reads_no_text_and_no_start_that_it_has_no_use_for(name, read, starts) -> None:
-    objective = named(name)
-    assert objective.read == read
-    assert ObjectiveConfig(objective=name).reads_wanted == (Role.WANTED in read)
-    assert (objective.needs_starting_scores or objective.needs_starting_logprobs) == starts
+    terms = Terms.of(named(name))
+    assert terms.read == read
+    assert terms.compares_wanted == (Role.WANTED in read)
+    assert (any(term.relative for term in terms.answers) or terms.needs_start_logprobs) == starts

@@ -5,8 +5,6 @@ from __future__ import annotations
 import copy
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.launching import environment, free_port
+from tests.pool import Pool
 from wpn_ds.errors import UserError
 from wpn_ds.settings.deepspeed import ResolvedDeepSpeed, bucket_sizes, for_loading, resolve_deepspeed
 from wpn_ds.settings.deepspeed_keys import OPTIMIZER_FLAGS
@@ -307,43 +305,17 @@ def test_nvme_buffers_hold_a_ranks_part_of_the_embedding(hidden: int, world_size
     assert kept.json["zero_optimization"]["offload_param"]["buffer_size"] == 5
 
 
-NVME_RUN = """
-import json, sys
-import torch, deepspeed
-from wpn_ds.settings.run import Config
-from wpn_ds.settings.deepspeed import resolve_deepspeed
-deepspeed.init_distributed("gloo")
-config = Config.from_flat({"bf16": True}, explicit={})
-for path in sys.argv[1:]:
-    torch.manual_seed(0)
-    ds = resolve_deepspeed(path, config, world_size=1, hidden_size=1024, device="cpu").json
-    ds["zero_optimization"].get("offload_param", {})["max_in_cpu"] = 0
-    model = torch.nn.Sequential(*(torch.nn.Linear(1024, 1024) for _ in range(3)))
-    engine, *_ = deepspeed.initialize(model=model, config=ds, model_parameters=list(model.parameters()))
-    losses = []
-    for _ in range(3):
-        loss = engine(torch.ones(1, 1024, dtype=torch.bfloat16)).float().square().mean()
-        engine.backward(loss)
-        engine.step()
-        losses.append(loss.item())
-    print("losses", *losses)
-"""
-
-
-@pytest.mark.distributed
-def test_deepspeed_trains_from_nvme_as_from_memory(tmp_path: Path, nvme_path: Path) -> None:
+def test_deepspeed_trains_from_nvme_as_from_memory(pool: Pool, nvme_path: Path) -> None:
     from deepspeed.ops.op_builder import AsyncIOBuilder
 
     if not AsyncIOBuilder().is_compatible(verbose=False):
         pytest.skip("DeepSpeed's async_io can't be built here (it needs libaio and its header, libaio-dev)")
-    script = tmp_path / "run.py"
-    script.write_text(NVME_RUN)
-    files = [str(path) for path in DS_CONFIGS if path.stem in ("zero3_nvme", "zero3_offload")]
-    rank = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    env = environment({**rank, "MASTER_PORT": str(free_port()), "NVME_PATH": str(nvme_path)})
-    run = subprocess.run([sys.executable, script, *files], env=env, capture_output=True, text=True, check=False)
-    losses = [line for line in run.stdout.splitlines() if line.startswith("losses")]
-    assert len(losses) == 2 and losses[0] == losses[1], run.stderr[-3000:]
+    one, other = (
+        pool.call(1, "tests.settings.nvme_worker:losses", str(path), env={"NVME_PATH": str(nvme_path)})
+        for path in DS_CONFIGS
+        if path.stem in ("zero3_nvme", "zero3_offload")
+    )
+    assert one == other
     assert list(nvme_path.rglob("*.swp")), "nothing went to the disk"
 
 

@@ -165,3 +165,9 @@ def test_text_files_are_utf8_whatever_the_locale() -> None:
         if (lines := without_encoding(path.read_text(encoding="utf-8")))
     }
     assert found == {}
+
+
+def test_the_cache_is_in_the_home_folder_that_a_tilde_means(monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("WPN_DS_CACHE", "~/cache")
+    assert cache_folder() == tmp_path / "cache"

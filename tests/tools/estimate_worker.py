@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import gc
-import json
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -84,15 +81,9 @@ def measure(stage: int, bf16: bool, moved: Counter[str], **zero: int) -> dict[st
     return {"stage": stage, "bf16": bf16, "parameters": parameters, "zero": zero, "held": held, "moved": dict(moved)}
 
 
-def main(output: str) -> None:
+def measured() -> list[dict[str, Any]]:
     moved: Counter[str] = Counter()
     counting(moved)  # before DeepSpeed looks the collectives up
     deepspeed.init_distributed("gloo")
     cases = [measure(stage, bf16, moved) for stage in (0, 1, 2, 3) for bf16 in (False, True)]
-    cases.append(measure(3, True, moved, stage3_max_live_parameters=40_000, stage3_max_reuse_distance=1))
-    if dist.get_rank() == 0:
-        Path(output).write_text(json.dumps(cases))
-
-
-if __name__ == "__main__":
-    main(sys.argv[-1])  # the launcher puts --local_rank before it
+    return [*cases, measure(3, True, moved, stage3_max_live_parameters=40_000, stage3_max_reuse_distance=1)]

@@ -27,7 +27,8 @@ from transformers import (
 )
 from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
-from tests.launching import ROOT, environment, free_port, launch
+from tests.launching import ROOT, environment
+from tests.pool import Pool
 from wpn_ds.errors import UserError
 from wpn_ds.models.sizes import KNOWN, Architecture, architecture, from_config
 from wpn_ds.tools import estimate
@@ -263,12 +264,8 @@ def test_the_heads_chunk_is_the_trainers() -> None:
 
 
 @pytest.fixture(scope="module")
-def measured(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    output = tmp_path_factory.mktemp("estimate") / "cases.json"
-    # As a module: a script's own folder would come first, and tests/select would be taken for Python's select.
-    run = launch(2, ["--module", "tests.tools.estimate_worker", str(output)], port=free_port())
-    assert output.exists(), run.stdout[-3000:]
-    return json.loads(output.read_text())
+def measured(pool: Pool) -> list[dict[str, Any]]:
+    return pool.call(2, "tests.tools.estimate_worker:measured")[0]
 
 
 def two_ranks(case: dict[str, Any]) -> Job:
@@ -283,14 +280,12 @@ def two_ranks(case: dict[str, Any]) -> Job:
     )
 
 
-@pytest.mark.distributed
 def test_weights_gradients_and_optimizer_are_within_2_percent_of_what_deepspeed_holds(measured: Any) -> None:
     assert {(case["stage"], case["bf16"]) for case in measured} == {(s, b) for s in range(4) for b in (False, True)}
     for case in measured:
         assert case["held"] == pytest.approx(sum(states_bytes(two_ranks(case)).values()), rel=0.02), case
 
 
-@pytest.mark.distributed
 def test_a_steps_communication_is_what_deepspeed_sends(measured: Any) -> None:
     for case in measured:
         twice = {"all_reduce": 2}

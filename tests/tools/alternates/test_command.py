@@ -6,7 +6,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from tests.launching import free_port, launch
 from tests.tools.alternates.conftest import write
 from wpn_ds.data.records import Message, read_forget
 from wpn_ds.errors import UserError
@@ -86,13 +85,12 @@ def test_a_call_that_was_stopped_goes_on_where_it_was(
     assert sum(done) == meta(out)["counts"]["drawn"], "every draw is made once"
 
 
-@pytest.mark.distributed
-def test_two_ranks_write_what_one_writes(folder, questions, tmp_path, unbroken) -> None:
+def test_two_ranks_write_what_one_writes(pool, folder, questions, tmp_path, unbroken) -> None:
     out = tmp_path / "two.jsonl"
-    done = launch(2, ["launch/alternates.py", *flags(folder, questions, out)], port=free_port(), timeout=300)
-    assert done.returncode == 0, done.stdout
+    done = pool.run(2, "tests.commands:script", "launch/alternates.py", *flags(folder, questions, out))
+    assert done.returncode == 0, done.shown()
     assert out.read_bytes() == unbroken and not out.with_name("two.jsonl.parts").exists()
-    assert done.stdout.count("alternates of use") == 1
+    assert done.output.count("alternates of use") == 1
 
 
 def test_a_chat_keeps_its_turns_and_its_category(folder, tmp_path) -> None:

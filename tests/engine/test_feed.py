@@ -1,0 +1,183 @@
+"""The feed gives a step its examples: a function of its state, which a resumed run takes up."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from tests.data.made import example_sets, flat, items_of
+from tests.engine.gradient_cases import make_examples
+from tests.engine.small import alone, small_reader
+from wpn_ds.data.examples import ExampleSet
+from wpn_ds.data.plan import Layout
+from wpn_ds.data.tokens import Segment
+from wpn_ds.engine import feed as feed_module
+from wpn_ds.engine.bank import answer_scores
+from wpn_ds.engine.feed import Feed, still_known
+from wpn_ds.engine.reader import Reader
+from wpn_ds.engine.redraw import Redraw, Request
+from wpn_ds.objectives.terms import Role
+from wpn_ds.settings.run import TrainingConfig
+
+LAYOUT = Layout(48, 150, packed=True, world_size=1)
+several = settings(max_examples=40, deadline=None)
+
+
+def feed_of(examples: ExampleSet, past: Mapping[str, Any] | None = None, size: int = 2, **more: Any) -> Feed:
+    training = TrainingConfig(seed=5, global_batch_size=size)
+    return Feed(examples, training, 2, LAYOUT, frozenset(Role), past=past, **more)
+
+
+def taken(feed: Feed, step: int) -> list[tuple[Role, Segment]]:
+    return [(item.role, item.segment) for item in items_of(flat(feed.plan(step).micro_batches))]
+
+
+# ---- the order, and the state ----
+
+
+@several
+@given(examples=example_sets(), size=st.integers(1, 6), step=st.integers(1, 40), data=st.data())
+def test_a_feed_goes_on_from_its_state_as_it_would_have_gone_on(examples, size, step, data) -> None:
+    everything = list(range(len(examples.forget)))
+    feed = feed_of(examples, size=size)
+    for _ in range(data.draw(st.integers(0, 3))):
+        known = everything if feed.left is None else feed.left
+        feed.keep(sorted(data.draw(st.sets(st.sampled_from(known), min_size=1))), data.draw(st.integers(0, step - 1)))
+    resumed = feed_of(examples, json.loads(json.dumps(feed.state())), size=size)
+    assert resumed.state() == feed.state() and resumed.empty == feed.empty
+    assert [taken(resumed, s) for s in (step, step + 1)] == [taken(feed, s) for s in (step, step + 1)]
+
+
+@several
+@given(examples=example_sets(), size=st.integers(1, 6), order=st.permutations(range(1, 9)))
+def test_a_step_s_examples_depend_on_no_step_before_it(examples, size, order) -> None:
+    feed = feed_of(examples, size=size)
+    apart = {step: taken(feed, step) for step in order}
+    assert apart == {step: taken(feed_of(examples, size=size), step) for step in range(1, 9)}
+
+
+@several
+@given(examples=example_sets(), data=st.data())
+def test_only_what_is_left_is_taken_and_all_of_it_in_an_epoch(examples, data) -> None:
+    left = sorted(data.draw(st.sets(st.integers(0, len(examples.forget) - 1), min_size=1)))
+    since = data.draw(st.integers(0, 7))
+    feed = feed_of(examples, size=1)
+    feed.keep(left, since)
+    if len(left) == len(examples.forget):
+        assert feed.state()["left"] is None and feed.state()["left_since"] == 0, "nothing left, nothing begins again"
+        since = 0
+    found = [wanted for s in range(since + 1, since + 1 + len(left)) for wanted in feed.plan(s).wanted_ids.tolist()]
+    assert sorted(found) == sorted(answer.answer_id for i in left for answer in examples.forget[i].wanted)
+
+
+def test_a_feed_is_empty_once_nothing_is_left() -> None:
+    feed = feed_of(make_examples())
+    assert not feed.empty
+    feed.keep([3], 2)
+    assert not feed.empty
+    feed.keep([], 4)
+    assert feed.empty and feed_of(make_examples(), feed.state()).empty
+
+
+# ---- answers that are drawn anew ----
+
+
+class Said:
+    """A model whose answers count up; keeps what it was asked."""
+
+    def __init__(self) -> None:
+        self.asked: list[tuple[list[list[int]], list[int]]] = []
+
+    def __call__(self, what: str, prompts: Sequence[list[int]], tokens: int, seeds: Sequence[int]) -> list[list[int]]:
+        self.asked.append((list(prompts), list(seeds)))
+        return [[50 + len(self.asked), 60 + k, 61][: tokens - k % 2] for k in range(len(prompts))]
+
+
+def redraw_of(examples: ExampleSet, said: Said) -> Redraw:
+    requests = [Request([9, i], 2) for i in range(len(examples.forget))]
+    return Redraw(said, requests, tokens=3, max_length=96, seed=5, ema=None)  # type: ignore[arg-type]
+
+
+def test_the_answers_of_the_steps_ahead_are_drawn_when_they_are_due_and_resumed_as_they_were() -> None:
+    examples, said = make_examples(), Said()
+    feed = feed_of(examples, redraw=redraw_of(examples, said), every=2)
+    assert feed.state()["drawn"] == []
+    figures = feed.refresh(1)
+    assert feed.refresh(2) == {}, "not due"
+    (prompts, seeds), ahead = said.asked[0], feed_of(examples)
+    due = sorted({ids[1] for ids in prompts})
+    taken_ahead = {a for step in (1, 2) for a in ahead.plan(step).unwanted_ids.tolist()}
+    assert due == [i for i, e in enumerate(examples.forget) if {a.answer_id for a in e.unwanted} <= taken_ahead]
+    assert len(set(seeds)) == len(seeds) == len(due) > 2
+    drawn = dict(feed.state()["drawn"])
+    assert list(drawn) == due and {len(ids) for ids in drawn.values()} == {3}, "what ended by itself has its end"
+    assert figures["redraw/taken"] == 1 and figures["redraw/tokens"] == 3 and figures["redraw/seconds"] >= 0
+    for step in (1, 2):
+        tails = {s.ids[s.answer_start :] for role, s in taken(feed, step) if role is Role.UNWANTED}
+        assert tails <= {tuple(ids) for ids in drawn.values()}
+    resumed = feed_of(examples, json.loads(json.dumps(feed.state())), redraw=redraw_of(examples, said), every=2)
+    assert taken(resumed, 2) == taken(feed, 2) and resumed.refresh(2) == {} and len(said.asked) == 1
+    assert resumed.refresh(3) and dict(resumed.state()["drawn"]).keys() != drawn.keys()
+
+
+def test_answers_that_may_not_be_pushed_away_are_counted_as_not_taken() -> None:
+    examples = make_examples()
+    wanted = {
+        i: list(e.wanted[0].segment.ids[e.wanted[0].segment.answer_start :]) for i, e in enumerate(examples.forget)
+    }
+    half = {i: ids if i % 2 else [7, 7, 2] for i, ids in wanted.items()}
+    redraw: Any = lambda examples, chosen, step: {i: half[i] for i in chosen}  # noqa: E731
+    feed = feed_of(examples, size=6, redraw=redraw, every=1)
+    figures = feed.refresh(1)
+    assert figures["redraw/taken"] == 0.5
+    assert figures["redraw/tokens"] == sum(map(len, half.values())) / 6
+
+
+def test_once_some_are_forgotten_answers_are_drawn_for_those_that_are_left_at_once() -> None:
+    examples, said = make_examples(), Said()
+    feed = feed_of(examples, redraw=redraw_of(examples, said), every=4)
+    feed.refresh(1)
+    assert feed.refresh(3) == {}
+    feed.keep([1, 4], 2)
+    assert feed.refresh(3) and [ids[1] for ids in said.asked[1][0]] == [1, 4]
+
+
+# ---- what is forgotten ----
+
+
+def test_an_answer_s_probability_is_the_geometric_mean_over_its_tokens_read_alone(world) -> None:
+    segments = [answer.segment for answer in make_examples().answers]
+    expected = []
+    for s in segments:
+        log = alone(s)[1]
+        expected.append(torch.stack([log[t - 1, s.ids[t]] for t in range(s.answer_start, len(s))]).mean().exp())
+    torch.testing.assert_close(answer_scores(small_reader(world), "mean", segments).exp(), torch.stack(expected))
+
+
+def test_an_example_stays_while_one_of_its_answers_is_known(world) -> None:
+    reader, examples = small_reader(world), make_examples()
+    best = [max(answer_scores(reader, "mean", [a.segment for a in e.unwanted]).exp().tolist()) for e in examples.forget]
+    assert any(len(example.unwanted) > 1 for example in examples.forget)
+    below = sorted(best)[2] * 0.999
+    expected = [i for i, p in enumerate(best) if p >= below]
+    assert still_known(reader, examples.forget, range(len(best)), below) == expected
+    assert still_known(reader, examples.forget, [1, 3], 1e-9) == [1, 3]
+    assert still_known(reader, examples.forget, range(len(best)), 0.999) == []
+    feed = feed_of(examples)
+    assert feed.known(reader, below) == expected
+    feed.keep(expected[1:], 1)
+    assert feed.known(reader, below) == expected[1:], "what has left does not come back"
+
+
+def test_a_model_that_broke_has_forgotten_nothing(world, monkeypatch) -> None:
+    def broken(reader: Reader, pooling: str, segments: Sequence[Segment]) -> Tensor:
+        return torch.full((len(segments),), torch.nan)
+
+    monkeypatch.setattr(feed_module, "answer_scores", broken)
+    assert still_known(small_reader(world), make_examples().forget, [0, 2], 0.5) == [0, 2]
