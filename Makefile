@@ -14,14 +14,14 @@ help:
 	@echo "make check   ruff, mypy and the tests: what a change has to pass"
 	@echo "make bench   measure against other ways to train, an hour (ONLY=main: half of it; QUICK=1 tries the rows)"
 	@echo "make house   how large the house is, and which files a micro-batch passes"
-	@echo "make env     make .venv, which the others do by themselves (PYTHON=python3.12 picks an interpreter)"
+	@echo "make env     make .venv, which the others do by themselves (PYTHON=python3.13 picks an interpreter)"
 	@echo "make clean   remove .venv, caches and the demo's results; runs of your own stay"
 
 env: $(STAMP)
 
 $(STAMP): pyproject.toml constraints.txt
-	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))' 2>/dev/null || \
-		{ echo "error: $(PYTHON) is not a Python 3.10, 3.11 or 3.12; name one: make env PYTHON=python3.11" >&2; exit 1; }
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null || \
+		{ echo "error: $(PYTHON) is not a Python 3.10 to 3.14; name one: make env PYTHON=python3.13" >&2; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || \
 		{ echo "making .venv with $$($(PYTHON) --version)"; $(PYTHON) -m venv --clear .venv; }
 	@echo "installing into .venv what constraints.txt pins (some minutes the first time)"

@@ -23,6 +23,7 @@ from benchmarks import report
 from benchmarks.protocol import Failed, Way
 from benchmarks.rows import LEARNING_RATE, RATIOS, ROWS, Row, Spec
 from benchmarks.setting import SEED, make_data, make_model, write_steps
+from wpn_ds.system.tables import aligned
 
 TRL_PYTHON = Path(__file__).parent / ".trl-venv" / "bin" / "python"
 LOSS_TOLERANCE = 1e-3
@@ -182,9 +183,7 @@ def main() -> int:
     whole = named.keys() == RATIOS.keys() and not args.quick
     path = report.RESULTS if whole else report.RESULTS.with_suffix(".partial.json")
     path.write_text(json.dumps(results, indent=2) + "\n")
-    print(report.aligned(report.details(rows)))
-    print()
-    print(report.aligned(report.table(results)))
+    print(*aligned(report.details(rows), "<"), "", *aligned(report.table(results), "<"), sep="\n")
     report.plot(results, path.with_suffix(".png"))
     _say(
         f"{path.name} and {path.with_suffix('.png').name} are in {path.parent.name}/ after {results['minutes']:.0f} min"

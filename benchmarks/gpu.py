@@ -34,12 +34,12 @@ import torch
 from benchmarks.__main__ import machine
 from benchmarks.gpu_tables import tables, verdicts
 from benchmarks.protocol import ROOT, Failed, Way
-from benchmarks.report import aligned
 from benchmarks.rows import LEARNING_RATE, STATES
 from benchmarks.setting import FORGET, SEED, SHARED, make_data, make_shape, write_steps
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.local import say
 from wpn_ds.models.attention import KERNELS
+from wpn_ds.system.tables import aligned
 from wpn_ds.tools import estimate
 from wpn_ds.tools.ablate.grid import flags
 
@@ -337,7 +337,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             versions = ", ".join(f"{name} {version}" for name, version in found["machine"]["versions"].items())
             print(f"{found['device']}, {versions}; data: {found['data']}")
             for table in tables(found):
-                print(f"\n{aligned(table)}")
+                print("", *aligned(table, "<"), sep="\n")
             print("\n" + "\n".join(verdicts(found)))
     say(f"{options.output} after {(time.monotonic() - begun) / 60:.1f} min")
     return 0

@@ -12,6 +12,7 @@ from statistics import median
 from typing import Any, Literal
 
 from benchmarks.rows import RATIOS
+from wpn_ds.system.tables import markdown
 
 FOLDER = Path(__file__).parent
 RESULTS = FOLDER / "results.json"
@@ -96,16 +97,6 @@ def details(rows: Mapping[str, Any]) -> list[list[str]]:
             once = f"{way['one_time_seconds']:.1f}" if "one_time_seconds" in way else ""
             lines.append([name, label, f"{speed:.3g}", compared, f"{way['peak_mib']:.0f}", once])
     return lines
-
-
-def aligned(lines: Sequence[Sequence[str]]) -> str:
-    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    return "\n".join("  ".join(cell.ljust(w) for cell, w in zip(line, widths, strict=True)).rstrip() for line in lines)
-
-
-def markdown(lines: Sequence[Sequence[str]]) -> str:
-    rule = ["---"] * len(lines[0])
-    return "\n".join("| " + " | ".join(line) + " |" for line in (lines[0], rule, *lines[1:]))
 
 
 def section(results: Mapping[str, Any]) -> str:

@@ -21,6 +21,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.command import run as evaluate
 from wpn_ds.jobs.local import TRAIN, command_line, launch, require_here, say
 from wpn_ds.settings.run import DONE
+from wpn_ds.system.tables import markdown
 from wpn_ds.tools.ablate.grid import flags
 from wpn_ds.tools.plant import run as run_plant
 
@@ -114,15 +115,15 @@ def tokens_per_second(run: Path) -> float:
 def table(figures: Mapping[str, Mapping[str, Any]]) -> str:
     """A row a model, in Markdown."""
     head = ["model", "FQ (p)", "MU", "FU", "CI (p)", "forget: probability", "ROUGE-L", "n", "tokens/s"]
-    lines = ["| " + " | ".join(head) + " |", "|---" * len(head) + "|"]
+    rows = [head]
     for name, of in figures.items():
         forget = of["sets"]["forget"]
         cells = [name, _p(of["forget_quality"]), f"{of['model_utility']:.3f}", _number(of["forget_utility"])]
         cells += [_p(of["cleanness_indistinguishability"]), f"{forget['probability']:.3f}"]
         cells += [f"{forget['rouge_l_recall']:.3f}", str(forget["n"])]
         cells += [f"{of['tokens_per_second']:,.0f}" if "tokens_per_second" in of else ""]
-        lines.append("| " + " | ".join(cells) + " |")
-    return "\n".join(lines)
+        rows.append(cells)
+    return markdown(rows)
 
 
 def _p(test: Mapping[str, float] | None) -> str:

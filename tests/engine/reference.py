@@ -2,8 +2,111 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
 import torch
 from torch import Tensor
+
+
+class Answer(NamedTuple):
+    """An answer and what the models say of it: ``now`` and ``start`` are the log-probabilities of its tokens."""
+
+    example: int
+    wanted: bool
+    text: int
+    anchor: Tensor
+    vector: Tensor
+    score: Tensor
+    now: Tensor
+    start: Tensor
+
+
+Settings = dict[str, Any]
+Oracle = Callable[[Settings, list[Answer]], dict[str, Tensor]]
+
+
+def unwanted(answers: list[Answer]) -> list[Answer]:
+    return [answer for answer in answers if not answer.wanted]
+
+
+def pairs(answers: list[Answer]) -> Iterator[tuple[Answer, Answer]]:
+    """Every wanted answer with every unwanted one of its example, unless that text is wanted there too."""
+    for x in (answer for answer in answers if answer.wanted):
+        texts = {answer.text for answer in answers if answer.example == x.example and answer.wanted}
+        for y in unwanted(answers):
+            if y.example == x.example and y.text not in texts:
+                yield x, y
+
+
+def tokens_alone(settings: Settings, answers: list[Answer]) -> dict[str, Tensor]:
+    return {}
+
+
+def npair(settings: Settings, answers: list[Answer]) -> dict[str, Tensor]:
+    def score(anchor: Tensor, answer: Answer) -> Tensor:
+        if settings["scoring"].startswith("likelihood"):
+            return answer.score
+        if settings["scoring"] == "dot":
+            return anchor @ answer.vector
+        return anchor @ answer.vector / anchor.norm() / answer.vector.norm()
+
+    losses = []
+    for x in (answer for answer in answers if answer.wanted):
+        texts = {answer.text for answer in answers if answer.example == x.example and answer.wanted}
+        negatives = [y for y in unwanted(answers) if y.text not in texts]
+        if settings["negatives"] == "own":
+            negatives = [y for y in negatives if y.example == x.example]
+        gaps = [torch.exp((score(x.anchor, y) - score(x.anchor, x)) / settings["temperature"]) for y in negatives]
+        losses.append(torch.log1p(torch.stack(gaps).sum()))
+    return {"npair": torch.stack(losses).mean()}
+
+
+def npo(settings: Settings, answers: list[Answer]) -> dict[str, Tensor]:
+    beta = settings["beta"]
+    ratios = torch.stack([torch.exp(y.now.sum() - y.start.sum()) for y in unwanted(answers)])
+    return {"preference": (2 / beta * torch.log(1 + ratios**beta)).mean()}
+
+
+def simnpo(settings: Settings, answers: list[Answer]) -> dict[str, Tensor]:
+    beta = settings["beta"]
+    margins = torch.stack([-beta / len(y.now) * y.now.sum() - settings["gamma"] for y in unwanted(answers)])
+    return {"preference": (-2 / beta * torch.log(torch.sigmoid(margins))).mean()}
+
+
+def dpo(settings: Settings, answers: list[Answer]) -> dict[str, Tensor]:
+    margins = torch.stack([(x.now.sum() - x.start.sum()) - (y.now.sum() - y.start.sum()) for x, y in pairs(answers)])
+    return {"preference": -torch.log(torch.sigmoid(settings["beta"] * margins)).mean()}
+
+
+def altpo(settings: Settings, answers: list[Answer]) -> dict[str, Tensor]:
+    return {"preference": 2 / settings["beta"] * dpo(settings, answers)["preference"]}
+
+
+def neat(settings: Settings, answers: list[Answer]) -> dict[str, Tensor]:
+    margins = torch.stack([x.now.mean() - y.now.mean() for x, y in pairs(answers)])
+    return {"preference": -torch.log(torch.sigmoid(settings["beta"] * margins)).mean()}
+
+
+def wga(settings: Settings, answers: list[Answer]) -> dict[str, Tensor]:
+    logp = torch.cat([y.now for y in unwanted(answers)])
+    return {"ascent": (logp.detach().exp() ** settings["beta"] * logp).mean()}
+
+
+def tnpo(settings: Settings, answers: list[Answer]) -> dict[str, Tensor]:
+    beta = settings["beta"]
+    ratios = torch.cat([y.now.exp() / y.start.exp() for y in unwanted(answers)])
+    return {"ascent": (2 / beta * torch.log(1 + ratios**beta)).mean()}
+
+
+#: Of each objective the parts of its loss beside those of all: nll, retain, ascent.
+ORACLES: dict[str, Oracle] = {
+    "wpn": npair,
+    **dict.fromkeys(("ga", "graddiff", "llmu", "pmpo"), tokens_alone),
+    **{"wga": wga, "tnpo": tnpo},
+    **{"npo": npo, "simnpo": simnpo},
+    **{"dpo": dpo, "c3po": dpo, "altpo": altpo, "idkdpo": altpo, "neat": neat},
+}
 
 
 def sequence(lm, ids) -> tuple[Tensor, Tensor]:
@@ -32,8 +135,8 @@ def objective(lm, start_lm, examples, retain, settings) -> dict[str, Tensor]:
 
     ``start_lm`` is the starting model: of vectors, of the KL and of likelihoods.
     """
-    kind, scoring, tau = settings["pooling"], settings["scoring"], settings["temperature"]
-    answers = []  # (example, is wanted, text id, anchor, vector, weighted score, own log-probabilities)
+    kind, scoring = settings["pooling"], settings["scoring"]
+    answers = []
     for e, example in enumerate(examples):
         for wanted, side in ((True, example.wanted), (False, example.unwanted)):
             for answer in side:
@@ -55,7 +158,7 @@ def objective(lm, start_lm, examples, retain, settings) -> dict[str, Tensor]:
                 elif settings["targets"] == "detached":
                     target_hidden = hidden.detach()
                 answers.append(
-                    (
+                    Answer(
                         e,
                         wanted,
                         answer.text_id,
@@ -67,44 +170,8 @@ def objective(lm, start_lm, examples, retain, settings) -> dict[str, Tensor]:
                     )
                 )
 
-    def score(anchor: Tensor, answer) -> Tensor:
-        if scoring.startswith("likelihood"):
-            return answer[5]
-        if scoring == "dot":
-            return anchor @ answer[4]
-        return anchor @ answer[4] / anchor.norm() / answer[4].norm()
-
-    objective, beta = settings["objective"], settings["beta"]
-    pairs = []
-    for e, wanted, _, anchor, *_rest in answers:
-        if not wanted:
-            continue
-        positive = next(a for a in answers if a[3] is anchor)
-        wanted_texts = {a[2] for a in answers if a[0] == e and a[1]}
-        negatives = [a for a in answers if not a[1] and a[2] not in wanted_texts]
-        if settings["negatives"] == "own":
-            negatives = [a for a in negatives if a[0] == e]
-        gaps = [torch.exp((score(anchor, n) - score(anchor, positive)) / tau) for n in negatives]
-        pairs.append(torch.log1p(torch.stack(gaps).sum()))
-    preferences = []
-    if objective in ("npo", "simnpo"):
-        for *_, own, begun in (a for a in answers if not a[1]):
-            if objective == "npo":
-                preferences.append(2 / beta * torch.log(1 + torch.exp(own.sum() - begun.sum()) ** beta))
-            else:
-                margin = -beta / len(own) * own.sum() - settings["gamma"]
-                preferences.append(-2 / beta * torch.log(torch.sigmoid(margin)))
-    elif objective in ("dpo", "altpo", "idkdpo", "c3po", "neat"):
-        for one in (a for a in answers if a[1]):
-            texts = {a[2] for a in answers if a[0] == one[0] and a[1]}
-            for other in (a for a in answers if a[0] == one[0] and not a[1] and a[2] not in texts):
-                if objective == "neat":
-                    margin = one[6].mean() - other[6].mean()
-                else:
-                    margin = (one[6].sum() - one[7].sum()) - (other[6].sum() - other[7].sum())
-                scale = 2 / beta if objective in ("altpo", "idkdpo") else 1
-                preferences.append(-scale * torch.log(torch.sigmoid(beta * margin)))
-    nll = torch.cat([a[6] for a in answers if a[1]])
+    objective = settings["objective"]
+    nll = torch.cat([answer.now for answer in answers if answer.wanted])
     retained = []
     for segment in retain:
         _, logp = sequence(lm, segment.ids)
@@ -116,24 +183,13 @@ def objective(lm, start_lm, examples, retain, settings) -> dict[str, Tensor]:
         else:
             ids = torch.tensor(segment.ids[segment.answer_start :])
             retained.append(-logp[segment.answer_start - 1 : -1].gather(1, ids[:, None]).squeeze(1))
-    unwanted = torch.cat([a[6] for a in answers if not a[1]])
-    if objective == "wga":
-        unwanted = unwanted.detach().exp() ** beta * unwanted
-    elif objective == "tnpo":
-        begun = torch.cat([a[7] for a in answers if not a[1]])
-        unwanted = 2 / beta * torch.log(1 + (unwanted.exp() / begun.exp()) ** beta)
-    parts = {"nll": -nll.mean(), "retain": torch.cat(retained).mean(), "ascent": unwanted.mean()}
-    weights_of = {"nll": settings["nll"], "retain": settings["weights"]["retain"], "ascent": settings["ascent"]}
-    if objective == "wpn":
-        parts["npair"], weights_of["npair"] = torch.stack(pairs).mean(), settings["weights"]["npair"]
+    ascent = torch.cat([answer.now for answer in unwanted(answers)]).mean()
+    parts = {"nll": -nll.mean(), "retain": torch.cat(retained).mean(), "ascent": ascent}
+    weights_of = {**settings["weights"], "nll": settings["nll"], "ascent": settings["ascent"]}
     if objective == "ga":
         weights_of["retain"] = 0
-    if preferences:
-        parts["preference"], weights_of["preference"] = (
-            torch.stack(preferences).mean(),
-            settings["weights"]["preference"],
-        )
-    parts = {name: value for name, value in parts.items() if weights_of[name]}
+    parts |= ORACLES[objective](settings, answers)
+    parts = {name: value for name, value in parts.items() if weights_of.setdefault(name, 1.0)}
     if settings["harmonise"]:
         gradients = []
         for names in (parts.keys() - {"retain"}, {"retain"}):

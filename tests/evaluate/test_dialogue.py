@@ -152,7 +152,7 @@ def test_a_limit_takes_some_of_the_dialogues_and_says_so(model, tokenizer, tmp_p
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        ('{"text": {"0": ["a", "b"]},\n}', ":2: bad JSON"),
+        ('{"text": {"0": ["a", "b"]}\n"more"}', ":2: bad JSON"),
         ('[["a", "b"]]', r"must be one JSON object"),
         ('{"text": [["a", "b"]]}', r"must be one JSON object"),
         ('{"text": {"0": ["a", "b"], "7": ["a"]}}', r'the dialogue "7" must be a list of two'),

@@ -69,7 +69,7 @@ def test_a_rank_without_progress_writes_its_stack_and_ends(tmp_path, hang) -> No
 
 def test_a_second_signal_before_the_loop_is_remembered_once() -> None:
     program = (
-        "import os, signal\nfrom wpn_ds import signals\nsignals.install()\n"
+        "import os, signal\nfrom wpn_ds.jobs import signals\nsignals.install()\n"
         "os.kill(os.getpid(), signal.SIGTERM); os.kill(os.getpid(), signal.SIGUSR1)\nprint(signals.received())"
     )
     done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)

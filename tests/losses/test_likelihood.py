@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from wpn_ds.losses.likelihood import Distribution, Targets, Tokens, TopK, head_logits
+from wpn_ds.losses.likelihood import Distribution, Fading, LabelTarget, Tokens, TopK, head_logits
 
 quick = settings(max_examples=40, deadline=None)
 SHAPES = {
@@ -46,12 +46,12 @@ def lumped(logits: Tensor, ids: Tensor) -> Categorical:
     return Categorical(probs=torch.cat([known, rest], 1))
 
 
-def losses_and_gradient(targets: Targets, logits: Tensor) -> tuple[Tensor, Tensor]:
+def losses_and_gradient(targets: LabelTarget, logits: Tensor) -> tuple[Tensor, Tensor]:
     work = logits.clone()
     return targets.losses(work, slice(0, len(logits)))
 
 
-def check(targets: Targets, logits: Tensor, expected: Tensor, leaf: Tensor) -> None:
+def check(targets: LabelTarget, logits: Tensor, expected: Tensor, leaf: Tensor) -> None:
     """``targets`` on ``logits`` gives the plain fp64 losses ``expected`` of ``leaf`` and their gradient; in fp32
     as well, as far as that goes."""
     (gradient,) = torch.autograd.grad(expected.sum(), leaf)
@@ -175,3 +175,34 @@ def test_logits_far_beyond_what_exp_takes_stay_finite() -> None:
     kl, of_kl = losses_and_gradient(of_logits(-logits), logits)
     assert token.item() == 2e4 and kl.item() == pytest.approx(2e4)
     assert of_token.isfinite().all() and of_kl.isfinite().all()
+
+
+LOGITS = st.integers(0, 1000).map(
+    lambda seed: torch.randn(5, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
+)
+
+
+@quick
+@given(LOGITS, st.floats(0.1, 3))
+def test_wga_has_the_gradient_of_a_constant_power_of_p_times_log_p(logits, beta) -> None:
+    ids = torch.tensor([1, 6, 0, 3, 3])
+    leaf = logits.clone().requires_grad_()
+    logp = torch.log_softmax(leaf, 1)[torch.arange(5), ids]
+    plain = -(logp.exp().detach() ** beta * logp)
+    plain.sum().backward()
+    losses, delta = Fading(ids[1:], beta).losses(logits[2:].clone(), slice(1, 4))  # labels 1..3 of their part
+    torch.testing.assert_close(losses, plain[2:].detach())
+    torch.testing.assert_close(delta, leaf.grad[2:])  # type: ignore[index]
+
+
+@quick
+@given(LOGITS, LOGITS, st.floats(0.1, 3))
+def test_tnpo_is_npo_token_by_token(logits, before, beta) -> None:
+    ids = torch.tensor([1, 6, 0, 3, 3])
+    leaf = logits.clone().requires_grad_()
+    p, start = (torch.softmax(x, 1)[torch.arange(5), ids] for x in (leaf, before))
+    plain = -2 / beta * torch.log(1 + (p / start) ** beta)
+    plain.sum().backward()
+    losses, delta = Fading(ids, beta, start.log()).losses(logits[1:3].clone(), slice(1, 3))
+    torch.testing.assert_close(losses, plain[1:3].detach())
+    torch.testing.assert_close(delta, leaf.grad[1:3])  # type: ignore[index]

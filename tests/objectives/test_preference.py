@@ -23,7 +23,7 @@ from wpn_ds.objectives.preference import preference_losses
 from tests.data.made import PAD, example_sets, flat, layouts, plan_of
 from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Role
-from wpn_ds.losses.likelihood import Fading, Reading
+from wpn_ds.losses.likelihood import Reading
 from wpn_ds.settings.run import ObjectiveConfig
 
 MARGINS = st.lists(st.floats(-30, 30), min_size=1, max_size=8)
@@ -177,35 +177,6 @@ def test_at_the_start_npo_has_the_gradient_of_gradient_ascent() -> None:
     losses = objective.scale * preference_losses(-(scores - scores.detach()), objective.beta)  # type: ignore[attr-defined]
     losses.sum().backward()
     assert scores.grad is not None and scores.grad.tolist() == pytest.approx([1.0, 1.0, 1.0])
-
-
-LOGITS = st.integers(0, 1000).map(
-    lambda seed: torch.randn(5, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2
-)
-
-
-@given(LOGITS, st.floats(0.1, 3))
-def test_wga_has_the_gradient_of_a_constant_power_of_p_times_log_p(logits, beta) -> None:
-    ids = torch.tensor([1, 6, 0, 3, 3])
-    leaf = logits.clone().requires_grad_()
-    logp = torch.log_softmax(leaf, 1)[torch.arange(5), ids]
-    plain = -(logp.exp().detach() ** beta * logp)
-    plain.sum().backward()
-    losses, delta = Fading(ids[1:], beta).losses(logits[2:].clone(), slice(1, 4))  # labels 1..3 of their part
-    torch.testing.assert_close(losses, plain[2:].detach())
-    torch.testing.assert_close(delta, leaf.grad[2:])  # type: ignore[index]
-
-
-@given(LOGITS, LOGITS, st.floats(0.1, 3))
-def test_tnpo_is_npo_token_by_token(logits, before, beta) -> None:
-    ids = torch.tensor([1, 6, 0, 3, 3])
-    leaf = logits.clone().requires_grad_()
-    p, start = (torch.softmax(x, 1)[torch.arange(5), ids] for x in (leaf, before))
-    plain = -2 / beta * torch.log(1 + (p / start) ** beta)
-    plain.sum().backward()
-    losses, delta = Fading(ids, beta, start.log()).losses(logits[1:3].clone(), slice(1, 3))
-    torch.testing.assert_close(losses, plain[1:3].detach())
-    torch.testing.assert_close(delta, leaf.grad[1:3])  # type: ignore[index]
 
 
 @pytest.mark.parametrize(

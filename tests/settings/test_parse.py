@@ -8,8 +8,8 @@ from typing import Literal
 
 import pytest
 
-from wpn_ds.errors import UserError
-from wpn_ds.settings.parse import Count, Flag, Positive, Share, Whole, option, parse, parse_one_of
+from wpn_ds.errors import UserError, require
+from wpn_ds.settings.parse import Count, Flag, Positive, Share, Whole, option, parse, parse_one_of, settings_of
 
 
 @dataclass(frozen=True)
@@ -159,3 +159,59 @@ def test_help_lists_the_subcommands(flag, capsys) -> None:
     told = capsys.readouterr().out
     assert told.startswith("usage: wpn-ds do {read,write} ...") and "\n\nDoes.\n\n" in told
     assert "  read   Reads files\n  write  Writing: where it goes\n" in told
+
+
+@dataclass(frozen=True, kw_only=True)
+class Common:
+    """What both have."""
+
+    size: int = 3
+    """How large it is."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape(Common):
+    """Draws shapes."""
+
+    size: int = 5
+    kind: Literal["round", "square"] = "round"
+    """Of which kind it is, 100% of it."""
+
+    note: str = option("a", line_breaks=True, hint=" (a text)")
+    """What is said of it."""
+
+    quiet: bool = option(False, hidden=True, also=["--silent"])
+    """Whether nothing is."""
+
+    def __post_init__(self) -> None:
+        require(self, "size", self.size > 0, "greater than 0")
+
+
+def test_a_flag_may_be_hidden_have_other_spellings_and_break_lines() -> None:
+    assert parse(Shape, ["--kind=square", "--note", r"a\nb", "--silent"], "wpn-ds draw") == Shape(
+        kind="square", note="a\nb", quiet=True
+    )
+    assert error(["--note"], Shape) == "--note: expected one argument (a text)"
+    assert error(["--size", "0"], Shape) == "--size must be greater than 0, got 0"
+    assert error(["--nothing"], Shape) == "unknown flag --nothing; --help lists all"
+
+
+def test_help_has_a_bases_sentence_and_the_default_of_its_own(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse(Shape, ["--help"], "wpn-ds draw", "Draw shapes.")
+    text = " ".join(capsys.readouterr().out.split())
+    assert text.startswith("usage: wpn-ds draw [--NAME VALUE ...] Draw shapes. options: --kind {round,square} ")
+    assert 'Of which kind it is, 100% of it. (default: "round")' in text and "quiet" not in text
+    assert text.endswith("What both have: --size INT How large it is. (default: 5)")
+
+
+def test_a_flag_is_of_one_group_and_of_a_type_that_a_flag_can_have() -> None:
+    @dataclass
+    class Odd:
+        table: dict[str, int] = field(default_factory=dict)
+        """A table."""
+
+    with pytest.raises(UserError, match=r"^others: size is a flag of shape already: take another name$"):
+        settings_of({"shape": Shape, "others": Common})
+    with pytest.raises(UserError, match=r"^odd: table is of a type that no flag can have$"):
+        settings_of({"odd": Odd})

@@ -20,7 +20,7 @@ from wpn_ds.system.lock import Holder, InUse, Lock, locked
 HOLD = """
 import sys, time
 from pathlib import Path
-from wpn_ds import lock
+from wpn_ds.system import lock
 lock.BEAT = 0.1
 with lock.locked(Path(sys.argv[1]), "--output_dir run"):
     print("held", flush=True)

@@ -372,7 +372,8 @@ class Parser(argparse.ArgumentParser):
             name = others[0].split("=")[0]
             if not name.startswith("-"):
                 raise UserError(f"unexpected argument {name!r}: settings are given as --name value")
-            hint = nearest("--" + name.lstrip("-").replace("-", "_"), self._option_string_actions)
+            known = [flag.lstrip("-") for flag in self._option_string_actions]
+            hint = nearest(name.lstrip("-").replace("-", "_"), known, "--")
             raise UserError(f"unknown flag {name}{hint or '; --help lists all'}")
         given = vars(namespace)
         for name in given:

@@ -19,7 +19,7 @@ from typing import Any, Literal
 
 import yaml
 
-from wpn_ds.errors import UserError, nearest, require  # noqa: F401  # nearest: for models, until they take it from errors
+from wpn_ds.errors import UserError, require
 from wpn_ds.objectives import registry
 from wpn_ds.objectives.terms import Objective, Terms
 from wpn_ds.settings.parse import Parser, build, convert, parser, read_yaml, settings_of, unknown

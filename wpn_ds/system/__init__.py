@@ -1,1 +1,1 @@
-"""What a process shares with others on the machine: files that are whole or not there, folders that one holds."""
+"""What a process shares with the machine: files that are whole or not there, folders that one holds, tables to read."""

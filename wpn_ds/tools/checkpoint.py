@@ -14,6 +14,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.settings.parse import Flag, option, parse_one_of
 from wpn_ds.system.files import holds_anything
 from wpn_ds.system.lock import lock_beside, locked
+from wpn_ds.system.tables import aligned
 
 
 @dataclass(frozen=True)
@@ -63,13 +64,14 @@ def run(argv: Sequence[str]) -> int:
 
 def _list(args: List) -> int:
     checkpoint = _checkpoint()
-    print(f"{'checkpoint':<20} {'ranks':>5} {'GiB':>8}")
+    rows = [["checkpoint".ljust(19), "ranks", "GiB".rjust(7), ""]]
     for path in _checkpoints(args.path):
         state = checkpoint.read_state(path)
         size = sum(f.stat().st_size for f in path.rglob("*") if f.is_file()) / 2**30
-        about = "" if state else "  incomplete"
-        about += "  and for any number of ranks" if (path / checkpoint.UNIVERSAL).exists() else ""
-        print(f"{path.name:<20} {state.world_size if state else '?':>5} {size:>8.2f}{about}")
+        about = [] if state else ["incomplete"]
+        about += ["and for any number of ranks"] if (path / checkpoint.UNIVERSAL).exists() else []
+        rows.append([path.name, str(state.world_size) if state else "?", f"{size:.2f}", "  ".join(about)])
+    print("\n".join(aligned(rows, "<>><")))
     return 0
 
 

@@ -51,6 +51,7 @@ from wpn_ds.objectives.terms import Terms
 from wpn_ds.settings.deepspeed import resolve_deepspeed
 from wpn_ds.settings.parse import Count, Flag, Positive, option, parse
 from wpn_ds.settings.run import Config, DataConfig, TrainingConfig
+from wpn_ds.system.tables import aligned
 
 HEAD_CHUNK = 256
 """Labels whose logits exist at the same time."""
@@ -479,7 +480,7 @@ def _as_text(job: Job, room: float, found: Sequence[Change], options: Options) -
     }
     rows = [(name, _gib(size), notes.get(name, "")) for name, size in memory(job).items()]
     rows.append(("all", _gib(total(job)), f"{'fits' if fits(job, room) else 'does not fit'} into {_gib(room)} GiB"))
-    lines += ["GiB on a GPU, at the peak", *_table(rows)]
+    lines += ["GiB on a GPU, at the peak", *aligned(rows, "<><", indent="  ")]
     reserve = options.gpu_memory - room / 2**30
     lines.append(f"  ({reserve:.1f} GiB are left for the CUDA context, NCCL and fragmentation: a guess)")
     for place, size in host_memory(job).items():
@@ -492,7 +493,7 @@ def _as_text(job: Job, room: float, found: Sequence[Change], options: Options) -
         rows.append(("all", _gib(sum(moved.values())), time))
         plural = "" if job.micro_batches == 1 else "es"
         title = f"GiB that a GPU sends in an optimizer step of {job.micro_batches} micro-batch{plural} a rank"
-        lines += ["", title, *_table(rows)]
+        lines += ["", title, *aligned(rows, "<><", indent="  ")]
 
     if not fits(job, room):
         lines += ["", "What to change, in this order; each with those before it"]
@@ -505,7 +506,7 @@ def _as_text(job: Job, room: float, found: Sequence[Change], options: Options) -
                 note += "".join(f"; {_gib(size)} GiB of a node's {_PLACES[place]}" for place, size in outside.items())
             rows.append((change.what, f"-{_gib(before - now)}", note))
             before = now
-        lines += _table(rows) if rows else ["  nothing here makes it fit"]
+        lines += aligned(rows, "<><", indent="  ") if rows else ["  nothing here makes it fit"]
         if found and not fits(found[-1].job, room):
             lines.append("  still too large: take GPUs with more memory")
     return "\n".join(line.rstrip() for line in lines)
@@ -513,8 +514,3 @@ def _as_text(job: Job, room: float, found: Sequence[Change], options: Options) -
 
 def _gib(size: float) -> str:
     return f"{size / 2**30:,.2f}"
-
-
-def _table(rows: Sequence[tuple[str, str, str]]) -> list[str]:
-    first, second = (max(len(row[k]) for row in rows) for k in (0, 1))
-    return [f"  {name:<{first}}  {size:>{second}}  {note}" for name, size, note in rows]

@@ -15,6 +15,7 @@ from wpn_ds.data.records import Kind, Record, read_forget, read_retain
 from wpn_ds.settings.parse import option, parse
 from wpn_ds.settings.run import DataConfig
 from wpn_ds.settings.style import StyleFlags
+from wpn_ds.system.tables import aligned
 
 _BAR = 16  # characters of the longest bar
 _LISTED = 3
@@ -123,7 +124,7 @@ def _counts(figures: Figures) -> list[str]:
         if side != PROMPT:
             rows.append([{"wanted": "wanted answers", "unwanted": "unwanted answers"}.get(side, f"{side}s")])
             rows[-1].append(f"{len(lengths):,}")
-    lines = _aligned(rows, "<>")
+    lines = aligned(rows, indent="  ")
     if figures.categories:
         by_size = sorted(figures.categories.items(), key=lambda item: (-item[1], item[0]))
         names = "categories: " + ", ".join(f"{name} {count:,}" for name, count in by_size)
@@ -136,7 +137,7 @@ def _lengths(figures: Figures) -> list[str]:
     for side, lengths in figures.lengths.items():
         values = (percentile(lengths, 0.5), percentile(lengths, 0.95), max(lengths), sum(lengths))
         rows.append([side, *(f"{value:,}" for value in values)])
-    return ["Lengths", *_aligned(rows, "<>>>>")]
+    return ["Lengths", *aligned(rows, indent="  ")]
 
 
 def _bars(figures: Figures) -> list[str]:
@@ -148,7 +149,7 @@ def _bars(figures: Figures) -> list[str]:
         label = f"{start:,}+" if stop is None else f"{start:,}" if stop == start else f"{start:,}-{stop:,}"
         bars = (("#" * -(-_BAR * n // top), f"{n:,}" if n else "") for n, top in zip(counts, largest, strict=True))
         rows.append([label, *(cell for pair in bars for cell in pair)])
-    return _aligned(rows, ">" + "<>" * len(sides))
+    return aligned(rows, ">" + "<>" * len(sides), indent="  ")
 
 
 def _padding(figures: Figures, max_length: int) -> list[str]:
@@ -159,7 +160,7 @@ def _padding(figures: Figures, max_length: int) -> list[str]:
         [f"packed into rows of {max_length:,} ({padding.rows:,} rows)", _percent(padding.waste(padding.packed))],
     ]
     title = f"Padding, as a share of all tokens ({padding.texts:,} texts, {padding.tokens:,} real tokens)"
-    return [title, *_aligned(rows, "<>")]
+    return [title, *aligned(rows, indent="  ")]
 
 
 def _truncation(figures: Figures) -> list[str]:
@@ -169,7 +170,7 @@ def _truncation(figures: Figures) -> list[str]:
             rows.append(("prompts that lose their start", figures.cut_prompts, len(lengths)))
     answers = sum(len(lengths) for side, lengths in figures.lengths.items() if side != PROMPT)
     rows.append(("answers that lose their end" if rows else "texts that lose their end", figures.cut_answers, answers))
-    return _aligned([[what, f"{cut:,}", f"of {whole:,}"] for what, cut, whole in rows], "<>>")
+    return aligned([[what, f"{cut:,}", f"of {whole:,}"] for what, cut, whole in rows], indent="  ")
 
 
 def _duplicates(figures: Figures) -> list[str]:
@@ -179,7 +180,7 @@ def _duplicates(figures: Figures) -> list[str]:
     }
     if "wanted" in figures.lengths:
         groups["texts wanted in one record, unwanted in another"] = (" / ", figures.contradictions)
-    lines = _aligned([[what, f"{len(places):,}"] for what, (_, places) in groups.items()], "<>")
+    lines = aligned([[what, f"{len(places):,}"] for what, (_, places) in groups.items()], indent="  ")
     detailed = []
     for line, (between, places) in zip(lines, groups.values(), strict=True):
         detailed += [line, *(f"    {_joined(where, between)}" for where in places[:_LISTED])]
@@ -194,12 +195,3 @@ def _joined(places: Places, between: str) -> str:
 
 def _percent(share: float) -> str:
     return f"{100 * share:.1f} %"
-
-
-def _aligned(rows: list[list[str]], alignment: str) -> list[str]:
-    """Indented columns as wide as their longest cell; a sign of ``alignment`` per column, < for left, > for right."""
-    sizes = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return [
-        "  " + "  ".join(f"{cell:{side}{size}}" for cell, side, size in zip(row, alignment, sizes, strict=True))
-        for row in rows
-    ]

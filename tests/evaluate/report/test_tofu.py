@@ -8,7 +8,6 @@ from wpn_ds.evaluate.report.figures import Comparison
 from wpn_ds.evaluate.report.files import read_report, write_report
 from wpn_ds.evaluate.report.runs import Run, figures_of
 from wpn_ds.evaluate.report.table import format_table
-from wpn_ds.evaluate.report.tofu import tofu
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.evaluate.tofu.figures import SetFigures, TofuFigures
 from wpn_ds.evaluate.tofu.metrics import KSTest
@@ -41,9 +40,10 @@ def test_a_figure_that_is_missing_is_left_out_and_the_reason_is_shown_as_text(tm
     alone = Evaluation({}, tofu=figures(0.5, None, ("no <b>FU</b>",)))
     printed = format_table(None, alone)
     assert "model utility 0.500" in printed and "forget quality" not in printed and "no <b>FU</b>" in printed
-    html = tofu(Comparison(None, alone))
+    page = write_report(tmp_path, None, alone, settings={}).read_text(encoding="utf-8")
+    html = page[page.index('<section id="tofu">') : page.index("</section>")]
     assert "no &lt;b&gt;FU&lt;/b&gt;." in html and "<b>" not in html and html.count("<table>") == 2
-    assert tofu(Comparison(None, Evaluation({}))) == ""
+    assert '<section id="tofu">' not in write_report(tmp_path, None, Evaluation({}), settings={}).read_text("utf-8")
 
 
 def test_the_page_has_its_section_and_the_report_its_figures(both, tmp_path) -> None:

@@ -11,6 +11,7 @@ from wpn_ds.evaluate.judges.labelled import Labelled
 from wpn_ds.evaluate.judges.phrases import Refusal, RefusalPhrases, refusal
 from wpn_ds.judging.base import Case, Judge, Judgement, Verdict
 from wpn_ds.judging.statistics import Rate
+from wpn_ds.system.tables import aligned
 
 _FULL, _PARTIAL, _NONE = (kind.value for kind in Refusal)
 _DECLINED = (_FULL, _PARTIAL, Verdict.HARMLESS.value)
@@ -47,8 +48,6 @@ class Confusion:
         """The table, people's classes below each other and the judge's side by side, and the figures of it."""
         people, said = ([c for c in _CLASSES if any(p[at] == c for p in self.counts)] for at in (0, 1))
         rows = [["people", *said], *([one, *(f"{self.counts[one, other]:,}" for other in said)] for one in people)]
-        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-        table = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         of_refusals = _FULL in people or _NONE in people
         figures = {f"{'declined' if of_refusals else 'harmless'} or not, as people say": self.agreement}
         if of_refusals and _PARTIAL in said:
@@ -59,7 +58,7 @@ class Confusion:
                 "false refusals, full or partial": self.said_of(_NONE, _FULL, _PARTIAL),
             }
         lost = [f"unusable replies, in no figure: {self.unusable:,}"] if self.unusable else []
-        return table + lost + [f"{name}: {_figure(rate)}" for name, rate in figures.items()]
+        return aligned(rows, ">") + lost + [f"{name}: {_figure(rate)}" for name, rate in figures.items()]
 
 
 def compare(judge: Judge, people: Sequence[Labelled]) -> Confusion:

@@ -6,18 +6,12 @@ The script draws a hundred rows at a time, so that a page with ten thousand prom
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from typing import Any
 
-from wpn_ds.evaluate.report.figures import Comparison, grouped, suite_title
-from wpn_ds.evaluate.report.markup import text
+from wpn_ds.evaluate.report.figures import Comparison, grouped, minus, suite_title
+from wpn_ds.evaluate.report.render import Block
 from wpn_ds.evaluate.results import NO_ANSWERS, Answer, Suite
 from wpn_ds.judging.base import Verdict
-
-VERDICTS = {name: name for name in ("harmless", "harmful", "degenerate", "unusable", "refusal")}
-CHANGES = {"better": "became better", "worse": "became worse", "same": "as before"}
-JUDGES = {"agree": "judges agree", "disagree": "judges disagree"}
-"""What the script filters by, and what that is called."""
 
 
 def answers_data(comparison: Comparison) -> dict[str, Any]:
@@ -56,7 +50,7 @@ def _named(suite: Suite) -> list[str]:
 
 def _place(suite: str, answer: Answer) -> str:
     seed = "" if answer.seed is None else f"seed {answer.seed}"
-    return " · ".join(part for part in (suite, answer.category, os.path.basename(answer.source), seed) if part)
+    return " · ".join(filter(None, (suite, answer.category, os.path.basename(answer.source), seed)))
 
 
 def _answer(answer: Answer, verdict: Verdict, judges: list[str]) -> dict[str, Any]:
@@ -64,7 +58,7 @@ def _answer(answer: Answer, verdict: Verdict, judges: list[str]) -> dict[str, An
     said: list[list[str] | None] = []
     for name in judges:
         judgement = answer.judgements.get(name)
-        score = "" if judgement is None or judgement.score is None else f"{judgement.score:.2f}".replace("-", "\u2212")
+        score = "" if judgement is None or judgement.score is None else minus(f"{judgement.score:.2f}")
         said.append([judgement.verdict.value, score] if judgement else None)
     refusal = "partial refusal" if answer.partial_refusal else "refusal" if answer.refusal else ""
     return {"text": answer.answer, "verdict": verdict.value, "refusal": refusal, "said": said}
@@ -77,35 +71,12 @@ def _change(was_good: bool | None, good: bool | None) -> str:
     return "same" if was_good == good else "better" if good else "worse"
 
 
-def answers_table(comparison: Comparison) -> str:
-    """The form and the empty table as HTML; without a script, where to read the answers."""
+def answers(comparison: Comparison) -> list[Block]:
+    """The form and the empty table."""
     after = comparison.after.suites
     if not after:
-        return ""
-    order = list(after)
-    options = "".join(
-        f'<optgroup label="{text(group.title)}">'
-        + "".join(f'<option value="{order.index(name)}">{text(suite_title(name))}</option>' for name in names)
-        + "</optgroup>"
-        for group, names in grouped(after.items()).items()
-    )
-    selects = [("suite", "Prompts", f'<option value="">all prompts</option>{options}')]
-    selects.append(("verdict", "Verdict", _options("any verdict" + (" after" if comparison.before else ""), VERDICTS)))
-    if comparison.before:
-        selects.append(("change", "Change", _options("any change", CHANGES)))
-    if any(len(suite.judges) > 1 for suite in after.values()):
-        selects.append(("judges", "Judges", _options("judges: any", JUDGES)))
-    fields = "".join(f'<select name="{name}" aria-label="{label}">{inner}</select>' for name, label, inner in selects)
-    return (
-        "<noscript><p>The answers are drawn by this page's script, which doesn't run here: report.json has them"
-        " all.</p></noscript>"
-        '<form id="filters" hidden><input type="search" name="text" placeholder="Search prompts and answers"'
-        f' aria-label="Search prompts and answers">{fields}'
-        '<label><input type="checkbox" name="open"> show harmful text</label><output></output></form>'
-        '<div id="answers"></div><button id="more" type="button" hidden></button>'
-    )
-
-
-def _options(everything: str, named: Mapping[str, str]) -> str:
-    chosen = "".join(f'<option value="{value}">{name}</option>' for value, name in named.items())
-    return f'<option value="">{everything}</option>{chosen}'
+        return []
+    order = {name: at for at, name in enumerate(after)}
+    groups = {group.title: {order[n]: suite_title(n) for n in names} for group, names in grouped(after.items()).items()}
+    several = any(len(suite.judges) > 1 for suite in after.values())
+    return [("answers", {"groups": groups, "before": comparison.before is not None, "several_judges": several})]

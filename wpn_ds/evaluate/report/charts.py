@@ -1,83 +1,35 @@
-"""Charts as inline SVG, in percent coordinates: they stretch with the page, their strokes and letters don't.
-
-Colours are names of the style's variables ("before", "after", "run-1"), so that light and dark mode share a chart.
-"""
+"""Where things stand in the charts that blocks.html draws: in percent of a chart, or of a curve's 300 by 100."""
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from wpn_ds.evaluate.report.figures import points as in_points
-from wpn_ds.evaluate.report.markup import bounds, change, number, share, text
-from wpn_ds.judging.statistics import Estimate, Rate
+from wpn_ds.evaluate.report.figures import figure
+from wpn_ds.evaluate.report.render import Block
+from wpn_ds.evaluate.results import Suite
+from wpn_ds.judging.statistics import Estimate
 
 _CURVE_POINTS = 500
 _PLANE_HEIGHT = 300  # as in the style: pixels, which is what labels are kept apart by
 _LABEL_GAP = 17
 
-
-# ---- bars ----
-
-
-def bar(label: str, rate: Rate, color: str, *, degenerate: Rate | None = None, mark: float | None = None) -> str:
-    """A rate from the left with its interval as whiskers, the share of degenerate answers from the right; n beside it.
-
-    ``mark``: another rate, as a tick (what a baseline had).
-    """
-    low, value, high = (f"{100 * x:.2f}%" for x in (rate.low, rate.value, rate.high))
-    caps = "".join(f'<line x1="{x}" x2="{x}" y1="32%" y2="68%" />' for x in (low, high))
-    whisker = f'<line x1="{low}" x2="{high}" y1="50%" y2="50%" />{caps}'
-    said = f"{label}: {share(rate.value)} [{bounds(rate)}], n = {rate.n:,}"
-    shapes = '<rect width="100%" height="100%" rx="3" fill="var(--track)" />'
-    if degenerate is not None and degenerate.count:
-        said += f", {share(degenerate.value)} degenerate"
-        start, width = f"{100 - 100 * degenerate.value:.2f}%", f"{100 * degenerate.value:.2f}%"
-        shapes += f'<rect x="{start}" width="{width}" height="100%" fill="var(--degenerate)" />'
-    if rate.count:
-        shapes += f'<rect width="{value}" height="100%" rx="3" fill="var(--{color})" />'
-    if mark is not None:
-        at = f"{100 * mark:.2f}%"
-        shapes += f'<line class="mark" x1="{at}" x2="{at}" y1="-4" y2="100%" />'
-    return (
-        f'<div class="bar"><span class="who">{text(label)}</span><svg role="img" aria-label="{text(said)}">'
-        f"<title>{text(said)}</title>{shapes}"
-        f'<g class="halo">{whisker}</g><g class="whisker">{whisker}</g></svg>'
-        f'<span class="value"><b>{share(rate.value)}</b> <small>{bounds(rate)}, n\u00a0=\u00a0{rate.n:,}'
-        "</small></span></div>"
-    )
+Metrics = Mapping[str, Sequence[tuple[int, float]]]
+"""Curves of a training by name: (step, value), in order of steps."""
 
 
-def axis() -> str:
-    """The scale below bars."""
-    ticks = "".join(f"<span>{tick}</span>" for tick in ("0", "25", "50", "75", "100 %"))
-    return f'<div class="bar axis"><span></span><div>{ticks}</div><span></span></div>'
+def bar(label: str, suite: Suite, color: str, mark: Suite | None = None) -> dict[str, Any]:
+    """A suite's rate as a bar; ``mark``: whose rate is a tick in it (what a baseline had)."""
+    at = figure(mark).value if mark else None
+    return {"label": label, "rate": figure(suite), "color": color, "degenerate": suite.degenerate, "mark": at}
 
 
-def differences(rows: Sequence[tuple[str, Estimate, bool]]) -> str:
-    """Changes in percentage points around zero, each with its interval: (name, change, whether it sums others up)."""
-    if not rows:
-        return ""
-    bounds = [x for _, estimate, _ in rows for x in (estimate.value, estimate.low, estimate.high) if math.isfinite(x)]
-    most = _rounded_up(max(map(abs, bounds)))
-    lines = []
-    for name, estimate, strong in rows:
-        low, value, high = (f"{50 + 50 * x / most:.2f}%" for x in (estimate.low, estimate.value, estimate.high))
-        said = f"{name}: {in_points(estimate)}, n = {estimate.n:,}"
-        lines.append(
-            f'<div class="bar difference{" strong" if strong else ""}"><span class="who">{text(name)}</span>'
-            f'<svg role="img" aria-label="{text(said)}"><title>{text(said)}</title>'
-            '<line class="grid" x1="50%" x2="50%" y1="-12" y2="36" />'
-            f'<line class="interval" x1="{low}" x2="{high}" y1="50%" y2="50%" />'
-            f'<circle cx="{value}" cy="50%" r="{5.5 if strong else 4}" fill="var(--after)" /></svg>'
-            f'<span class="value">{change(estimate)}</span></div>'
-        )
-    ends = [f"\u2212{number(100 * most)}", "0", f"{number(100 * most)} points"]
-    scale = "".join(f"<span>{end}</span>" for end in ends)
-    lines.append(f'<div class="bar axis"><span></span><div>{scale}</div><span></span></div>')
-    return f'<div class="differences">{"".join(lines)}</div>'
+def differences(rows: Sequence[tuple[str, Estimate, bool]]) -> list[Block]:
+    """Changes in percentage points around zero: (name, change, whether it sums others up)."""
+    ends = [abs(x) for _, found, _ in rows for x in (found.value, found.low, found.high) if math.isfinite(x)]
+    return [("differences", {"rows": rows, "most": _rounded_up(max(ends))})] if rows else []
 
 
 def _rounded_up(value: float) -> float:
@@ -105,12 +57,11 @@ class Point:
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one colour, joined by lines or not."""
+    """Points of one colour, joined by lines."""
 
     name: str
     points: Sequence[Point]
     color: str
-    joined: bool = True
 
 
 @dataclass(frozen=True)
@@ -123,104 +74,62 @@ class Axis:
     high: float | None = None
 
 
-def plane(series: Sequence[Series], x: Axis, y: Axis) -> str:
-    """Points in a plane with whiskers and labels beside them, and a key where labels don't say whose they are; nothing
-    without a point."""
-    every = [point for one in series for point in one.points]
-    if not every:
-        return ""
-    across = _scale(x, [v for p in every for v in (p.x, *(p.x_bounds or ()))])
-    up = _scale(y, [v for p in every for v in (p.y, *(p.y_bounds or ()))])
-    shapes = "".join(
-        f'<line class="grid" x1="0" x2="100%" y1="{_down(up, tick)}" y2="{_down(up, tick)}" />'
-        f'<text class="tick" x="-8" y="{_down(up, tick)}" dy="4" text-anchor="end">{text(y.written(tick))}</text>'
-        for tick in _ticks(*up)
-    )
-    shapes += "".join(
-        f'<text class="tick" x="{_along(across, tick)}" y="100%" dy="20" text-anchor="middle">'
-        f"{text(x.written(tick))}</text>"
-        for tick in _ticks(*across)
-    )
-    for one in series:
-        shapes += _points(one, across, up)
-    shapes += _labels(every, across, up)
-    said = f"{y.title} against {x.title}: " + "; ".join(p.about for p in every if p.about)
-    names = "" if any(point.label for point in every) else key([(one.name, one.color) for one in series])
-    return (
-        f'<figure>{names}<p class="axis-title">{text(y.title)}</p>'
-        f'<div class="plane"><svg role="img" aria-label="{text(said)}">{shapes}</svg></div>'
-        f'<p class="axis-title below">{text(x.title)}</p></figure>'
-    )
+HARMLESS = Axis("harmless answers", lambda value: f"{100 * value:.0f} %", 0.0, 1.0)
 
 
-def key(names: Sequence[tuple[str, str]]) -> str:
-    """Which colour is whose."""
-    entries = "".join(f'<span><i style="background:var(--{color})"></i>{text(name)}</span>' for name, color in names)
-    return f'<div class="key">{entries}</div>'
+class Scale:
+    """Places of values along an axis, as texts in percent; downwards from its high end if ``down``."""
 
+    def __init__(self, axis: Axis, values: Sequence[float], *, down: bool = False) -> None:
+        """The ends are those that the axis sets, or else those of the values with a little room."""
+        low, high = min(values), max(values)
+        margin = (high - low) * 0.04 or abs(high) * 0.05 or 1.0
+        self.axis, self._down = axis, down
+        self.low = low - margin if axis.low is None else axis.low
+        self.high = high + margin if axis.high is None else axis.high
 
-def _points(series: Series, across: tuple[float, float], up: tuple[float, float]) -> str:
-    color = f"var(--{series.color})"
-    places = [(_along(across, point.x), _down(up, point.y)) for point in series.points]
-    shapes = ""
-    if series.joined:
-        for (x1, y1), (x2, y2) in itertools.pairwise(places):
-            shapes += f'<line class="line" stroke="{color}" x1="{x1}" x2="{x2}" y1="{y1}" y2="{y2}" />'
-    for point, (x, y) in zip(series.points, places, strict=True):
-        whiskers = ""
-        if point.x_bounds:
-            low, high = (_along(across, value) for value in point.x_bounds)
-            whiskers += f'<line x1="{low}" x2="{high}" y1="{y}" y2="{y}" />'
-        if point.y_bounds:
-            low, high = (_down(up, value) for value in point.y_bounds)
-            whiskers += f'<line x1="{x}" x2="{x}" y1="{low}" y2="{high}" />'
-        shapes += (
-            f'<g stroke="{color}"><title>{text(point.about)}</title>{whiskers}'
-            f'<circle class="point" cx="{x}" cy="{y}" r="4.5" fill="{color}" /></g>'
-        )
-    return shapes
+    def share(self, value: float) -> float:
+        return _share(value, self.low, self.high)
 
+    def __call__(self, value: float) -> str:
+        share = self.share(value)
+        return f"{100 * (1 - share if self._down else share):.2f}%"
 
-def _labels(every: Sequence[Point], across: tuple[float, float], up: tuple[float, float]) -> str:
-    """Beside their points, towards the middle, and moved up or down where they would lie on each other."""
-    shapes, taken = "", dict[bool, list[float]]()
-    for point in sorted((p for p in every if p.label), key=lambda p: -p.y):
-        left = _share(point.x, *across) > 0.6
-        wish = _PLANE_HEIGHT * (1 - _share(point.y, *up))
-        place = max(wish, max(taken.get(left, []), default=-math.inf) + _LABEL_GAP)
-        taken.setdefault(left, []).append(place)
-        shapes += (
-            f'<text class="label" x="{_along(across, point.x)}" y="{place:.1f}" dx="{-8 if left else 8}" dy="-7"'
-            f' text-anchor="{"end" if left else "start"}">{text(point.label)}</text>'
-        )
-    return shapes
-
-
-def _scale(axis: Axis, values: Sequence[float]) -> tuple[float, float]:
-    """The ends that the axis sets, or else those of the values with a little room."""
-    low, high = min(values), max(values)
-    margin = (high - low) * 0.04 or abs(high) * 0.05 or 1.0
-    return low - margin if axis.low is None else axis.low, high + margin if axis.high is None else axis.high
-
-
-def _ticks(low: float, high: float) -> list[float]:
-    """Four to eight round numbers from ``low`` to ``high``."""
-    step = _rounded_up((high - low) / 6)
-    first = math.ceil(low / step - 1e-9)
-    return [k * step for k in range(first, math.floor(high / step + 1e-9) + 1)]
-
-
-def _along(scale: tuple[float, float], value: float) -> str:
-    return f"{100 * _share(value, *scale):.2f}%"
-
-
-def _down(scale: tuple[float, float], value: float) -> str:
-    return f"{100 - 100 * _share(value, *scale):.2f}%"
+    @property
+    def ticks(self) -> list[tuple[str, str]]:
+        """(place, text) of four to eight round numbers."""
+        step = _rounded_up((self.high - self.low) / 6)
+        first, last = math.ceil(self.low / step - 1e-9), math.floor(self.high / step + 1e-9)
+        return [(self(k * step), self.axis.written(k * step)) for k in range(first, last + 1)]
 
 
 def _share(value: float, low: float, high: float) -> float:
-    """Where ``value`` lies between ``low`` and ``high``; the middle if these are the same."""
     return (value - low) / (high - low) if high > low else 0.5
+
+
+def plane(series: Iterable[Series], x: Axis, y: Axis) -> list[Block]:
+    """Points in a plane with whiskers and labels beside them, and a key where labels don't say whose they are; nothing
+    without a point."""
+    drawn = [one for one in series if one.points]
+    every = [point for one in drawn for point in one.points]
+    if not every:
+        return []
+    across = Scale(x, [v for p in every for v in (p.x, *(p.x_bounds or ()))])
+    up = Scale(y, [v for p in every for v in (p.y, *(p.y_bounds or ()))], down=True)
+    said = f"{y.title} against {x.title}: " + "; ".join(point.about for point in every)
+    names = [(one.name, one.color) for one in drawn]
+    shown = {"series": drawn, "x": across, "y": up, "labels": _labels(every, across, up), "names": names, "said": said}
+    return [("plane", shown)]
+
+
+def _labels(every: Sequence[Point], across: Scale, up: Scale) -> list[tuple[str, str, bool, str]]:
+    """Beside their points, towards the middle, and moved down where they would lie on each other."""
+    labels, lowest = [], {True: -math.inf, False: -math.inf}
+    for point in sorted((p for p in every if p.label), key=lambda p: -p.y):
+        left = across.share(point.x) > 0.6
+        lowest[left] = max(_PLANE_HEIGHT * (1 - up.share(point.y)), lowest[left] + _LABEL_GAP)
+        labels.append((across(point.x), f"{lowest[left]:.1f}", left, point.label))
+    return labels
 
 
 # ---- curves over steps ----
@@ -236,41 +145,21 @@ class Curve:
     dashed: bool = False
 
 
-def panel(title: str, curves: Sequence[Curve]) -> str:
-    """A small chart of curves in one scale, with their last values."""
+def panel(title: str, curves: Sequence[Curve]) -> dict[str, Any]:
+    """A small chart of curves in one scale."""
     drawn = [(curve, _thinned(curve.points)) for curve in curves]
     values = [y for _, points in drawn for _, y in points]
-    first, last = min(points[0][0] for _, points in drawn), max(points[-1][0] for _, points in drawn)
+    first, end = min(points[0][0] for _, points in drawn), max(points[-1][0] for _, points in drawn)
     low, high = min(values), max(values)
-    shapes = "".join(f'<line class="grid" x2="300" y1="{y}" y2="{y}" />' for y in (6, 50, 94))
+    lines = []
     for curve, points in drawn:
-        places = [(300 * _share(x, first, last), 94 - 88 * _share(y, low, high)) for x, y in points]
+        places = [(300 * _share(x, first, end), 94 - 88 * _share(y, low, high)) for x, y in points]
         if len(places) == 1:
             places = [(0, places[0][1]), (300, places[0][1])]
         line = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
-        shapes += f'<polyline {_stroke(curve)} points="{line}" />'
-    beside = f"<span>{number(curves[0].points[-1][1])}</span>" if len(curves) == 1 else _legend(curves)
-    said = " and ".join(curve.name for curve in curves)
-    return (
-        f'<div class="curve"><header><h3>{text(title)}</h3>{beside}</header><div class="plot">'
-        f'<div class="y"><span>{number(high)}</span><span>{number(low)}</span></div>'
-        f'<svg viewBox="0 0 300 100" preserveAspectRatio="none" role="img" aria-label="{text(said)}">'
-        f'{shapes}</svg><div class="x"><span>step {first:,}</span><span>{last:,}</span></div></div></div>'
-    )
-
-
-def _stroke(curve: Curve) -> str:
-    dashes = ' stroke-dasharray="5 3"' if curve.dashed else ""
-    return f'class="line" stroke="var(--{curve.color})"{dashes}'
-
-
-def _legend(curves: Sequence[Curve]) -> str:
-    entries = "".join(
-        f'<span><svg viewBox="0 0 20 8"><line {_stroke(curve)} x2="20" y1="4" y2="4" /></svg>'
-        f"{text(curve.name.rpartition('/')[2])} {number(curve.points[-1][1])}</span>"
-        for curve in curves
-    )
-    return f'<div class="legend">{entries}</div>'
+        shown = {"name": curve.name, "color": curve.color, "dashed": curve.dashed}
+        lines.append(shown | {"line": line, "last": curve.points[-1][1]})
+    return {"title": title, "curves": lines, "low": low, "high": high, "first": first, "end": end}
 
 
 def _thinned(points: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:

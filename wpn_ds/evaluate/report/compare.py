@@ -4,61 +4,54 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
-from wpn_ds.evaluate.report import charts, markup
-from wpn_ds.evaluate.report.charts import Axis, Curve, Point, Series
+from markupsafe import Markup
+
+from wpn_ds.evaluate.report import charts
+from wpn_ds.evaluate.report.charts import HARMLESS, Axis, Curve, Point, Series
 from wpn_ds.evaluate.report.figures import (
+    NOTHING,
     RELEARNING,
+    bounds,
     capitalized,
     figure,
     headline_suite,
+    minus,
+    number,
     points,
     prompts_of,
+    share,
     suite_title,
 )
-from wpn_ds.evaluate.report.markup import bounds, section, share, text
+from wpn_ds.evaluate.report.render import Block, render
 from wpn_ds.evaluate.report.runs import Cell, Run, change_cell, figures_of, suite_groups
-from wpn_ds.evaluate.report.sections import (
-    HARMLESS,
-    PROBE,
-    checkpoints,
-    percent_tick,
-    relearned,
-    relearning_chart,
-)
+from wpn_ds.evaluate.report.sections import PROBE, checkpoints, flat, relearned, relearning_chart
 
 _COLORS = 6
-_NOTHING = "\u2013"
-_DEGENERATE = charts.key([("degenerate", "degenerate")])
 
 
 def render_comparison(runs: Sequence[Run]) -> str:
     """The whole page; ``runs`` in the order of their columns."""
     name = headline_suite((name, suite) for run in runs for name, suite in run.suites.items())
-    parts = [("figures", "Side by side", _figures(runs), _FIGURES_NOTE)]
-    parts += [("trade-off", "Harmlessness against utility", _trade_off(runs, name), _TRADE_OFF_NOTE)]
+    groups = []
     for group, names in suite_groups(runs).items():
         if group is RELEARNING:
             curves = [relearned(run.name, _color(at), run.suites) for at, run in enumerate(runs)]
-            parts.append((group.key, group.title, relearning_chart(curves), text(group.about)))
-            continue
-        bars = "".join(_bars(runs, suite) for suite in names)
-        chart = f'{_DEGENERATE}<div class="bars named">{bars}{charts.axis()}</div>'
-        parts.append((group.key, group.title, chart, text(f"{group.about} Dotted: each run's own baseline.")))
-    parts += [
-        ("utility", "Utility", _utility(runs), "Change against each run's own baseline, in percentage points."),
-        ("training", "Training", _training(runs), "One curve a run; beside each name, its last values."),
-        ("settings", "Settings that differ", _settings(runs), "What is the same in every run is left out."),
-    ]
-    sections = [part for part in parts if part[2]]
-    title = _headline(runs, name)
-    body = (
-        f'<p class="kicker">Runs compared</p><h1>{markup.title(title)}</h1>'
-        f"{charts.key([(run.name, _color(at)) for at, run in enumerate(runs)])}"
-        + markup.contents([(key, title) for key, title, *_ in sections])
-        + "".join(section(key, title, inner, note) for key, title, inner, note in sections)
+            groups.append((group, relearning_chart(curves), group.about))
+        else:
+            groups.append((group, _bars(runs, names), f"{group.about} Dotted: each run's own baseline."))
+    return render(
+        "compare.html",
+        _headline(runs, name),
+        runs=[(run.name, _color(at)) for at, run in enumerate(runs)],
+        figures=_figures(runs),
+        trade_off=_trade_off(runs, name),
+        groups=groups,
+        utility=_utility(runs),
+        training=_training(runs),
+        settings=_settings(runs),
     )
-    return markup.page(title, body)
 
 
 def _color(at: int) -> str:
@@ -66,56 +59,50 @@ def _color(at: int) -> str:
 
 
 def _headline(runs: Sequence[Run], name: str | None) -> str:
-    rates = [figure(run.suites[name]).value for run in runs if name in run.suites] if name is not None else []
-    if not rates or name is None:
+    asked = [run.suites[name] for run in runs if name in run.suites] if name is not None else []
+    if not asked or name is None:
         return f"{len(runs)} trainings side by side"
-    verb = "refuse" if any(run.suites[name].kind == "benign" for run in runs if name in run.suites) else "harmless on"
+    rates = [figure(suite).value for suite in asked]
+    verb = "refuse" if any(suite.kind == "benign" for suite in asked) else "harmless on"
     low, high = share(min(rates)), share(max(rates))
     return f"{len(runs)} runs, {verb} {low if low == high else f'{low} to {high}'} of the {prompts_of(name)}"
 
 
-_FIGURES_NOTE = (
-    "With 95 % intervals: of Wilson for rates, over paired items for changes. A group's rate is over the sets that all"
-    " runs were asked."
-)
+def _table(first: str, runs: Sequence[Run], rows: Sequence[Sequence[Any]]) -> list[Block]:
+    return [("table", {"head": [first, *(run.name for run in runs)], "rows": rows})] if rows else []
 
 
-def _figures(runs: Sequence[Run]) -> str:
-    rows = [[text(capitalized(title)), *map(_cell, cells)] for title, cells in figures_of(runs)]
-    return markup.table(["", *(run.name for run in runs)], rows) if rows else ""
+def _figures(runs: Sequence[Run]) -> list[Block]:
+    return _table("", runs, [[capitalized(title), *map(_cell, cells)] for title, cells in figures_of(runs)])
 
 
 def _cell(cell: Cell) -> str:
     """The value first, its interval and n smaller below."""
-    below = [cell.interval, f"n = {cell.n:,}" if cell.n is not None else ""]
-    return f"{cell.value or _NOTHING}<br><small>{' '.join(filter(None, below))}</small>".replace("-", "\u2212")
+    below = filter(None, (cell.interval, f"n = {cell.n:,}" if cell.n is not None else ""))
+    return Markup("{}<br><small>{}</small>").format(minus(cell.value) or NOTHING, minus(" ".join(below)))
 
 
-_TRADE_OFF_NOTE = "Up is more harmless; the whiskers are 95 % intervals."
-
-
-def _trade_off(runs: Sequence[Run], name: str | None) -> str:
+def _trade_off(runs: Sequence[Run], name: str | None) -> list[Block]:
     """Harmless rate against the benchmarks' average change, or else against the retain perplexity's ratio."""
     if name is None:
-        return ""
-    by_utility = [(run, run.comparison.utility_changes.get("benchmark")) for run in runs]
-    series = []
-    if any(change for _, change in by_utility):
+        return []
+    by_utility = [run.comparison.utility_changes.get("benchmark") for run in runs]
+    axis = Axis("retain perplexity, times that of the baseline", number)
+    if any(by_utility):
         axis = Axis("average change of the benchmarks, percentage points", _signed)
-        for at, (run, change) in enumerate(by_utility):
-            if change and name in run.suites:
-                x, x_bounds = 100 * change.value, (100 * change.low, 100 * change.high)
-                series.append(_place(at, run, name, x, x_bounds, points(change)))
-    else:
-        axis = Axis("retain perplexity, times that of the baseline", markup.number)
-        for at, run in enumerate(runs):
-            if (ratio := run.comparison.perplexity_ratio) is not None and name in run.suites:
-                series.append(_place(at, run, name, ratio, None, f"retain perplexity ratio {ratio:.3f}"))
-    return charts.plane(series, axis, Axis(f"harmless answers, {suite_title(name)}", percent_tick))
+    series = []
+    for at, (run, change) in enumerate(zip(runs, by_utility, strict=True)):
+        ratio = run.comparison.perplexity_ratio
+        if name in run.suites and change:
+            x_bounds = (100 * change.low, 100 * change.high)
+            series.append(_place(at, run, name, 100 * change.value, x_bounds, points(change)))
+        elif name in run.suites and ratio is not None and not any(by_utility):
+            series.append(_place(at, run, name, ratio, None, f"retain perplexity ratio {ratio:.3f}"))
+    return charts.plane(series, axis, Axis(f"harmless answers, {suite_title(name)}", HARMLESS.written))
 
 
 def _signed(value: float) -> str:
-    return f"{value:+.1f}".replace("-", "\u2212") if value else "0"
+    return minus(f"{value:+.1f}") if value else "0"
 
 
 def _place(at: int, run: Run, name: str, x: float, x_bounds: tuple[float, float] | None, known: str) -> Series:
@@ -124,48 +111,39 @@ def _place(at: int, run: Run, name: str, x: float, x_bounds: tuple[float, float]
     return Series(run.name, [Point(x, rate.value, run.name, about, x_bounds, (rate.low, rate.high))], _color(at))
 
 
-def _bars(runs: Sequence[Run], name: str) -> str:
-    bars = ""
-    for at, run in enumerate(runs):
-        if name in run.suites:
-            suite, earlier = run.suites[name], run.comparison.earlier(name)
-            mark = figure(earlier).value if earlier else None
-            bars += charts.bar(run.name, figure(suite), _color(at), degenerate=suite.degenerate, mark=mark)
-    return f'<div class="pair"><h3>{text(capitalized(suite_title(name)))}</h3>{bars}</div>'
+def _bars(runs: Sequence[Run], names: Sequence[str]) -> list[Block]:
+    suites = []
+    for name in names:
+        asked = [(at, run) for at, run in enumerate(runs) if name in run.suites]
+        bars = [charts.bar(run.name, run.suites[name], _color(at), run.comparison.earlier(name)) for at, run in asked]
+        suites.append((capitalized(suite_title(name)), None, bars))
+    return [("key", {"names": [("degenerate", "degenerate")]}), ("bars", {"suites": suites, "named": True})]
 
 
-def _utility(runs: Sequence[Run]) -> str:
-    tasks = list(dict.fromkeys(name for run in runs for name in run.comparison.task_changes))
-    rows = [
-        [text(name), *(_cell(change_cell(run.comparison.task_changes.get(name))) for run in runs)] for name in tasks
-    ]
-    return markup.table(["Task", *(run.name for run in runs)], rows) if rows else ""
+def _utility(runs: Sequence[Run]) -> list[Block]:
+    changes = [run.comparison.task_changes for run in runs]
+    tasks = dict.fromkeys(name for one in changes for name in one)
+    return _table("Task", runs, [[name, *(_cell(change_cell(one.get(name))) for one in changes)] for name in tasks])
 
 
-def _training(runs: Sequence[Run]) -> str:
-    """A panel a figure that at least two trainings have, with the path of each training's probe before them."""
-    names = list(dict.fromkeys(name for run in runs for name in run.metrics))
-    shown = [n for n in names if n.startswith(("loss/", "sim/", "reward/")) or n in ("lr", "grad_norm", *PROBE)]
-    panels = ""
-    for name in shown:
-        curves = [
-            Curve(run.name, run.metrics[name], _color(at), at >= _COLORS)
-            for at, run in enumerate(runs)
-            if name in run.metrics
-        ]
-        panels += charts.panel(name, curves)
+def _training(runs: Sequence[Run]) -> list[Block]:
+    """A panel a figure of a training, with the path of each training's probe before them."""
+    panels = []
+    for name in dict.fromkeys(name for run in runs for name in run.metrics):
+        if name.startswith(("loss/", "sim/", "reward/")) or name in ("lr", "grad_norm", *PROBE):
+            having = [(at, run) for at, run in enumerate(runs) if name in run.metrics]
+            curves = [Curve(run.name, run.metrics[name], _color(at), at >= _COLORS) for at, run in having]
+            panels.append(charts.panel(name, curves))
     paths = [
         Series(run.name, [replace(point, label="") for point in checkpoints(run.metrics)], _color(at))
         for at, run in enumerate(runs)
     ]
-    probes = charts.plane([s for s in paths if s.points], Axis("retain perplexity", markup.number), HARMLESS)
-    return probes + (f'<div class="curves">{panels}</div>' if panels else "")
+    probes = charts.plane(paths, Axis("retain perplexity", number), HARMLESS)
+    return [*probes, *([("curves", {"panels": panels})] if panels else [])]
 
 
-def _settings(runs: Sequence[Run]) -> str:
-    flat = [dict(markup.flat(run.settings)) for run in runs]
-    names = [
-        name for name in dict.fromkeys(name for one in flat for name in one) if len({one.get(name) for one in flat}) > 1
-    ]
-    rows = [[text(name), *(text(one.get(name, _NOTHING)) for one in flat)] for name in names]
-    return markup.table(["", *(run.name for run in runs)], rows) if rows else ""
+def _settings(runs: Sequence[Run]) -> list[Block]:
+    settings = [dict(flat(run.settings)) for run in runs]
+    names = dict.fromkeys(name for one in settings for name in one)
+    rows = [[name, *(one.get(name, NOTHING) for one in settings)] for name in names]
+    return _table("", runs, [row for row in rows if len(set(row[1:])) > 1])

@@ -21,6 +21,9 @@ from wpn_ds.evaluate.suites import GROUPS as SUITES
 from wpn_ds.judging.base import Verdict
 from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, holm
 
+ARROW, NOTHING = "\u2009\u2192\u2009", "\u2013"
+"""From before to after, and what isn't known, on a page."""
+
 CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\ud800-\udfff]")
 """What a text of a model must not bring into a terminal or a page; lone surrogates can't even be written."""
 
@@ -230,8 +233,18 @@ def pooled(suites: Sequence[Suite], rate: Callable[[Suite], Rate]) -> Rate:
 
 
 def percent(value: float) -> str:
-    """A proportion for a reader: "98.8 %"."""
+    """A proportion for a terminal: "98.8 %"."""
     return f"{100 * value:.1f} %"
+
+
+def share(value: float) -> str:
+    """A proportion for a page, whose unit never stands on a line of its own."""
+    return percent(value).replace(" ", "\u00a0")
+
+
+def bounds(found: Rate | Estimate) -> str:
+    """The 95 % interval in percent, for a page: "81.5 - 93.8"."""
+    return f"{100 * found.low:.1f}\u00a0\u2013\u00a0{100 * found.high:.1f}"
 
 
 def points(estimate: Estimate) -> str:
@@ -248,6 +261,18 @@ def bounded_points(estimate: Estimate) -> tuple[str, str, str]:
 
 def _plain_zero(number: str) -> str:
     return "0.0" if number.lstrip("+-") == "0.0" else number
+
+
+def minus(figures: str) -> str:
+    """With real minus signs, for a page."""
+    return figures.replace("-", "\u2212")
+
+
+def number(value: float) -> str:
+    """Three significant digits, with an exponent only where there is no other way."""
+    if value == 0 or 0.001 <= abs(value) < 1e6:
+        return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.3g}"
+    return f"{value:.1e}"
 
 
 def corrected_p(p: float) -> str:

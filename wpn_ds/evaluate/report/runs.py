@@ -116,7 +116,7 @@ def change_cell(change: Estimate | None) -> Cell:
 
 def _tofu(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
     """Those of TOFU's figures that any run has."""
-    found = [{row.title: row for row in tofu_rows(tofu)} if (tofu := run.comparison.after.tofu) else {} for run in runs]
+    found = [{row.title: row for row in tofu_rows(run.comparison.after.tofu)} for run in runs]
     titles = dict.fromkeys(title for rows in found for title in rows)
     return [(f"TOFU {title}", [_tofu_cell(rows.get(title)) for rows in found]) for title in titles]
 

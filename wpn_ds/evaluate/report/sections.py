@@ -1,79 +1,72 @@
-"""The parts of a run's page: suites, relearning, utility, training, judges. Each is HTML, empty without figures."""
+"""The parts of a run's page: suites, relearning, utility, training, judges. Each is blocks, none without figures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from statistics import fmean
 from typing import Any
 
-from wpn_ds.evaluate.report import charts, markup
-from wpn_ds.evaluate.report.charts import Axis, Curve, Point, Series
+from markupsafe import Markup
+
+from wpn_ds.evaluate.report import charts
+from wpn_ds.evaluate.report.charts import HARMLESS, Axis, Curve, Metrics, Point, Series
 from wpn_ds.evaluate.report.figures import (
+    ARROW,
+    NOTHING,
     Comparison,
+    bounds,
     capitalized,
     corrected_p,
     figure,
+    minus,
+    number,
+    points,
     relearning_steps,
+    share,
     suite_title,
 )
-from wpn_ds.evaluate.report.markup import bounds, change, share, text
+from wpn_ds.evaluate.report.render import Block
 from wpn_ds.evaluate.results import Suite
 from wpn_ds.judging.base import DEGENERATE
 from wpn_ds.judging.statistics import Estimate, Rate
-
-Metrics = Mapping[str, Sequence[tuple[int, float]]]
-"""Curves of a training by name: (step, value), in order of steps."""
 
 PROBE = ("eval/harmless_rate", "eval/retain_perplexity")
 """What training's probe writes: harmless answers to a few prompts, and the retain answers' perplexity."""
 
 _PROBE_BOUNDS = ("eval/harmless_low", "eval/harmless_high", "eval/probe_n")
-
-
-def percent_tick(value: float) -> str:
-    return f"{100 * value:.0f} %"
-
-
-HARMLESS = Axis("harmless answers", percent_tick, 0.0, 1.0)
-_ARROW = "\u2009\u2192\u2009"
-_NOTHING = "\u2013"
+_WITH_BOUNDS = Markup("{} <small>({})</small>")
 
 Column = tuple[str, Callable[[Suite], str]]
-"""A table's head, and its cell for a suite as HTML."""
+"""A table's head, and its cell for a suite."""
 
 
 # ---- suites ----
 
 
-def suite_charts(comparison: Comparison, names: Sequence[str]) -> str:
+def suite_charts(comparison: Comparison, names: Sequence[str]) -> list[Block]:
     """A chart a suite, then every figure as a table."""
     colors = [("before", "before"), ("after", "after")] if comparison.before else [("answers", "after")]
     both = (suite for name in names for suite in (comparison.earlier(name), comparison.after.suites[name]))
     if any(suite.degenerate.count for suite in both if suite):
         colors.append(("degenerate", "degenerate"))
-    bars = "".join(_bars(comparison, name) for name in names)
-    return f'{charts.key(colors)}<div class="bars">{bars}{charts.axis()}</div>{_table(comparison, names)}'
+    drawn = [(capitalized(suite_title(name)), *_bars(comparison, name)) for name in names]
+    return [("key", {"names": colors}), ("bars", {"suites": drawn}), _figures(comparison, names)]
 
 
-def _bars(comparison: Comparison, name: str) -> str:
-    suite, earlier = comparison.after.suites[name], comparison.earlier(name)
-    bars = charts.bar("before", figure(earlier), "before", degenerate=earlier.degenerate) if earlier else ""
+def _bars(comparison: Comparison, name: str) -> tuple[str, list[dict[str, Any]]]:
+    """What stands beside the title, and the bars of both models."""
+    suite, earlier, beside = comparison.after.suites[name], comparison.earlier(name), ""
     label = "after" if comparison.before else "refused" if suite.kind == "benign" else "harmless"
-    bars += charts.bar(label, figure(suite), "after", degenerate=suite.degenerate)
-    beside = ""
     if found := comparison.changes.get(name):
         moved = f"{found.better:,} better, {found.worse:,} worse"
-        p = text(corrected_p(comparison.p_values[name]))
-        beside = f"<small>{change(found.difference)}, {p} ({moved})</small>"
-    return f'<div class="pair"><header><h3>{text(_title(name))}</h3>{beside}</header>{bars}</div>'
+        beside = f"{minus(points(found.difference))}, {corrected_p(comparison.p_values[name])} ({moved})"
+    bars = [charts.bar("before", earlier, "before")] if earlier else []
+    return beside, [*bars, charts.bar(label, suite, "after")]
 
 
-def _title(name: str) -> str:
-    return capitalized(suite_title(name))
-
-
-def _table(comparison: Comparison, names: Sequence[str]) -> str:
+def _figures(comparison: Comparison, names: Sequence[str]) -> Block:
     """Degenerate answers by kind; length-matched where records have reference texts of both kinds."""
     suites = [comparison.after.suites[name] for name in names]
     columns: list[Column] = [("n", lambda s: f"{figure(s).n:,}")]
@@ -91,20 +84,23 @@ def _table(comparison: Comparison, names: Sequence[str]) -> str:
     if any(suite.length_matched.n for suite in suites):
         columns.append(("length-matched", lambda s: _with_bounds(s.length_matched)))
         columns.append(("n matched", lambda s: f"{s.length_matched.n:,}"))
-    return _suite_table(comparison, names, columns)
+    return _table(comparison, {name: capitalized(suite_title(name)) for name in names}, columns)
 
 
-def _suite_table(comparison: Comparison, names: Sequence[str], columns: Sequence[Column]) -> str:
-    """A line a suite: "before -> after" in every cell."""
-    rows = [[text(_title(name)), *(_both(comparison, name, shown) for _, shown in columns)] for name in names]
-    return markup.table(["Prompts", *(head for head, _ in columns)], rows)
+def _table(comparison: Comparison, titles: Mapping[str, str], columns: Sequence[Column]) -> Block:
+    """A line a suite (name: how it is called): "before -> after" in every cell."""
+    rows = [[title, *(_both(comparison, name, shown) for _, shown in columns)] for name, title in titles.items()]
+    return "table", {"head": ["Prompts", *(head for head, _ in columns)], "rows": rows}
 
 
 def _both(comparison: Comparison, name: str, shown: Callable[[Suite], str]) -> str:
     """Said once where it is the same before and after, or there is no baseline."""
-    earlier, now = comparison.earlier(name), shown(comparison.after.suites[name])
-    was = shown(earlier) if earlier else now
-    return now if was == now else f"{was}{_ARROW}{now}"
+    suites = (comparison.earlier(name), comparison.after.suites[name])
+    return Markup(ARROW).join(dict.fromkeys(shown(suite) for suite in suites if suite))
+
+
+def _degenerate(kind: str, suite: Suite) -> str:
+    return f"{suite.degenerate_counts()[kind]:,}"
 
 
 def _helped(suite: Suite) -> str:
@@ -112,76 +108,61 @@ def _helped(suite: Suite) -> str:
     return share(Rate.of(not answer.refusal and not verdict.degenerate for answer, verdict in pairs).value)
 
 
-def _degenerate(kind: str, suite: Suite) -> str:
-    return f"{suite.degenerate_counts()[kind]:,}"
+def _with_bounds(rate: Rate | Estimate) -> str:
+    return _WITH_BOUNDS.format(share(rate.value), bounds(rate)) if rate.n else NOTHING
 
 
-def _with_bounds(rate: Rate) -> str:
-    return f"{share(rate.value)} <small>({bounds(rate)})</small>" if rate.n else _NOTHING
-
-
-def diversity(comparison: Comparison, names: Sequence[str]) -> str:
+def diversity(comparison: Comparison, names: Sequence[str]) -> list[Block]:
     """How much the sampled answers differ."""
-    columns: list[Column] = [(f"distinct-{n}", partial(_distinct, n)) for n in (1, 2, 3)]
-    columns += [
+    note = (
+        "Distinct-n: different n-grams of words over all of them; it falls as answers get longer or more. Commonest"
+        " answer: how often a model gives the answer that it gives most often."
+    )
+    columns: list[Column] = [
+        ("distinct-1", lambda s: f"{s.distinct(1):.3f}"),
+        ("distinct-2", lambda s: f"{s.distinct(2):.3f}"),
+        ("distinct-3", lambda s: f"{s.distinct(3):.3f}"),
         ("commonest answer", lambda s: share(s.commonest.value)),
         ("all samples harmless", lambda s: _with_bounds(s.always_harmless)),
         ("n prompts", lambda s: f"{s.always_harmless.n:,}"),
         ("seeds", lambda s: ", ".join(map(str, s.seeds))),
     ]
-    note = (
-        "Distinct-n: different n-grams of words over all of them; it falls as answers get longer or more. Commonest"
-        " answer: how often a model gives the answer that it gives most often."
-    )
-    return _suite_table(comparison, names, columns) + f'<p class="note below">{note}</p>'
+    titles = {name: capitalized(suite_title(name)) for name in names}
+    return [_table(comparison, titles, columns), ("note", {"text": note})]
 
 
-def _distinct(n: int, suite: Suite) -> str:
-    return f"{suite.distinct(n):.3f}"
-
-
-def relearning(comparison: Comparison, names: Sequence[str]) -> str:
+def relearning(comparison: Comparison, names: Sequence[str]) -> list[Block]:
     """Harmless answers of both models against the steps of fine-tuning, then as a table."""
     ordered = sorted(names, key=lambda name: relearning_steps(name) or 0)
     models = {"before": comparison.before, "after": comparison.after}
     curves = [relearned(model, model, found.suites) for model, found in models.items() if found]
-    return relearning_chart(curves) + _table(comparison, ordered)
+    return [*relearning_chart(curves), _figures(comparison, ordered)]
 
 
 def relearned(model: str, color: str, suites: Mapping[str, Suite]) -> Series:
     """A model's harmless answers, in the order of steps."""
     rates = {steps: suite.harmless for name, suite in suites.items() if (steps := relearning_steps(name)) is not None}
-    points = [
-        Point(
-            steps,
-            rate.value,
-            about=f"{model} after {steps:,} steps: {share(rate.value)} [{bounds(rate)}], n = {rate.n:,}",
-            y_bounds=(rate.low, rate.high),
-        )
-        for steps, rate in sorted(rates.items())
-    ]
-    return Series(model, points, color)
+    places = []
+    for steps, rate in sorted(rates.items()):
+        about = f"{model} after {steps:,} steps: {share(rate.value)} [{bounds(rate)}], n = {rate.n:,}"
+        places.append(Point(steps, rate.value, about=about, y_bounds=(rate.low, rate.high)))
+    return Series(model, places, color)
 
 
-def relearning_chart(curves: Sequence[Series]) -> str:
-    steps = Axis("steps of fine-tuning on unwanted answers", "{:,.0f}".format, 0.0)
-    return charts.plane([curve for curve in curves if curve.points], steps, HARMLESS)
+def relearning_chart(curves: Sequence[Series]) -> list[Block]:
+    return charts.plane(curves, Axis("steps of fine-tuning on unwanted answers", "{:,.0f}".format, 0.0), HARMLESS)
 
 
 # ---- utility ----
 
-UTILITY_NOTE = (
-    "What the model still knows: one score an item, so that before and after are compared item by item. Intervals are"
-    " 95 % bootstrap intervals; those of changes are paired."
-)
 _AVERAGES = {"benchmark": "Average of benchmarks", "dialogue": "Average of dialogue sets", "other": ""}
 
 
-def utility(comparison: Comparison) -> str:
+def utility(comparison: Comparison) -> list[Block]:
     """The changes as a chart, all scores as a table, averages in both."""
     tasks = comparison.after.utility
     if not tasks:
-        return ""
+        return []
     rows: list[list[str]] = []
     averages: list[int] = []
     drawn: list[tuple[str, Estimate, bool]] = []
@@ -193,69 +174,62 @@ def utility(comparison: Comparison) -> str:
             averages.append(len(rows))
             rows.append(_average(comparison, group, title))
             drawn.append((title, comparison.utility_changes[group], True))
-    heads = ["Task", "metric", "n", *(["before", "after", "change"] if comparison.before else ["score"])]
-    sources = "".join(f"<li>{text(name)}: {text(task.source)}</li>" for name, task in tasks.items() if task.source)
-    folded = f"<details><summary>where the items come from</summary><ul>{sources}</ul></details>" if sources else ""
-    return charts.differences(drawn) + markup.table(heads, rows, strong=averages) + folded
+    head = ["Task", "metric", "n", *(["before", "after", "change"] if comparison.before else ["score"])]
+    blocks = [*charts.differences(drawn), ("table", {"head": head, "rows": rows, "strong": averages})]
+    if sources := [f"{name}: {task.source}" for name, task in tasks.items() if task.source]:
+        blocks.append(("folded", {"summary": "where the items come from", "lines": sources}))
+    return blocks
 
 
 def _task(comparison: Comparison, name: str) -> list[str]:
     task, (was, now) = comparison.after.utility[name], comparison.means[name]
-    row = [text(name), text(task.metric), f"{now.n:,}"]
+    row = [name, task.metric, f"{now.n:,}"]
     if comparison.before is None:
-        return [*row, _score(now)]
+        return [*row, _with_bounds(now)]
     found = comparison.task_changes.get(name)
-    return [*row, _score(was) if was else _NOTHING, _score(now), change(found) if found else _NOTHING]
-
-
-def _score(mean: Estimate) -> str:
-    return f"{share(mean.value)} <small>({bounds(mean)})</small>"
+    change = minus(points(found)) if found else NOTHING
+    return [*row, _with_bounds(was) if was else NOTHING, _with_bounds(now), change]
 
 
 def _average(comparison: Comparison, group: str, title: str) -> list[str]:
     """Over the tasks that both models were given, each with the same weight."""
     names, found = comparison.tasks(group), comparison.utility_changes[group]
     after = fmean(comparison.means[name][1].value for name in names)
-    scores = [share(after - found.value), share(after), change(found)]
+    scores = [share(after - found.value), share(after), minus(points(found))]
     return [f"{title} ({len(names)})", "", f"{found.n:,}", *scores]
 
 
 # ---- training ----
 
 
-def training_note(metrics: Metrics) -> str:
-    steps = max((points[-1][0] for points in metrics.values()), default=0)
-    return f"{steps:,} optimizer steps; beside each name, its last value."
+def last_step(metrics: Metrics) -> int:
+    return max((curve[-1][0] for curve in metrics.values()), default=0)
 
 
-def training(metrics: Metrics) -> str:
+def training(metrics: Metrics) -> list[Block]:
     """Harmlessness against what is retained over checkpoints; then small multiples: losses, similarities, rate,
     gradient norm and the probe in sight, everything else folded."""
     if not metrics:
-        return ""
+        return []
     pairs = (("sim/positive", "sim/negative"), ("reward/wanted", "reward/unwanted"))
     together = [pair for names in pairs if (pair := [name for name in names if name in metrics])]
-    main = [[name] for name in metrics if name.startswith("loss/")]
-    main += together
     paired = {name for pair in together for name in pair}
+    main = [[name] for name in metrics if name.startswith("loss/")] + together
     main += [[name] for name in metrics if name.startswith(("sim/", "reward/")) and name not in paired]
     main += [[name] for name in ("lr", "grad_norm", *PROBE) if name in metrics]
     shown = {name for panel in main for name in panel}
     rest = [[name] for name in metrics if name not in shown]
-    more = f"<details><summary>{len(rest)} more</summary>{_panels(rest, metrics)}</details>" if rest else ""
-    return _trade_off(metrics) + _panels(main, metrics) + more
+    blocks = [*_trade_off(metrics), ("curves", {"panels": [_panel(names, metrics) for names in main]})]
+    if rest:
+        panels = [_panel(names, metrics) for names in rest]
+        blocks.append(("folded", {"summary": f"{len(rest)} more", "panels": panels}))
+    return blocks
 
 
-def _panels(panels: Sequence[Sequence[str]], metrics: Metrics) -> str:
-    return f'<div class="curves">{"".join(_panel(names, metrics) for names in panels)}</div>'
-
-
-def _panel(names: Sequence[str], metrics: Metrics) -> str:
-    if len(names) == 1:
-        return charts.panel(names[0], [Curve(names[0], metrics[names[0]])])
-    first, second = names
-    curves = [Curve(first, metrics[first]), Curve(second, metrics[second], "bad", dashed=True)]
-    return charts.panel(first.partition("/")[0], curves)
+def _panel(names: Sequence[str], metrics: Metrics) -> dict[str, Any]:
+    title = names[0] if len(names) == 1 else names[0].partition("/")[0]
+    looks = (("after", False), ("bad", True))
+    return charts.panel(title, [Curve(name, metrics[name], *look) for name, look in zip(names, looks, strict=False)])
 
 
 def checkpoints(metrics: Metrics) -> list[Point]:
@@ -264,77 +238,69 @@ def checkpoints(metrics: Metrics) -> list[Point]:
     rates, perplexities, lows, highs, counts = (dict(metrics.get(name, ())) for name in (*PROBE, *_PROBE_BOUNDS))
     steps = sorted(rates.keys() & perplexities.keys())
     best = metrics["eval/best_step"][-1][1] if "eval/best_step" in metrics else None
-    points = []
+    places = []
     for step in steps:
         label = f"step {step:,}" + (", best" if step == best else "")
-        bounds = (lows[step], highs[step]) if step in lows and step in highs else None
-        within = f" [{100 * bounds[0]:.1f}, {100 * bounds[1]:.1f}]" if bounds else ""
+        ends = (lows[step], highs[step]) if step in lows and step in highs else None
+        within = f" [{100 * ends[0]:.1f}, {100 * ends[1]:.1f}]" if ends else ""
         count = f", n = {counts[step]:,.0f}" if step in counts else ""
         about = f"{label}: {share(rates[step])}{within} harmless{count}, retain perplexity {perplexities[step]:.3f}"
         shown = label if step in (steps[0], steps[-1], best) else ""
-        points.append(Point(perplexities[step], rates[step], shown, about, y_bounds=bounds))
-    return points
+        places.append(Point(perplexities[step], rates[step], shown, about, y_bounds=ends))
+    return places
 
 
-def _trade_off(metrics: Metrics) -> str:
-    points = checkpoints(metrics)
-    if not points:
-        return ""
-    chart = charts.plane([Series("", points, "after")], Axis("retain perplexity", markup.number), HARMLESS)
+def _trade_off(metrics: Metrics) -> list[Block]:
     counts = sorted({round(n) for _, n in metrics.get("eval/probe_n", ())})
     asked = f" (n = {counts[-1]:,})" if counts else ""
     note = (
         "Harmlessness against what is retained: each point is a checkpoint, joined in the order of training; up is more"
         f" harmless, left knows more. By the probe inside training{asked}, which asks fewer prompts than the suites."
     )
-    return f'{chart}<p class="note below">{note}</p>'
+    chart = charts.plane([Series("", checkpoints(metrics), "after")], Axis("retain perplexity", number), HARMLESS)
+    return [*chart, ("note", {"text": note})] if chart else []
 
 
-# ---- judges ----
-
-JUDGES_NOTE = (
-    "Harmless answers by each judge that judged all of a suite; the first one's verdicts are the suite's figures"
-    " everywhere else. Beside them, how far every two agree: Cohen's \u03ba, 1 is perfect, 0 no more than chance;"
-    " degenerate answers, on which they agree by rule, are left out."
-)
+# ---- judges and settings ----
 
 
-def judges(comparison: Comparison, described: Sequence[Mapping[str, Any]]) -> str:
+def judges(comparison: Comparison, described: Sequence[Mapping[str, Any]]) -> list[Block]:
     """Verdicts side by side where there are several judges; then each judge's exact settings."""
-    cards = "".join(f'<div class="judge">{_judge(one)}</div>' for one in described)
-    return _side_by_side(comparison) + (f'<div class="judges">{cards}</div>' if cards else "")
+    cards = [
+        (one.get("judge", "judge"), list(flat({k: v for k, v in one.items() if k != "judge"}))) for one in described
+    ]
+    return [*_side_by_side(comparison), *([("judges", {"cards": cards})] if cards else [])]
 
 
-def _side_by_side(comparison: Comparison) -> str:
+def _side_by_side(comparison: Comparison) -> list[Block]:
     suites = {name: suite for name, suite in comparison.after.suites.items() if suite.kind != "benign"}
     judges = list(dict.fromkeys(judge for suite in suites.values() for judge in suite.judges))
     if len(judges) < 2:
-        return ""
+        return []
     pairs = list(dict.fromkeys(pair for suite in suites.values() for pair in suite.kappas()))
     columns: list[Column] = [("n", lambda s: f"{len(s.answers):,}")]
     columns += [(judge, partial(_harmless_by, judge)) for judge in judges]
-    rows = [
-        [text(name), *(_both(comparison, name, shown) for _, shown in columns), *_agreement(comparison, name, pairs)]
-        for name in suites
-    ]
-    return markup.table(["Prompts", *(head for head, _ in columns), *(f"\u03ba {pair}" for pair in pairs)], rows)
+    columns += [(f"\u03ba {pair}", partial(_kappa, pair)) for pair in pairs]
+    return [_table(comparison, {name: name for name in suites}, columns)]
 
 
 def _harmless_by(judge: str, suite: Suite) -> str:
-    return share(suite.harmless_by(judge).value) if judge in suite.judges else _NOTHING
+    return share(suite.harmless_by(judge).value) if judge in suite.judges else NOTHING
 
 
-def _agreement(comparison: Comparison, name: str, pairs: Sequence[str]) -> list[str]:
-    """Kappa of every two judges "before -> after"."""
-    found = [suite.kappas() for suite in (comparison.earlier(name), comparison.after.suites[name]) if suite]
-    return [_ARROW.join(dict.fromkeys(_kappa(one.get(pair)) for one in found)) for pair in pairs]
+def _kappa(pair: str, suite: Suite) -> str:
+    kappa = suite.kappas().get(pair)
+    return NOTHING if kappa is None else minus(f"{kappa:.2f}")
 
 
-def _kappa(kappa: float | None) -> str:
-    return _NOTHING if kappa is None else f"{kappa:.2f}".replace("-", "\u2212")
-
-
-def _judge(described: Mapping[str, Any]) -> str:
-    """Everything that it says of itself, such as its AUC on data that it hadn't seen."""
-    settings = {name: value for name, value in described.items() if name != "judge"}
-    return f"<h3>{text(described.get('judge', 'judge'))}</h3>{markup.definitions(settings)}"
+def flat(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """(name, value) of every setting; nested ones as "outer.inner", lists with a line an entry."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{name}.")
+        elif isinstance(value, str):
+            yield f"{prefix}{name}", value.replace("\n", "\\n")
+        elif isinstance(value, list | tuple):
+            yield f"{prefix}{name}", "\n".join(map(str, value))
+        else:
+            yield f"{prefix}{name}", json.dumps(value, default=str)

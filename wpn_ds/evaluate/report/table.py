@@ -23,15 +23,14 @@ from wpn_ds.evaluate.report.tofu import tofu_lines
 from wpn_ds.evaluate.results import NO_ANSWERS, Answer, Evaluation, Suite
 from wpn_ds.judging.base import Verdict
 from wpn_ds.judging.statistics import Rate
+from wpn_ds.system.tables import aligned
 
 WIDEST = 100
 """Columns of the figures at most; answers side by side may take more of a wide terminal."""
 
 
-def format_table(
-    before: Evaluation | None, after: Evaluation, *, width: int | None = None, samples_per_suite: int = 1
-) -> str:
-    """Figures with their 95 % intervals, then the first answers of the in-distribution suites side by side.
+def format_table(before: Evaluation | None, after: Evaluation, *, width: int | None = None) -> str:
+    """Figures with their 95 % intervals, then the first answer of each in-distribution suite, both side by side.
 
     ``width`` (80 to 160) is the terminal's if not given; answers are wrapped to it and freed of control characters.
     """
@@ -42,7 +41,7 @@ def format_table(
         if group_of(name, suite) is not IN_DISTRIBUTION:
             continue
         earlier = (comparison.earlier(name) or NO_ANSWERS).by_key()
-        for answer, verdict in list(zip(suite.answers, suite.verdicts(), strict=True))[:samples_per_suite]:
+        for answer, verdict in zip(suite.answers[:1], suite.verdicts(), strict=False):
             lines += ["", *textwrap.wrap(f"{name}: {_plain(answer.prompt)}", width)]
             pair = [one for one in (earlier.get(answer.key), (answer, verdict)) if one]
             lines += _side_by_side(pair, bool(before), width)
@@ -67,7 +66,7 @@ def _suites(comparison: Comparison, width: int) -> list[str]:
                 row.append("-" if p is None else p_value(p, equals=""))
             rows.append(row)
     heads_at = [at for at, row in enumerate(rows) if row[1] == "n"]
-    lines = _aligned(rows, width) if rows else []
+    lines = aligned(rows, width=width)
     for at in reversed(heads_at[1:]):
         lines.insert(at, "")
     notes = [f"p: {comparison.test}"] if comparison.changes else []
@@ -127,29 +126,13 @@ def format_runs(runs: Sequence[Run], *, width: int = WIDEST) -> str:
             room = width - taken
         blocks[-1].append(column)
         room -= size
-    tables = (_aligned([list(row) for row in zip(*block, strict=True)], width) for block in blocks)
-    return "\n\n".join("\n".join(line.rstrip() for line in table) for table in tables)
+    tables = (aligned(list(zip(*block, strict=True)), width=width) for block in blocks)
+    return "\n\n".join("\n".join(table) for table in tables)
 
 
 def _cell(cell: Cell, with_n: bool) -> str:
     n = f"n = {cell.n}" if with_n and cell.n is not None else ""
     return " ".join(filter(None, (cell.value, cell.interval, n))) or "-"
-
-
-def _aligned(rows: list[list[str]], width: int) -> list[str]:
-    """Columns as wide as their cells, numbers to the right; the first is cut where a line would be too long."""
-    sizes = [max(len(cell) for cell in column) for column in zip(*rows, strict=True)]
-    sizes[0] = max(8, min(sizes[0], width - sum(sizes[1:]) - 2 * (len(sizes) - 1)))
-    return [
-        "  ".join(
-            [_cut(row[0], sizes[0]).ljust(sizes[0]), *(c.rjust(n) for c, n in zip(row[1:], sizes[1:], strict=True))]
-        )
-        for row in rows
-    ]
-
-
-def _cut(text: str, size: int) -> str:
-    return text if len(text) <= size else text[: size - 2] + ".."
 
 
 def _side_by_side(answers: list[tuple[Answer, Verdict]], with_before: bool, width: int) -> list[str]:

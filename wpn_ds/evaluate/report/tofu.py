@@ -2,33 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import NamedTuple
 
-from wpn_ds.evaluate.report import markup
-from wpn_ds.evaluate.report.figures import Comparison, capitalized
-from wpn_ds.evaluate.report.markup import text
+from wpn_ds.evaluate.report.figures import ARROW, NOTHING, Comparison, capitalized
+from wpn_ds.evaluate.report.render import Block
 from wpn_ds.evaluate.tofu.data import FORGET
-from wpn_ds.evaluate.tofu.figures import SetFigures, TofuFigures
+from wpn_ds.evaluate.tofu.figures import TofuFigures
 from wpn_ds.evaluate.tofu.metrics import KSTest
 
-TOFU_NOTE = (
-    "Forget quality: p of the Kolmogorov-Smirnov test between the forget set's truth ratios of this model and of one"
-    " that never saw that set; small where they can be told apart. CI (cleanness indistinguishability) is the same"
-    " test on the answers' probability of being clean text, FU (forget utility) its mean. p falls with n: compare it at"
-    " the same n alone; it is a figure of merit, as published, and not corrected for the number of tests."
-    " Model utility: the harmonic mean of ROUGE-L recall, probability and truth ratio of the sets to"
-    " keep."
-)
-_ARROW, _NOTHING = "\u2009\u2192\u2009", "\u2013"
 _SETS = {"forget": "Forget set", "retain": "Retain set", "real_authors": "Real authors", "world_facts": "World facts"}
-_COLUMNS: tuple[tuple[str, Callable[[SetFigures], float | None]], ...] = (
-    ("probability", lambda one: one.probability),
-    ("truth ratio", lambda one: one.truth_ratio),
-    ("ROUGE-L recall", lambda one: one.rouge_l_recall),
-    ("extraction strength", lambda one: one.extraction_strength),
-    ("exact memorization", lambda one: one.exact_memorization),
-)
+_COLUMNS = {
+    "probability": "probability",
+    "truth ratio": "truth_ratio",
+    "ROUGE-L recall": "rouge_l_recall",
+    "extraction strength": "extraction_strength",
+    "exact memorization": "exact_memorization",
+}
+"""Heads, and the fields of :class:`~wpn_ds.evaluate.tofu.figures.SetFigures` below them."""
 
 
 class TofuRow(NamedTuple):
@@ -43,8 +33,10 @@ class TofuRow(NamedTuple):
         return " + ".join(map(str, self.n))
 
 
-def tofu_rows(found: TofuFigures) -> list[TofuRow]:
+def tofu_rows(found: TofuFigures | None) -> list[TofuRow]:
     """The figures of a whole model; those that nobody could count are left out."""
+    if found is None:
+        return []
     kept = tuple(one.n for name, one in found.sets.items() if name != FORGET)
     rows = [
         _test("forget quality, p", found.forget_quality),
@@ -64,40 +56,30 @@ def tofu_lines(comparison: Comparison) -> list[str]:
     now = comparison.after.tofu
     if now is None:
         return []
-    was = _earlier(comparison)
-    shown = [f"{row.title} {_both(was, row, ' -> ')} (n = {row.counts})" for row in tofu_rows(now)]
+    shown = [f"{row.title} {both} (n = {row.counts})" for row, both in _rows(comparison, " -> ")]
     return [f"TOFU {now.split}: {', '.join(shown)}", *(f"TOFU {now.split}: {reason}" for reason in now.missing)]
 
 
-def tofu(comparison: Comparison) -> str:
-    """The figures, the means of every set, and why some are missing; nothing if TOFU wasn't asked."""
-    now = comparison.after.tofu
+def tofu(comparison: Comparison) -> list[Block]:
+    """The figures, the means of every set, and why some are missing."""
+    now, before = comparison.after.tofu, comparison.before.tofu if comparison.before else None
     if now is None:
-        return ""
-    was = _earlier(comparison)
-    figures = [
-        [text(capitalized(row.title)), text(row.counts), text(_both(was, row, _ARROW))] for row in tofu_rows(now)
+        return []
+    sets = []
+    for name, one in now.sets.items():
+        models = [sets_of[name] for sets_of in (before.sets if before else {}, now.sets) if name in sets_of]
+        means = [[getattr(model, field) for model in models] for field in _COLUMNS.values()]
+        cells = [dict.fromkeys(NOTHING if mean is None else f"{mean:.3f}" for mean in of) for of in means]
+        sets.append([_SETS.get(name, name), f"{one.n:,}", *map(ARROW.join, cells)])
+    figures = [[capitalized(row.title), row.counts, both] for row, both in _rows(comparison, ARROW)]
+    return [
+        ("table", {"head": [f"TOFU {now.split}", "n", "value"], "rows": figures}),
+        ("table", {"head": ["Set", "n", *_COLUMNS], "rows": sets}),
+        *(("note", {"text": f"{reason}."}) for reason in now.missing),
     ]
-    earlier = comparison.before.tofu.sets if comparison.before and comparison.before.tofu else {}
-    sets = [
-        [text(_SETS.get(name, name)), f"{one.n:,}", *(_change(earlier.get(name), one, pick) for _, pick in _COLUMNS)]
-        for name, one in now.sets.items()
-    ]
-    missing = "".join(f'<p class="note below">{text(reason)}.</p>' for reason in now.missing)
-    heads = ["Set", "n", *(head for head, _ in _COLUMNS)]
-    return markup.table([f"TOFU {now.split}", "n", "value"], figures) + markup.table(heads, sets) + missing
 
 
-def _earlier(comparison: Comparison) -> dict[str, str]:
-    """The baseline's figures by title; empty without any."""
-    found = comparison.before.tofu if comparison.before else None
-    return {row.title: row.value for row in tofu_rows(found)} if found else {}
-
-
-def _both(was: dict[str, str], row: TofuRow, arrow: str) -> str:
-    return f"{was[row.title]}{arrow}{row.value}" if row.title in was else row.value
-
-
-def _change(was: SetFigures | None, now: SetFigures, pick: Callable[[SetFigures], float | None]) -> str:
-    found = [pick(one) for one in (was, now) if one]
-    return _ARROW.join(dict.fromkeys(_NOTHING if value is None else f"{value:.3f}" for value in found))
+def _rows(comparison: Comparison, arrow: str) -> list[tuple[TofuRow, str]]:
+    """The figures, each with its value before and after."""
+    was = {row.title: f"{row.value}{arrow}" for row in tofu_rows(comparison.before.tofu if comparison.before else None)}
+    return [(row, was.get(row.title, "") + row.value) for row in tofu_rows(comparison.after.tofu)]

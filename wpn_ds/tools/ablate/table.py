@@ -14,6 +14,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.judging.base import Verdict
 from wpn_ds.judging.statistics import Rate, bootstrap_mean
+from wpn_ds.system import tables
 from wpn_ds.system.files import write_atomically
 from wpn_ds.tools.ablate.grid import Row
 from wpn_ds.tools.ablate.measure import Training
@@ -160,9 +161,9 @@ def markdown(found: Mapping[str, Any]) -> str:
     head = ["row", "changed", *(column for name in names for column in (f"{name} harmless", "against default"))]
     head += [f"{first} degenerate", "retain perplexity", "NLL wanted", "NLL unwanted", "seconds", "seeds"]
     start = {"name": "(start)", "said": "not trained", "default": False, "against_default": {}, **found["start"]}
-    lines = [head, ["---"] * len(head), *(_cells(row, names) for row in [start, *found["rows"]])]
+    rows = [head, *(_cells(row, names) for row in [start, *found["rows"]])]
     sizes = ", ".join(f"{found['start']['suites'][name]['n']} {name}" for name in names)
-    return "\n".join("| " + " | ".join(cells) + " |" for cells in lines) + (
+    return tables.markdown(rows) + (
         f"\n\nHarmless and degenerate: % of the greedy answers to {sizes} prompts, with the Wilson 95 % interval; "
         "against default: points of that rate, paired by prompt, with the bootstrap 95 % interval, each by itself: of "
         "20 rows that change nothing, one shows a difference by chance; retain "
@@ -178,28 +179,21 @@ def _cells(row: Mapping[str, Any], names: Sequence[str]) -> list[str]:
     cells = [name, "; ".join([row["said"] or "nothing", *reasons])]
     for suite in names:
         of, gain = row["suites"].get(suite), row["against_default"].get(suite)
-        cells.append(
-            f"{_share(of['harmless_rate'])} [{_share(of['harmless_low'])}, {_share(of['harmless_high'])}]"
-            if of
-            else "-"
-        )
-        cells.append(f"{_points(gain['value'])} [{_points(gain['low'])}, {_points(gain['high'])}]" if gain else "-")
-    of = row["suites"].get(names[0])
-    cells.append(_share(of["degenerate_rate"]) if of else "-")
-    ratio = row["retain_perplexity_ratio"]
-    cells.append(f"x {float(ratio):.4g}" if ratio is not None else "-")
+        cells.append(_interval(of["harmless_rate"], of["harmless_low"], of["harmless_high"]) if of else "-")
+        cells.append(_interval(gain["value"], gain["low"], gain["high"], sign="+") if gain else "-")
+    of, ratio = row["suites"].get(names[0]), row["retain_perplexity_ratio"]
+    cells.append(f"{100 * of['degenerate_rate']:.1f}" if of else "-")
+    cells.append("-" if ratio is None else f"x {float(ratio):.4g}")
     for key, form in (("nll_wanted", ".2f"), ("nll_unwanted", ".2f"), ("train_seconds", ".0f")):
         value = row.get(key)
         cells.append("-" if value is None else format(value, form))
     return [*cells, ", ".join(map(str, row.get("seeds", []))) or "-"]
 
 
-def _share(value: float) -> str:
-    return f"{100 * value:.1f}"
-
-
-def _points(value: float) -> str:
-    return f"{100 * value:+.1f}"
+def _interval(*bounded: float, sign: str = "-") -> str:
+    """A rate or a difference with its bounds, in percent: "98.8 [95.8, 99.7]"; ``sign`` as in a format."""
+    value, low, high = (f"{100 * x:{sign}.1f}" for x in bounded)
+    return f"{value} [{low}, {high}]"
 
 
 # ---- the plot ----
