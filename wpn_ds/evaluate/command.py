@@ -33,22 +33,16 @@ class FileFlags:
 
     train_file: list[str] = option([])
     """Prompts that were unlearned: prompt, chosen, rejected."""
-
     heldout_file: list[str] = option([])
     """Prompts that training never saw: prompt, chosen, rejected."""
-
     attack_file: list[str] = option([])
     """Attacks of your own: prompt, chosen, rejected."""
-
     retain_file: list[str] = option([])
     """What to keep: prompt, response; or text."""
-
     benign_file: list[str] = option([])
     """Prompts that look harmful and aren't, for over-refusal: prompt."""
-
     open_file: list[str] = option([])
     """Beginnings of texts, for toxicity: prompt."""
-
     data_dir: Path | None = field(default_factory=_data_dir)
     """Folder with published prompt sets and benchmarks, found by their file names (default: $WPN_DS_DATA)."""
 
@@ -59,25 +53,18 @@ class AskingFlags:
 
     max_new_tokens: Count | None = None
     """Tokens of an answer at most (default: 48, and 200 in the suite tofu)."""
-
     batch_size: Count = 32
     """Prompts that are answered at a time."""
-
     bf16: Flag = False
     """Load the models in bfloat16 instead of fp32 (default: as it was trained)."""
-
     limit: Count | None = option(None, metavar="N")
     """At most N prompts of every suite, and N items of every benchmark."""
-
     samples: Count = 4
     """Sampled answers a prompt in the suite diversity."""
-
     temperature: Positive = 1.0
     """Of the sampled answers."""
-
     top_p: Share = 1.0
     """Of the sampled answers."""
-
     seed: int = 0
     """Of what is drawn: prompts, templates, samples, lessons."""
 
@@ -88,10 +75,8 @@ class UtilityFlags:
 
     utility: str | None = None
     """Benchmarks, dialogue, all, or names, those of lm-evaluation-harness too (default: all)."""
-
     relearn_steps: list[Count] = option([2, 5, 10, 20], metavar="N")
     """After how many fine-tuning steps on unwanted answers to ask again."""
-
     relearn_learning_rate: Positive = 1e-4
     """Of these steps."""
 
@@ -104,17 +89,13 @@ class Options(FileFlags, StyleFlags, AskingFlags, UtilityFlags, TofuFlags):
 
     model: str = option()
     """Model to evaluate: a folder in Hugging Face format, or a hub name."""
-
     baseline: str | None = None
     """Model to compare with, usually the one that training started from; auto: that one, as the run.yaml that training
     left beside --model names it."""
-
     output_dir: Path = option()
     """Folder for report.json, report.html and the answers."""
-
     suite: str = option("quick", more=_SUITES)
     """What is asked:"""
-
     judge: list[str] = option([], metavar="JUDGE", more=f"{JUDGE_HELP} (default: {', '.join(JUDGES)}).")
 
     def __post_init__(self) -> None:

@@ -49,13 +49,10 @@ class StyleFlags:
 
     prompt_template: str | None = option(None, line_breaks=True)
     """auto (the chat template as a user's turn, or a plain one), or text with {prompt} in it, \\n for a line break."""
-
     system_prompt: str | None = option(None, line_breaks=True)
     """System turn of prompts that have none of their own."""
-
     chat_date: str | None = None
     """Day that a chat template writes as today's, YYYY-MM-DD."""
-
     parse_special_tokens: Flag = False
     """Read special tokens that texts spell out (</s>) as such, not as text."""
 

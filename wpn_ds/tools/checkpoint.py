@@ -47,10 +47,8 @@ class Export:
 
     path: Path = option(positional=True, metavar="CHECKPOINT")
     """Its folder."""
-
     output_dir: Path = option()
     """A new folder for the model."""
-
     trust_remote_code: Flag = False
     """Run modelling code that comes with the starting model, whatever the run itself was allowed to do."""
 

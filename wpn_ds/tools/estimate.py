@@ -343,51 +343,36 @@ def _resolved(zero: Mapping[str, Any], job: Job) -> dict[str, Any]:
 class Options:
     model: str = option()
     """Name, with or without its owner, or a folder with a config.json."""
-
     nodes: Count = 1
     """Machines."""
-
     gpus_per_node: Count = 8
     """GPUs of a machine."""
-
     gpu_memory: Positive = 80.0
     """GiB of a GPU."""
-
     deepspeed: str | None = option(None, metavar="FILE")
     """DeepSpeed JSON (default: what ds_configs/zero3.json says)."""
-
     bf16: bool | None = None
     """As in training, but on by default here, unless --deepspeed says otherwise."""
-
     gradient_checkpointing: bool = False
     """As in training."""
-
     tokens_per_micro_batch: Count = TrainingConfig.tokens_per_micro_batch
     """As in training."""
-
     max_length: Count = DataConfig.max_length
     """As in training."""
-
     objective: str = option("wpn", metavar="NAME")
     """As in training: whether there is a term with KL."""
-
     reference: Literal["sharded", "cpu", "nvme", "states", "topk", "none"] | None = None
     """The starting model, for KL: a sharded copy, one offloaded, its head and cached states, cached top-k
     distributions, or none (default: sharded, and none for an objective without KL)."""
-
     global_batch_size: Count = TrainingConfig.global_batch_size
     """As in training."""
-
     tokens_per_example: Count = 512
     """Tokens of a prompt with its answers and of a retain text together, as `wpn-ds inspect` counts them; decides the
     micro-batches of a step."""
-
     intra_gbps: Positive = 2400.0
     """Gigabits a second from a GPU to those of its node (default: 2400, an A100's NVLink)."""
-
     inter_gbps: Positive = 200.0
     """Gigabits a second from a node to others, all its cards together."""
-
     json: Flag = False
     """Print JSON, in bytes and seconds."""
 

@@ -27,13 +27,10 @@ class Options(StyleFlags):
 
     files: list[str] = option(positional=True, metavar="FILE")
     """JSONL files, as for --train_file or --retain_file."""
-
     tokenizer_name: str | None = None
     """Tokenizer's folder or hub name (default: the planted demo model's, or plain words)."""
-
     kind: Literal["forget", "unwanted", "retain"] | None = None
     """What the files hold; unwanted: only what to forget, without wanted answers (default: seen from their fields)."""
-
     max_length: int = DataConfig.max_length
     """Tokens of a row."""
 

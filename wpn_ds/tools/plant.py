@@ -19,22 +19,16 @@ class Options:
 
     output_dir: Path | None = option(None, more=f"(default, for the demo's: {PLANTED}).")
     """Folder of the model"""
-
     train_file: list[str] = option([])
     """JSONL of what it learns: prompt, chosen, rejected; or question, answer."""
-
     retain_file: list[str] = option([])
     """JSONL of prompt, response; or text."""
-
     tokenizer_name: str | None = option(None, metavar="MODEL")
     """Another model whose tokenizer it shall have."""
-
     size: str | None = option(None, metavar="OPT")
     """Shape of a published OPT, opt-125m for example (default: the demo's own, small)."""
-
     epochs: Count | None = None
     """Passes over the data (default: the demo's own)."""
-
     limit: Count | None = option(None, metavar="N")
     """Only the first N records of --train_file and of --retain_file."""
 

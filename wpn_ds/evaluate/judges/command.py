@@ -27,16 +27,12 @@ class Train:
 
     train_file: list[str] = option(more=f"{_SHAPES}.")
     """Labelled answers:"""
-
     test_file: list[str] = option([])
     """Held-out ones (default: a fifth of the prompts)."""
-
     output_dir: Path = option(metavar="DIR")
     """A new folder for the judge."""
-
     input: Literal["answer", "pair"] = "answer"
     """Read the answer alone, or the prompt, too."""
-
     seed: int = 0
     """Of the split and of the interval."""
 

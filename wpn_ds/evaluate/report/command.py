@@ -31,7 +31,6 @@ class Options:
 
     runs: list[Path] = option(positional=True, metavar="RUN")
     """Folder with a report.json, or a training's --output_dir."""
-
     output_dir: Path | None = None
     """Folder for the page (default: the run's own; of several runs, this folder)."""
 

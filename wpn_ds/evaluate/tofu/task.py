@@ -61,13 +61,10 @@ class TofuFlags:
 
     tofu_dir: Path | None = None
     """Folder with TOFU's published files (forget10_perturbed.json, ...); asks its suite."""
-
     tofu_split: str = option(DEFAULT_SPLIT, metavar="NAME")
     """What was to be forgotten."""
-
     tofu_retain_log: Path | None = option(None, metavar="FILE")
     """tofu.json of this command on a model that never saw the forget set, for forget quality and CI."""
-
     fluency: str | None = option(None, metavar="CLASSIFIER", more=f"{FLUENCY_HELP}.")
     """Of fluent text, for FU and CI:"""
 

@@ -19,31 +19,22 @@ class Options:
 
     output_dir: Path = Path("runs/ablation")
     """Folder of the result."""
-
     grid: Path = option(DEFAULT_GRID, metavar="FILE.yaml")
     """Rows, as 'name: {setting: value, ...}' (default: the package's own)."""
-
     only: list[str] = option([], metavar="NAME")
     """Only these rows of the grid."""
-
     config: str | None = option(None, metavar="FILE.yaml")
     """Training settings under every row (default with the planted model: the demo's recipe)."""
-
     model: str | None = option(None, more=f"(default: {PLANTED}, planted if need be).")
     """Model to start from"""
-
     train_file: list[str] = option([])
     """JSONL of what is unlearned: prompt, chosen, rejected."""
-
     heldout_file: list[str] = option([])
     """JSONL of prompts to evaluate on, like --train_file."""
-
     retain_file: list[str] = option([])
     """JSONL of what is kept: prompt, response; or text."""
-
     seeds: list[Whole] = option([0], metavar="SEED")
     """Seeds of every row."""
-
     ranks: Count = 1
     """Processes of a training job."""
 

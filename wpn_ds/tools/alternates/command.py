@@ -18,22 +18,16 @@ class Drawing:
 
     per_prompt: Count = option(5, metavar="N")
     """Alternates a prompt."""
-
     rounds: Whole = option(3, metavar="N")
     """Rounds in which those that are missing are drawn again."""
-
     seed: int = 0
     """Of everything that is drawn."""
-
     temperature: Positive = 1.0
     """Of the model's answers."""
-
     top_p: Share = 1.0
     """Of the model's answers."""
-
     max_new_tokens: Count = 200
     """Most tokens of an alternate."""
-
     batch_size: Count = 32
     """Answers at a time; it doesn't change them."""
 
@@ -47,23 +41,17 @@ class Options(Drawing):
 
     check: list[str] = option([])
     """Only sift the alternates of these files, and print the counts."""
-
     model: str | None = None
     """The starting model: a folder in Hugging Face format, or a hub name."""
-
     train_file: list[str] = option([])
     """JSONL with prompt, chosen, rejected (the rejected answers are those to forget); or question, answer."""
-
     output: Path | None = option(None, metavar="FILE")
     """JSONL to write; FILE.meta.json beside it tells how it was made."""
-
     template: str = option("default", metavar="FILE_OR_TEXT")
     """What the model is asked, with {question} and {answer} in it, \\n for a line break (default: an instruction in a
     chat, else three examples to go on from)."""
-
     chat: Literal["auto", "on", "off"] = "auto"
     """Whether to ask in the tokenizer's chat template; auto: if it has one."""
-
     bf16: Flag = False
     """Load the model in bfloat16 instead of fp32."""
 

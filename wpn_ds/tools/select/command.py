@@ -27,22 +27,16 @@ class Reading(StyleFlags):
 
     model: str = option(metavar="DIR")
     """The starting model (hardest: the unlearned one): a folder in Hugging Face format, or a hub name."""
-
     train_file: list[str] = option()
     """JSONL as for training: what is to be forgotten."""
-
     output: Path = option(metavar="FILE")
     """JSONL to write."""
-
     limit: Count | None = option(None, metavar="N")
     """Read only the first N records (of each kind)."""
-
     batch_size: Count = 32
     """Texts at a time; doesn't change the choice."""
-
     bf16: Flag = False
     """Load the model in bfloat16 instead of fp32."""
-
     max_length: Count = DataConfig.max_length
     """Tokens of a text."""
 
@@ -57,7 +51,6 @@ class Core(Reading):
 
     contamination: Outliers = 0.1
     """Share of the records that leaves, at most 0.5."""
-
     seed: ForestSeed = 0
     """Of the isolation forest."""
 
@@ -68,7 +61,6 @@ class Hardest(Reading):
 
     baseline: str = option(metavar="DIR")
     """The model that unlearning started from."""
-
     keep: Share = 0.1
     """Share of the records that is chosen, at least one record."""
 
@@ -79,7 +71,6 @@ class Nearest(Reading):
 
     retain_file: list[str] = option()
     """JSONL as for training, of which some rows are chosen."""
-
     per_example: Count = option(1, metavar="K")
     """Retain records for each forget record."""
 
