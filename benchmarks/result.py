@@ -20,6 +20,7 @@ import operator
 import random
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -40,10 +41,10 @@ from wpn_ds.evaluate.report.files import REPORT_HTML, REPORT_JSON
 from wpn_ds.evaluate.suites import GROUPS
 from wpn_ds.jobs.local import TRAIN, command_line, free_port, launch, require_here, say
 from wpn_ds.judging.statistics import wilson_interval
-from wpn_ds.settings.flags import above_0, positive
+from wpn_ds.settings.parse import Count, Positive, convert
 from wpn_ds.settings.run import DONE
-from wpn_ds.tools.ablate.command import STOPPED
 from wpn_ds.tools.ablate.grid import flags
+from wpn_ds.tools.ablate.runs import STOPPED
 from wpn_ds.tools.plant import run as run_plant
 
 OBJECTIVES = ("wpn", "ga", "graddiff", "npo", "altpo")
@@ -61,6 +62,14 @@ Figures = Mapping[str, float | None]
 """Of one model, by column; None: not measured."""
 
 
+def positive(text: str, kind: Any = Count) -> Any:
+    """A count, or another number of :mod:`wpn_ds.settings.parse`, for argparse."""
+    try:
+        return convert(kind, text, "it")
+    except UserError as error:
+        raise argparse.ArgumentTypeError(str(error).removeprefix("it ")) from error
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(prog="python -m benchmarks.result", description=__doc__.partition("\n\n")[2])
     add = made.add_argument
@@ -71,7 +80,12 @@ def parser() -> argparse.ArgumentParser:
     add("--only", nargs="+", choices=OBJECTIVES, default=list(OBJECTIVES), metavar="NAME", help="only these objectives")
     add("--plant_epochs", type=positive, default=30, metavar="N", help="passes over the planted text (default 30)")
     add("--steps", type=positive, default=230, metavar="N", help="of every objective (default 230: ten passes)")
-    add("--learning_rate", type=above_0, default=1e-4, help="of every objective (default 1e-4; not tuned)")
+    add(
+        "--learning_rate",
+        type=partial(positive, kind=Positive),
+        default=1e-4,
+        help="of every objective (default 1e-4; not tuned)",
+    )
     add("--records", type=positive, metavar="N", help="at most N prompts and N retain texts (default: all)")
     add("--limit", type=positive, default=500, metavar="N", help="prompts a suite, items a benchmark (default 500)")
     add("--small", action="store_true", help="the demo's small model, few records and steps: a check, no result")

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import json
 import os
 import subprocess
 import sys
 
 import pytest
 
+from tests.interface import FROZEN
 from tests.launching import ROOT, environment
 from wpn_ds import cli
 
@@ -22,20 +24,30 @@ def wpn_ds(*arguments: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_help_names_every_command_and_answers_without_loading_torch():
-    code = "import sys, wpn_ds.cli; wpn_ds.cli.main(['--help']); sys.exit('torch' in sys.modules)"
-    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+#: Prints the first line of each command's --help; ends with the words of the command that has loaded torch by then.
+HELP = """
+import contextlib, io, json, sys
+from wpn_ds.cli import main
+for words in json.loads(sys.argv[1]):
+    with contextlib.suppress(SystemExit), contextlib.redirect_stdout(io.StringIO()) as told:
+        assert main([*words, "--help"]) == 0
+    print(told.getvalue().splitlines()[0])
+    if "torch" in sys.modules:
+        sys.exit(f"{words} has loaded torch")
+"""
+
+
+def test_every_command_has_help_and_none_loads_torch_for_it():
+    commands = [[], ["train"], *(words.split() for words in FROZEN["commands"]), ["judge"], ["checkpoint"], ["select"]]
+    run = subprocess.run(
+        [sys.executable, "-c", HELP, json.dumps(commands)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, check=False,
+    )  # fmt: skip
     assert run.returncode == 0, run.stderr
-    for name in ("train", "evaluate", "estimate", "inspect", "plant", "demo"):
-        assert f"  {name}" in run.stdout
-
-
-@pytest.mark.parametrize(
-    "command", ["train", "evaluate", "alternates", "select", "estimate", "inspect", "plant", "demo"]
-)
-def test_every_command_has_help(command):
-    run = wpn_ds(command, "--help")
-    assert run.returncode == 0 and "usage:" in run.stdout, run.stderr
+    lines = run.stdout.splitlines()
+    assert len(lines) == len(commands) and lines[1].startswith("usage: deepspeed launch/train.py ")
+    for words, line in zip(commands[2:], lines[2:], strict=True):
+        assert line.startswith(f"usage: wpn-ds {' '.join(words)} "), line
 
 
 @pytest.mark.parametrize(

@@ -22,6 +22,7 @@ from deepspeed.launcher import runner
 from wpn_ds.cli import main
 from wpn_ds.data.embedded import recipe
 from wpn_ds.errors import UserError
+from wpn_ds.settings import parse
 from wpn_ds.settings.run import parse_args
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,7 @@ LINKED = [*PAGES, ROOT / "CHANGELOG.md"]
 WIDTH, README_LINES = 120, 220
 
 UNKNOWN = "--zzzzzz"
-"""A flag that no command has: a command line with it is parsed, and goes no further than the error that names it."""
+"""A flag that no module has: a command line with it is parsed, and goes no further than the error that names it."""
 
 OF_OTHERS = {"--hostfile", "--master_port", "--exclude", "--shm-size", "--logdir"}
 """Flags of deepspeed, sbatch, docker and TensorBoard that the text speaks of."""
@@ -123,6 +124,24 @@ def cut_at_unknown(call: Callable[[], object], capsys: pytest.CaptureFixture[str
     assert ended.value.code == 2 and wrong.endswith(f"unrecognized arguments: {UNKNOWN}"), wrong
 
 
+class Parsed(Exception):
+    """A command line was read, and nothing begun."""
+
+
+def check_ours(words: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails unless ``wpn-ds`` takes the command line."""
+
+    def build(*arguments: object) -> None:
+        built(*arguments)
+        raise Parsed
+
+    built = parse.build
+    with monkeypatch.context() as patched, contextlib.suppress(Parsed):
+        patched.setattr(parse, "build", build)
+        code = main(words)
+        raise AssertionError(f"exit code {code}: {capsys.readouterr().err}")
+
+
 def check_train(flags: list[str]) -> None:
     """As a rank reads them: values, recipes and what doesn't go together; data and model need not be there."""
     if OWN in flags:
@@ -147,21 +166,21 @@ def check(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         if words[0] == "train":
             check_train(words[1:])
         else:
-            cut_at_unknown(lambda: main([*words, UNKNOWN]), capsys)
+            check_ours(words, capsys, monkeypatch)
     elif program == "deepspeed":
         job = runner.parse_args(words)
-        check_launched(job.user_script, job.user_args, capsys)
+        check_launched(job.user_script, job.user_args, capsys, monkeypatch)
     elif program == "sbatch":
         known = set(re.findall(r"^#SBATCH (--[\w-]+)", "".join(p.read_text() for p in slurm_scripts()), re.MULTILINE))
         while words[0].startswith("--"):
             flag = words.pop(0).split("=")[0]
             assert flag in known, f"sbatch has no {flag} in any script"
-        check_slurm(words[0], words[1:], capsys)
+        check_slurm(words[0], words[1:], capsys, monkeypatch)
     elif program in ("slurm/submit.sh", "slurm/array.sh"):
         require(program)
         script, flags = f"slurm/{words[0]}.sh", words[1:]
         for line in flags if program == "slurm/array.sh" else [shlex.join(flags)]:
-            check_slurm(script, shlex.split(line), capsys)
+            check_slurm(script, shlex.split(line), capsys, monkeypatch)
     elif program == "slurm/tensorboard.sh":
         require(program)
     elif program == "make":
@@ -172,7 +191,7 @@ def check(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
     elif program == "python" and words[:1] == ["-m"]:
         check_module(words[1], words[2:], capsys, monkeypatch)
     elif program == "python" and words:
-        check_launched(words[0], words[1:], capsys)
+        check_launched(words[0], words[1:], capsys, monkeypatch)
     elif program != "python":
         assert program in SHELL, f"{program}: what a page may start is looked at"
 
@@ -181,21 +200,25 @@ def slurm_scripts() -> list[Path]:
     return sorted((ROOT / "slurm").glob("*.sh"))
 
 
-def check_launched(script: str, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def check_launched(
+    script: str, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A script of launch/ with its flags."""
     require(script)
     if script == "launch/train.py":
         check_train(flags)
     else:
-        cut_at_unknown(lambda: main([Path(script).stem, *flags, UNKNOWN]), capsys)
+        check_ours([Path(script).stem, *flags], capsys, monkeypatch)
 
 
-def check_slurm(script: str, flags: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+def check_slurm(
+    script: str, flags: list[str], capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A job script with the flags that it adds by itself (slurm/common.sh)."""
     require(script)
     if script == "slurm/evaluate.sh":
         run, *more = flags
-        cut_at_unknown(lambda: main(["evaluate", "--model", run, "--output_dir", run, *more, UNKNOWN]), capsys)
+        check_ours(["evaluate", "--model", run, "--output_dir", run, *more], capsys, monkeypatch)
     else:
         own = ["--deepspeed", "ds_configs/zero3.json", "--config", f"launch/recipes/{Path(script).stem}.yaml"]
         check_train([*own, "--output_dir", "runs/job", *flags])
@@ -234,10 +257,10 @@ RUN = "--deepspeed ds_configs/zero3.json --output_dir x"
     ("command", "said"),
     [
         ("wpn-ds evalute --model x --output_dir y", "did you mean evaluate"),
-        ("wpn-ds evaluate --model x --output_dir y --heldout_fil z", "--heldout_fil z"),
-        ("wpn-ds evaluate --model x --output_dir y z", "arguments: z"),
-        ("wpn-ds estimate --model opt-125m --gpus_per_node many", "--gpus_per_node: must be a whole number"),
-        ("wpn-ds select hardest --model x --train_file y --output z", "required: --baseline"),
+        ("wpn-ds evaluate --model x --output_dir y --heldout_fil z", "did you mean --heldout_file"),
+        ("wpn-ds evaluate --model x --output_dir y z", "unexpected argument 'z'"),
+        ("wpn-ds estimate --model opt-125m --gpus_per_node many", "--gpus_per_node must be a whole number"),
+        ("wpn-ds select hardest --model x --train_file y --output z", "--baseline is missing"),
         (f"wpn-ds train {RUN} --wpn_pooling media", "--wpn_pooling must be one of"),
         ("deepspeed --number 2 launch/train.py", "unrecognized arguments: --number"),
         (f"deepspeed launch/train.py {RUN} --seeed 2", "--seeed"),
@@ -245,11 +268,11 @@ RUN = "--deepspeed ds_configs/zero3.json --output_dir x"
         (f"deepspeed launch/train.py {RUN} --config launch/recipes/opt.yaml", "opt.yaml: No such file"),
         (f"deepspeed launch/train.py {RUN} --objective npo --wpn_pooling mean", "--wpn_pooling is a flag of wpn"),
         (f"deepspeed launch/trian.py {RUN}", "launch/trian.py is not there"),
-        ("deepspeed launch/evaluate.py --output_dir x", "required: --model"),
+        ("deepspeed launch/evaluate.py --output_dir x", "--model is missing"),
         ("sbatch --node=2 slurm/opt-125m.sh", "sbatch has no --node"),
         ("sbatch slurm/opt-126m.sh", "slurm/opt-126m.sh is not there"),
         ("sbatch slurm/opt-125m.sh --train_fil x", "--train_fil"),
-        ("sbatch slurm/evaluate.sh run --suit quick", "--suit quick"),
+        ("sbatch slurm/evaluate.sh run --suit quick", "did you mean --suite"),
         ("slurm/submit.sh opt-125m --train_fil x", "--train_fil"),
         ("slurm/array.sh opt-125m '--seed 1' '--seed one'", "--seed must be a whole number"),
         ("make dmeo", "No rule to make target 'dmeo'"),
@@ -290,7 +313,7 @@ def flags_in(helped: str) -> set[str]:
 @cache
 def subcommands(command: str) -> tuple[str, ...]:
     """Of ``wpn-ds judge``: train and measure."""
-    found = re.search(rf"^usage: wpn-ds {command} \[-h\] \{{([\w,]+)\}}", help_of(command))
+    found = re.search(rf"^usage: wpn-ds {command} \{{([\w,]+)\}}", help_of(command))
     return tuple(found[1].split(",")) if found else ()
 
 

@@ -14,7 +14,7 @@ from tests.evaluate.tofu.conftest import write_tofu
 from tests.interface import check_report
 from tests.launching import free_port, launch
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate import answering, command
+from wpn_ds.evaluate import answering, evaluation
 from wpn_ds.evaluate import ranks as meeting
 from wpn_ds.evaluate.answering import Asking
 from wpn_ds.evaluate.command import run
@@ -116,11 +116,11 @@ def test_judges_load_on_rank_0_alone_after_the_answers_are_there(folders, files,
     monkeypatch.setattr(local, "load_file", lambda path: events.append("judge") or load_weights(path))
     assert run(arguments) == 0 and events == ["answers", "judge"]
     events.clear()
-    monkeypatch.setattr(command, "join_ranks", lambda: (1, 2))
-    for module in (command, meeting):
+    monkeypatch.setattr(evaluation, "join_ranks", lambda: (1, 2))
+    for module in (evaluation, meeting):
         monkeypatch.setattr(module, "all_arrived", lambda size: None)
         monkeypatch.setattr(module, "from_rank_0", lambda rank, size, work: work())
-    monkeypatch.setattr(command.dist, "broadcast_object_list", lambda objects: None)
+    monkeypatch.setattr(evaluation.dist, "broadcast_object_list", lambda objects: None)
     assert run(arguments) == 0 and events == []
 
 
@@ -226,7 +226,7 @@ def test_the_baseline_of_a_run_is_the_model_that_it_started_from(tmp_path, monke
         if label == "after":
             raise Stop
 
-    monkeypatch.setattr(command, "Measurement", measurement)
+    monkeypatch.setattr(evaluation, "Measurement", measurement)
     trained = tmp_path / "runs" / "demo" / "unlearned"
     folder = tmp_path / ("a very long folder's name " * 6 + '"quoted": #1')
     planted = trained.parent / "planted"

@@ -1,14 +1,164 @@
-"""A dataclass becomes a command's flags, with its sentences and its checks."""
+"""A command's flags from a dataclass: what is read, what is refused in one line, and what ``--help`` says."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from pathlib import Path
+from typing import Literal
 
 import pytest
 
 from wpn_ds.errors import UserError, require
-from wpn_ds.settings.parse import parse, settings_of
+from wpn_ds.settings.parse import Count, Flag, Positive, Share, Whole, option, parse, parse_one_of, settings_of
+
+
+@dataclass(frozen=True)
+class Shared:
+    """Writing: where it goes."""
+
+    output: Path | None = option(None, metavar="FILE")
+    """File to write."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(Shared):
+    """Reads files."""
+
+    files: list[Path] = option(positional=True, metavar="FILE")
+    """Files to read."""
+
+    model: str = option(more="a folder, or a hub name.")
+    """The model:"""
+
+    ranks: Count = 2
+    """Processes."""
+
+    rounds: Whole = 3
+    """Rounds (default: 3, enough for most)."""
+
+    steps: list[Count] = option([2, 5], metavar="N")
+    """When to look."""
+
+    rate: Positive = 1.0
+    """How fast."""
+
+    keep: Share | None = None
+    """What stays."""
+
+    kind: Literal["forget", "retain"] | None = None
+    """What the files hold."""
+
+    bf16: Flag = False
+    """Compute in bfloat16."""
+
+    switch: bool | None = None
+    """On or off."""
+
+    late: Path = field(default_factory=Path.cwd)
+    """Looked up at the call (default: this folder)."""
+
+    def __post_init__(self) -> None:
+        if self.keep and self.kind is None:
+            raise UserError("--keep: say what with --kind")
+
+
+NEEDED = ["a.jsonl", "--model", "opt"]
+
+
+def read(*argv: str) -> Options:
+    return parse(Options, [*NEEDED, *argv], "wpn-ds read")
+
+
+def error(argv: list[str], kind: type = Options) -> str:
+    with pytest.raises(UserError) as caught:
+        parse(kind, argv, "wpn-ds read")
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_every_type_is_read_from_its_text(monkeypatch, tmp_path) -> None:
+    monkeypatch.chdir(tmp_path)
+    expected = {"files": [Path("a.jsonl")], "model": "opt", "ranks": 2, "rounds": 3, "steps": [2, 5], "rate": 1.0}
+    expected |= {"keep": None, "kind": None, "bf16": False, "switch": None, "output": None, "late": tmp_path}
+    assert vars(read()) == expected
+    flags = "--ranks 4 --rounds 0 --steps 1 7 --rate 1e-4 --keep 0.5 --kind retain --bf16 --switch --output o --late ."
+    given = {"ranks": 4, "rounds": 0, "steps": [1, 7], "rate": 1e-4, "keep": 0.5, "kind": "retain", "bf16": True}
+    given |= {"switch": True, "output": Path("o"), "late": Path()}
+    assert vars(read(*flags.split())) == expected | given
+    assert read("--switch", "false").switch is False
+
+
+def test_a_list_takes_several_values_and_several_flags() -> None:
+    assert read("--steps", "1", "--steps", "2", "3").steps == [1, 2, 3]
+    assert read().steps == [2, 5]  # the default is nobody's to change
+
+
+def test_what_stands_without_a_flag_may_come_after_one_that_takes_no_value() -> None:
+    assert parse(Options, ["--bf16", "a", "b", "--model", "opt"], "wpn-ds read").files == [Path("a"), Path("b")]
+
+
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([*NEEDED, "--ranks", "0"], "--ranks must be a whole number above 0, got '0'"),
+        ([*NEEDED, "--ranks", "many"], "--ranks must be a whole number above 0, got 'many'"),
+        ([*NEEDED, "--ranks", "1.5"], "--ranks must be a whole number above 0, got '1.5'"),
+        ([*NEEDED, "--rounds", "-1"], "--rounds must be a whole number from 0 on, got '-1'"),
+        ([*NEEDED, "--steps", "3", "0"], "--steps must be a whole number above 0, got '0'"),
+        ([*NEEDED, "--rate", "nan"], "--rate must be a number above 0, got 'nan'"),
+        ([*NEEDED, "--keep", "1.5"], "--keep must be a number above 0, at most 1, got '1.5'"),
+        ([*NEEDED, "--kind", "retan"], "--kind must be one of forget, retain, got 'retan'; did you mean retain?"),
+        ([*NEEDED, "--switch", "perhaps"], "--switch must be true or false, got 'perhaps'"),
+        ([*NEEDED, "--output", ""], "--output must be a text, got ''"),
+        ([*NEEDED, "--output"], "--output: expected one argument"),
+        ([*NEEDED, "--keep", "1"], "--keep: say what with --kind"),
+        ([*NEEDED, "--rank", "1"], "unknown flag --rank; did you mean --ranks?"),
+        (["--model", "opt"], "FILE is missing: --help says what to give"),
+        (["a.jsonl"], "--model is missing: --help says what to give"),
+    ],
+)
+def test_a_mistake_is_one_line_that_names_the_flag_and_what_is_allowed(argv, said) -> None:
+    assert error(argv) == said
+
+
+def test_what_is_left_over_is_refused() -> None:
+    assert "unexpected argument 'more'" in error(["more"], Shared)
+
+
+def test_help_names_what_must_be_given_and_has_a_section_for_each_base(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as ended:
+        parse(Options, ["--help"], "wpn-ds read")
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert told.startswith("usage: wpn-ds read --model STR FILE ... [--NAME VALUE ...]\n\nReads files.\n\noptions:\n")
+    words = " ".join(told.split())
+    assert "--model STR The model: a folder, or a hub name. --ranks INT Processes. (default: 2) --rounds INT" in words
+    assert "--rounds INT Rounds (default: 3, enough for most). --steps N [N ...] When to look. (default: 2 5)" in words
+    assert "--kind {forget,retain} What the files hold. --bf16 Compute in bfloat16. --switch [BOOL] On or off." in words
+    assert told.index("--late") < told.index("Writing:\n  where it goes.\n") < told.index("--output FILE")
+
+
+KINDS: dict[str, type] = {"read": Options, "write": Shared}
+
+
+def test_a_subcommand_has_flags_of_its_own() -> None:
+    assert parse_one_of(KINDS, ["write", "--output", "o"], "wpn-ds do", "Does.") == Shared(Path("o"))
+    assert type(parse_one_of(KINDS, ["read", *NEEDED], "wpn-ds do", "Does.")) is Options
+    for argv, said in (([], "got ''"), (["wirte"], "got 'wirte'; did you mean write?")):
+        with pytest.raises(UserError) as caught:
+            parse_one_of(KINDS, argv, "wpn-ds do", "Does.")
+        assert str(caught.value) == f"wpn-ds do must be followed by one of read, write, {said}"
+
+
+@pytest.mark.parametrize("flag", ["-h", "--help"])
+def test_help_lists_the_subcommands(flag, capsys) -> None:
+    with pytest.raises(SystemExit) as ended:
+        parse_one_of(KINDS, [flag], "wpn-ds do", "Does.")
+    assert ended.value.code == 0
+    told = capsys.readouterr().out
+    assert told.startswith("usage: wpn-ds do {read,write} ...") and "\n\nDoes.\n\n" in told
+    assert "  read   Reads files\n  write  Writing: where it goes\n" in told
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -21,70 +171,38 @@ class Common:
 
 @dataclass(frozen=True, kw_only=True)
 class Shape(Common):
-    """The shape."""
+    """Draws shapes."""
 
     size: int = 5
     kind: Literal["round", "square"] = "round"
     """Of which kind it is, 100% of it."""
-    weight: float | None = None
-    """What it weighs."""
-    note: str = field(default="a", metadata={"line_breaks": True, "hint": " (a text)"})
+
+    note: str = option("a", line_breaks=True, hint=" (a text)")
     """What is said of it."""
-    quiet: bool = field(default=False, metadata={"hidden": True, "also": ["--silent"]})
+
+    quiet: bool = option(False, hidden=True, also=["--silent"])
     """Whether nothing is."""
 
     def __post_init__(self) -> None:
         require(self, "size", self.size > 0, "greater than 0")
 
 
-@dataclass(frozen=True)
-class Files:
-    """The files."""
-
-    file: list[str] = field(default_factory=list)
-    """Names of files."""
-
-
-def parsed(*argv: str) -> dict[str, Any]:
-    return parse({"shape": Shape, "files": Files}, argv, "wpn-ds draw", "Draw shapes.")
+def test_a_flag_may_be_hidden_have_other_spellings_and_break_lines() -> None:
+    assert parse(Shape, ["--kind=square", "--note", r"a\nb", "--silent"], "wpn-ds draw") == Shape(
+        kind="square", note="a\nb", quiet=True
+    )
+    assert error(["--note"], Shape) == "--note: expected one argument (a text)"
+    assert error(["--size", "0"], Shape) == "--size must be greater than 0, got 0"
+    assert error(["--nothing"], Shape) == "unknown flag --nothing; --help lists all"
 
 
-def test_flags_fill_the_dataclasses_of_their_group() -> None:
-    assert parsed() == {"shape": Shape(), "files": Files()}
-    made = parsed("--weight", "1e3", "--kind=square", "--note", r"a\nb", "--silent", "--file", "a", "b", "--file", "c")
-    assert made["shape"] == Shape(weight=1000.0, kind="square", note="a\nb", quiet=True)
-    assert made["files"] == Files(["a", "b", "c"])
-
-
-@pytest.mark.parametrize(
-    ("argv", "said"),
-    [
-        (["--size", "0"], "--size must be greater than 0, got 0"),
-        (["--size", "big"], "--size must be a whole number, got 'big'"),
-        (["--kind", "squar"], "--kind must be one of round, square, got 'squar'; did you mean square?"),
-        (["--wieght", "1"], "unknown flag --wieght; did you mean --weight?"),
-        (["--nothing"], "unknown flag --nothing; --help lists all"),
-        (["draw"], "unexpected argument 'draw': settings are given as --name value"),
-        (["--note"], "--note: expected one argument (a text)"),
-        (["--weight"], "--weight: expected one argument"),
-    ],
-)
-def test_a_mistake_is_one_line(argv: list[str], said: str) -> None:
-    with pytest.raises(UserError) as caught:
-        parsed(*argv)
-    assert str(caught.value) == said
-
-
-def test_help_has_the_groups_with_their_sentences_and_defaults(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as caught:
-        parsed("--help")
-    assert caught.value.code == 0
+def test_help_has_a_bases_sentence_and_the_default_of_its_own(capsys) -> None:
+    with pytest.raises(SystemExit):
+        parse(Shape, ["--help"], "wpn-ds draw", "Draw shapes.")
     text = " ".join(capsys.readouterr().out.split())
-    assert text.startswith("usage: wpn-ds draw [--NAME VALUE ...] Draw shapes.")
-    assert 'shape: The shape. --kind {round,square} Of which kind it is, 100% of it. (default: "round")' in text
-    assert "--weight FLOAT What it weighs. --note STR What is said of it." in text
-    assert "--size INT How large it is. (default: 5) files:" in text, "the sentence of the base, the default of its own"
-    assert "files: The files. --file FILE [FILE ...] Names of files." in text and "quiet" not in text
+    assert text.startswith("usage: wpn-ds draw [--NAME VALUE ...] Draw shapes. options: --kind {round,square} ")
+    assert 'Of which kind it is, 100% of it. (default: "round")' in text and "quiet" not in text
+    assert text.endswith("What both have: --size INT How large it is. (default: 5)")
 
 
 def test_a_flag_is_of_one_group_and_of_a_type_that_a_flag_can_have() -> None:

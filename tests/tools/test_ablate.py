@@ -16,7 +16,7 @@ from wpn_ds.judging.base import Judgement, Verdict
 from wpn_ds.judging.statistics import wilson_interval
 from wpn_ds.models import load
 from wpn_ds.settings.run import parse_args
-from wpn_ds.tools.ablate import command, measure
+from wpn_ds.tools.ablate import command, measure, runs
 from wpn_ds.tools.ablate.grid import DEFAULT_GRID, Row, chosen_rows, flags, read_grid
 from wpn_ds.tools.ablate.table import Line, Outcome, markdown, plot, result
 
@@ -173,12 +173,12 @@ def test_training_s_seconds_count_every_step_once_and_its_last_losses_are_those_
 def test_a_hub_s_commit_and_the_day_of_a_chat_template_are_the_same_for_all_rows(monkeypatch, tmp_path) -> None:
     templates = {"org/small": None, "folder": None, "dated": "{{ strftime_now('%d') }}"}
     made = {name: SimpleNamespace(chat_template=template) for name, template in templates.items()}
-    monkeypatch.setattr(command, "load_tokenizer", lambda name, source: made[name])
+    monkeypatch.setattr(runs, "load_tokenizer", lambda name, source: made[name])
     monkeypatch.setattr(load, "hub_commit", lambda name, of: f"commit of {name} {of}" if "/" in name else None)
 
     def pinned(model: str, **more: str) -> dict:
         files = {"train_file": ["a"], "output_dir": "b", "deepspeed": "c"}
-        return command._fixed(parse_args(flags({"model_name_or_path": model, **files, **more})), tmp_path / "out")
+        return runs._fixed(parse_args(flags({"model_name_or_path": model, **files, **more})), tmp_path / "out")
 
     assert pinned("org/small") == {"model_revision": "commit of org/small None"}
     assert pinned("org/small", model_revision="v1") == {"model_revision": "commit of org/small v1"}
@@ -195,8 +195,8 @@ def ablate(tiny, tmp_path, monkeypatch, capsys):
         "peak_tflops: 0.1\nsample_prompts: 0\n"
     )
     launched = []
-    launch = command.launch
-    monkeypatch.setattr(command, "launch", lambda line, log: launched.append(line) or launch(line, log))
+    launch = runs.launch
+    monkeypatch.setattr(runs, "launch", lambda line, log: launched.append(line) or launch(line, log))
 
     def call(*extra: str) -> tuple[int, str, list[list[str]]]:
         launched.clear()
@@ -243,7 +243,7 @@ def test_a_row_that_stops_is_reported_and_a_fault_is_tried_again(ablate, grid, t
         return codes[log.parent.name]
 
     launched: list[Path] = []
-    monkeypatch.setattr(command, "launch", launch)
+    monkeypatch.setattr(runs, "launch", launch)
     path = grid("stops: {ascent_weight: 1}\nfails: {nll_weight: 0}\n")
     code, said, _ = ablate("--grid", str(path))
     assert code == 1 and said.count("seed 0 stopped: the gradient was not finite") == 2
@@ -262,7 +262,7 @@ def test_a_row_that_stops_is_reported_and_a_fault_is_tried_again(ablate, grid, t
         (["--train_file", "a", "--heldout_file", "b"], "--model is missing"),
         (["--model", "m", "--heldout_file", "b"], "--train_file is missing"),
         (["--model", "m", "--train_file", "a"], "--heldout_file is missing"),
-        (["--ranks", "0"], "--ranks must be at least 1"),
+        (["--ranks", "0"], "--ranks must be a whole number above 0, got '0'"),
         (["--grid", "nowhere.yaml"], "--grid nowhere.yaml: No such file"),
         (["--only", "nothing"], "--only nothing: the grid has no such row"),
     ],

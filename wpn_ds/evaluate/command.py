@@ -2,368 +2,110 @@
 
 from __future__ import annotations
 
-import argparse
 import os
-import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-import torch.distributed as dist
-import yaml
-
-from wpn_ds.data.embedded import embedded_file
-from wpn_ds.data.records import RetainRecord, merged_by_prompt, read_forget, read_retain
-from wpn_ds.errors import UserError
-from wpn_ds.evaluate.answering import Asking, can_judge
-from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
-from wpn_ds.evaluate.measurement import Measurement, Plan, device
-from wpn_ds.evaluate.ranks import all_arrived, alone_in, from_rank_0, join_ranks
-from wpn_ds.evaluate.relearning import Lessons
-from wpn_ds.evaluate.report.files import write_report
-from wpn_ds.evaluate.report.table import format_table
-from wpn_ds.evaluate.suites import (
-    GROUPS,
-    QUICK_LIMIT,
-    PromptSuite,
-    Selection,
-    Sources,
-    build_suites,
-    resolve_suites,
-    take,
-)
-from wpn_ds.evaluate.tofu.data import write_log
-from wpn_ds.evaluate.tofu.task import ANSWER_TOKENS, add_tofu_flags, tofu_task
-from wpn_ds.evaluate.utility import available_utility
-from wpn_ds.judging.base import Judge
-from wpn_ds.models.folder import check_place
-from wpn_ds.models.load import Source, pinned
-from wpn_ds.models.planted import PLANTED, is_planted
-from wpn_ds.settings.flags import above_0, add_style_flags, given_style, positive, share
-from wpn_ds.system.files import unusable
+from wpn_ds.evaluate.judges import JUDGE_HELP
+from wpn_ds.evaluate.suites import GROUPS, QUICK_LIMIT
+from wpn_ds.evaluate.tofu.task import TofuFlags
+from wpn_ds.settings.parse import Count, Flag, Positive, Share, option, parse
+from wpn_ds.settings.style import StyleFlags
 
 JUDGES = ("reference", "phrases", "resemblance")
 """Without ``--judge``."""
-
-FILES = ("train", "heldout", "attack", "retain", "benign", "open")
-SETTINGS = (
-    "model",
-    "baseline",
-    "suite",
-    "batch_size",
-    "samples",
-    "temperature",
-    "top_p",
-    "seed",
-    "utility",
-    "relearn_steps",
-    "relearn_learning_rate",
+_SUITES = (
+    f"quick (every suite, at most {QUICK_LIMIT} prompts each), full (all of them), or names, with commas: "
+    f"{', '.join(GROUPS)}, or a suite in these."
 )
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="wpn-ds evaluate",
-        description="Asks the prompts of every suite, judges the answers, measures what the model still can do, and "
-        "writes report.json and report.html. A call that was stopped goes on where it was; other judges cost no new "
-        "answers. On several GPUs: deepspeed launch/evaluate.py, with the same flags.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="model to evaluate: a folder in Hugging Face format, or a hub name")
-    add(
-        "--baseline",
-        help="model to compare with, usually the one that training started from; auto: that one, as the run.yaml that "
-        "training left beside --model names it",
-    )
-    add("--output_dir", required=True, type=Path, help="folder for report.json, report.html and the answers")
-    add(
-        "--suite",
-        default="quick",
-        help=f"quick: every suite, at most {QUICK_LIMIT} prompts each (default); full: all of them; or names, with "
-        f"commas: {', '.join(GROUPS)}, or a suite in these",
-    )
-    add("--judge", action="append", default=[], metavar="JUDGE", help=f"{JUDGE_HELP} (default {', '.join(JUDGES)})")
-    files = parser.add_argument_group(
-        "files",
-        "JSONL; without any: those that the model was trained on, if training left its run.yaml beside it, or else the "
-        "embedded demo set.",
-    )
-    for name, meaning in (
-        ("train", "prompts that were unlearned: prompt, chosen, rejected"),
-        ("heldout", "prompts that training never saw: prompt, chosen, rejected"),
-        ("attack", "attacks of your own: prompt, chosen, rejected"),
-        ("retain", "what to keep: prompt, response; or text"),
-        ("benign", "prompts that look harmful and aren't, for over-refusal: prompt"),
-        ("open", "beginnings of texts, for toxicity: prompt"),
-    ):
-        files.add_argument(f"--{name}_file", nargs="+", default=[], metavar="FILE", help=meaning)
-    files.add_argument(
-        "--data_dir",
-        type=Path,
-        default=os.path.expanduser(os.environ.get("WPN_DS_DATA", "")) or None,
-        help="folder with published prompt sets and benchmarks, found by their file names (default $WPN_DS_DATA)",
-    )
-    asking = parser.add_argument_group("asking")
-    add = asking.add_argument
-    add_style_flags(asking, "as it was trained")
-    tokens = f"tokens of an answer at most (default {Asking.max_new_tokens}, and {ANSWER_TOKENS} in the suite tofu)"
-    add("--max_new_tokens", type=positive, help=tokens)
-    add("--batch_size", type=positive, default=32, help="prompts that are answered at a time (default 32)")
-    add("--bf16", action="store_true", help="load the models in bfloat16 instead of fp32 (default: as it was trained)")
-    add("--limit", type=positive, metavar="N", help="at most N prompts of every suite, and N items of every benchmark")
-    add("--samples", type=positive, default=4, help="sampled answers a prompt in the suite diversity (default 4)")
-    add("--temperature", type=above_0, default=1.0, help="of the sampled answers (default 1.0)")
-    add("--top_p", type=share, default=1.0, help="of the sampled answers (default 1.0)")
-    add("--seed", type=int, default=0, help="of what is drawn: prompts, templates, samples, lessons (default 0)")
-    more = parser.add_argument_group("utility and relearning")
-    add = more.add_argument
-    add("--utility", help="benchmarks, dialogue, all, or names, those of lm-evaluation-harness too (default all)")
-    add(
-        "--relearn_steps",
-        nargs="+",
-        type=positive,
-        default=[2, 5, 10, 20],
-        metavar="N",
-        help="after how many fine-tuning steps on unwanted answers to ask again (default 2 5 10 20)",
-    )
-    add("--relearn_learning_rate", type=above_0, default=1e-4, help="of these steps (default 1e-4)")
-    add_tofu_flags(parser)
-    return parser
+def _data_dir() -> Path | None:
+    folder = os.environ.get("WPN_DS_DATA")
+    return Path(folder).expanduser() if folder else None
+
+
+@dataclass(frozen=True)
+class FileFlags:
+    """Files: JSONL; without any, those that the model was trained on, if training left its run.yaml beside it, or else
+    the embedded demo set."""
+
+    train_file: list[str] = option([])
+    """Prompts that were unlearned: prompt, chosen, rejected."""
+    heldout_file: list[str] = option([])
+    """Prompts that training never saw: prompt, chosen, rejected."""
+    attack_file: list[str] = option([])
+    """Attacks of your own: prompt, chosen, rejected."""
+    retain_file: list[str] = option([])
+    """What to keep: prompt, response; or text."""
+    benign_file: list[str] = option([])
+    """Prompts that look harmful and aren't, for over-refusal: prompt."""
+    open_file: list[str] = option([])
+    """Beginnings of texts, for toxicity: prompt."""
+    data_dir: Path | None = field(default_factory=_data_dir)
+    """Folder with published prompt sets and benchmarks, found by their file names (default: $WPN_DS_DATA)."""
+
+
+@dataclass(frozen=True)
+class AskingFlags:
+    """Asking: how answers are drawn, and how many."""
+
+    max_new_tokens: Count | None = None
+    """Tokens of an answer at most (default: 48, and 200 in the suite tofu)."""
+    batch_size: Count = 32
+    """Prompts that are answered at a time."""
+    bf16: Flag = False
+    """Load the models in bfloat16 instead of fp32 (default: as it was trained)."""
+    limit: Count | None = option(None, metavar="N")
+    """At most N prompts of every suite, and N items of every benchmark."""
+    samples: Count = 4
+    """Sampled answers a prompt in the suite diversity."""
+    temperature: Positive = 1.0
+    """Of the sampled answers."""
+    top_p: Share = 1.0
+    """Of the sampled answers."""
+    seed: int = 0
+    """Of what is drawn: prompts, templates, samples, lessons."""
+
+
+@dataclass(frozen=True)
+class UtilityFlags:
+    """Utility and relearning: what the model still can do, and how soon it says the unwanted again."""
+
+    utility: str | None = None
+    """Benchmarks, dialogue, all, or names, those of lm-evaluation-harness too (default: all)."""
+    relearn_steps: list[Count] = option([2, 5, 10, 20], metavar="N")
+    """After how many fine-tuning steps on unwanted answers to ask again."""
+    relearn_learning_rate: Positive = 1e-4
+    """Of these steps."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(FileFlags, StyleFlags, AskingFlags, UtilityFlags, TofuFlags):
+    """Asks the prompts of every suite, judges the answers, measures what the model still can do, and writes report.json
+    and report.html. A call that was stopped goes on where it was; other judges cost no new answers. On several GPUs:
+    deepspeed launch/evaluate.py, with the same flags."""
+
+    model: str = option()
+    """Model to evaluate: a folder in Hugging Face format, or a hub name."""
+    baseline: str | None = None
+    """Model to compare with, usually the one that training started from; auto: that one, as the run.yaml that training
+    left beside --model names it."""
+    output_dir: Path = option()
+    """Folder for report.json, report.html and the answers."""
+    suite: str = option("quick", more=_SUITES)
+    """What is asked:"""
+    judge: list[str] = option([], metavar="JUDGE", more=f"{JUDGE_HELP} (default: {', '.join(JUDGES)}).")
+
+    def __post_init__(self) -> None:
+        StyleFlags.__post_init__(self)
+        TofuFlags.__post_init__(self)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Evaluates, prints the before/after table and names the report.
+    """Evaluates, prints the before/after table and names the report."""
+    options = parse(Options, argv, "wpn-ds evaluate")
+    from wpn_ds.evaluate.evaluation import evaluate
 
-    Raises:
-        UserError: a model, a file, a suite or a judge is missing or bad, before anything is generated.
-    """
-    options = _parser().parse_args(argv)
-    recorded, revision = _recorded(Path(options.model) / "run.yaml"), None
-    if options.baseline == "auto":
-        options.baseline, revision = _started_from(options.model, recorded)
-    sources = {"after": Source(options.model, "--model")}
-    if options.baseline:
-        sources = {"before": Source(options.baseline, "--baseline", revision), **sources}
-    for source in sources.values():
-        check_place(source.flag, source.name_or_path)
-    rank, size = join_ranks()
-    if size > 1:  # one commit for all ranks, should it change in between
-        sources = from_rank_0(rank, size, lambda: {label: pinned(source) for label, source in sources.items()})
-    with alone_in(options.output_dir / ".evaluate.lock", f"--output_dir {options.output_dir}", rank, size):
-        return _evaluate(options, recorded, sources, rank, size)
-
-
-def _evaluate(
-    options: argparse.Namespace, recorded: dict[str, Any], sources: Mapping[str, Source], rank: int, size: int
-) -> int:
-    try:
-        plan, notes, settings, judges = _prepare(options, recorded, size)
-        parts = {label: Measurement(label, source, plan) for label, source in sources.items()}
-        if (read := parts["after"].first_prompt) is not None:
-            settings["first_prompt"] = read
-            if rank == 0:
-                print(f"the first prompt as {options.model} reads it: {read!r}", file=sys.stderr, flush=True)
-        for part in parts.values():
-            part.work(rank, size)
-            all_arrived(size)
-        if rank:
-            return 0
-        for label, source in sources.items():
-            if (address := parts[label].address) != source.name_or_path:
-                settings[source.flag.removeprefix("--")] = address
-        notes += [f"{label}: {note}" for label, part in parts.items() for note in part.notes]
-        evaluations = {label: part.evaluation(judges) for label, part in parts.items()}
-        for judge in judges:
-            judge.check()
-        for label, part in parts.items():
-            if plan.tofu and (log := part.tofu_log()):
-                log = plan.tofu.judged(log)
-                evaluations[label] = replace(evaluations[label], tofu=plan.tofu.figures(log))
-                if label == "after":
-                    write_log(options.output_dir, log)
-                settings["tofu"] = plan.tofu.settings()
-        page = write_report(
-            options.output_dir,
-            evaluations.get("before"),
-            evaluations["after"],
-            settings=settings,
-            judges=[{"name": judge.name, **judge.describe()} for judge in judges],
-            notes=notes,
-            metrics_jsonl=Path(options.model) / "metrics.jsonl",
-        )
-    except OSError as error:  # a full disk, a folder that can't be written
-        if error.filename is None and error.errno is None:
-            raise
-        where = error.filename or options.output_dir
-        raise unusable(f"what is done so far is kept, but {where}", error) from error
-    print(format_table(evaluations.get("before"), evaluations["after"]))
-    print(f"\n{page}")
-    return 0
-
-
-def _prepare(
-    options: argparse.Namespace, recorded: dict[str, Any], size: int
-) -> tuple[Plan, list[str], dict[str, Any], list[Judge]]:
-    """(what is measured, notes on what was left out, the settings for the report, the judges, none of which has
-    loaded a model yet)."""
-    bf16 = options.bf16 or bool(recorded.get("bf16"))
-    style = given_style(options, recorded)
-    selection = resolve_suites(options.suite)
-    files = _files(options, recorded)
-    sources, retain = _sources(options, files)
-    suites, notes = build_suites(selection, sources)
-    asked, limit = selection.suites, sources.limit or selection.limit
-    benchmarks: dict[str, str] = {}
-    if "utility" in asked or options.utility:
-        benchmarks, left_out = available_utility(options.utility, options.data_dir)
-        notes += left_out
-    taught = [record for record in sources.train or sources.heldout if record.rejected]
-    tofu = tofu_task(vars(options), limit, device())
-    empty = {
-        "retain": not retain and "no retain records: give --retain_file",
-        "relearning": not taught and "no unwanted answers to teach: give --train_file",
-        "utility": not benchmarks and "none of its tasks can be measured here: give --data_dir",
-        "tofu": not tofu and "no --tofu_dir: name a folder with TOFU's published files",
-    }
-    for name, reason in empty.items():
-        if name in asked and reason:
-            if name in selection.named:
-                raise UserError(f"--suite {name}: {reason}")
-            notes.append(f"left out: {name}: {reason}")
-    records = [*sources.train, *sources.heldout, *sources.attack]
-    judges = make_judges(
-        options.judge or JUDGES,
-        wanted=[text for record in records for text in record.chosen],
-        unwanted=[text for record in records for text in record.rejected],
-        seed=options.seed,
-        device=device(),
-    )
-    suites, unjudged = _judged(suites, judges, selection)
-    notes += unjudged
-    shared = [benchmarks]
-    if size > 1:
-        dist.broadcast_object_list(shared)  # whether the hub can be reached may differ from node to node
-    relearned = PromptSuite("relearning", tuple(take(sources.heldout or sources.train, limit, options.seed)))
-    steps = [0, *sorted(set(options.relearn_steps))]
-    lessons = Lessons(taught, relearned, steps, options.relearn_learning_rate, options.seed)
-    plan = Plan(
-        answers=options.output_dir / "answers",
-        asking=Asking(
-            style,
-            max_new_tokens=options.max_new_tokens or Asking.max_new_tokens,
-            batch_size=options.batch_size,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-        ),
-        suites=suites,
-        retain=take(retain, limit, options.seed) if "retain" in asked else (),
-        lessons=lessons if "relearning" in asked and taught else None,
-        benchmarks=shared[0],
-        data_dir=options.data_dir,
-        limit=limit,
-        tofu=tofu,
-        bf16=bf16,
-    )
-    settings = {
-        **{name: getattr(options, name) for name in SETTINGS},
-        "max_new_tokens": plan.asking.max_new_tokens,
-        "prompt_template": style.template,
-        "system_prompt": style.system_prompt,
-        "prompts_a_suite": limit or "all",
-        "dtype": "bfloat16" if bf16 else "float32",
-        "device": device().type,
-        "ranks": size,
-        "files": {name: given or "embedded" for name, given in files.items()},
-        "data_dir": str(options.data_dir) if options.data_dir else None,
-    }
-    return plan, notes, settings, judges
-
-
-def _judged(
-    suites: Sequence[PromptSuite], judges: Sequence[Judge], selection: Selection
-) -> tuple[list[PromptSuite], list[str]]:
-    """(the suites that a judge can say something of, notes on the others).
-
-    Raises:
-        UserError: that is none of what the user named.
-    """
-    kept = [suite for suite in suites if any(can_judge(judge, suite) for judge in judges)]
-    lost = [suite.name for suite in suites if suite not in kept]
-    names = " ".join(judge.name for judge in judges)
-    reason = f"no judge of {names} can say anything of its answers: add --judge local:DIR, hf:NAME or resemblance"
-    for name in selection.named:
-        if name in lost:
-            raise UserError(f"--suite {name}: {reason}")
-    return kept, [f"left out: {', '.join(lost)}: {reason}"] if lost else []
-
-
-def _recorded(path: Path) -> dict[str, Any]:
-    """The settings that training left beside the model; empty if it left none."""
-    if not path.is_file():
-        return {}
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: mend or remove it") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is damaged: mend or remove it")
-    return settings
-
-
-def _started_from(model: str, recorded: Mapping[str, Any]) -> tuple[str, str | None]:
-    """(the model that the training of ``model`` started from, its revision), by what training has recorded.
-
-    Raises:
-        UserError: nothing was recorded.
-    """
-    if "model_name_or_path" not in recorded:
-        raise UserError(
-            f"--baseline auto: {Path(model) / 'run.yaml'}, which training leaves beside its model, "
-            f"{'has no model_name_or_path' if recorded else 'is not there'}: name the model that it started from"
-        )
-    name = recorded["model_name_or_path"]
-    if name is None:  # the demo's own, which lies where the demo was started
-        roots = (Path(), *Path(model).absolute().parents)
-        return str(next((root / PLANTED for root in roots if is_planted(root / PLANTED)), PLANTED)), None
-    return str(name), recorded.get("model_revision")
-
-
-def _files(options: argparse.Namespace, recorded: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The files of every kind: those that the flags name, else those of the run that made the model. None at all of
-    train, heldout, attack and retain stands for the embedded ones; so does none of benign and of open."""
-    files = {name: getattr(options, f"{name}_file") for name in FILES}
-    if not any(files[name] for name in FILES[:4]):
-        if recorded.get("dataset_name"):
-            raise UserError(
-                f"{options.model} was trained on the data set {recorded['dataset_name']}: name files to evaluate on "
-                "with --train_file or --heldout_file"
-            )
-        own = {"train": "train_file", "heldout": "validation_file", "retain": "retain_file"}
-        files |= {name: list(recorded.get(key) or []) for name, key in own.items()}
-    if any(files[name] for name in FILES[:4]):
-        return {name: given for name, given in files.items() if given or name not in FILES[:4]}
-    return files
-
-
-def _sources(options: argparse.Namespace, files: Mapping[str, Sequence[str]]) -> tuple[Sources, list[RetainRecord]]:
-    paths = {name: files.get(name, []) for name in FILES}
-    if not any(paths[name] for name in FILES[:4]):
-        demo = {"train": "forget", "heldout": "heldout", "attack": "attack", "retain": "retain"}
-        paths |= {name: [str(embedded_file(file))] for name, file in demo.items()}
-    forget = {
-        name: merged_by_prompt(read_forget(paths[name], alone=True)) if paths[name] else []
-        for name in ("train", "heldout", "attack")
-    }
-    sources = Sources(
-        **forget,
-        benign_files=paths["benign"],
-        open_files=paths["open"],
-        data_dir=options.data_dir,
-        seed=options.seed,
-        limit=options.limit,
-        samples=options.samples,
-    )
-    return sources, read_retain(paths["retain"]) if paths["retain"] else []
+    return evaluate(options)

@@ -1,8 +1,8 @@
 """Commands' settings from dataclasses: a field's name is its flag, the string under it is its ``--help``.
 
-A command says what it takes in one dataclass or several, whose ``__post_init__`` checks what types can't say, and
-calls :func:`parse`. Every mistake is a :class:`~wpn_ds.errors.UserError` of one line. No torch here, so that ``--help``
-and a mistyped flag answer at once.
+A command says what it takes in a dataclass, whose ``__post_init__`` checks what types can't say, and calls
+:func:`parse`; commands share flags by a base. Every mistake is a :class:`~wpn_ds.errors.UserError` of one line. No
+torch here, so that ``--help`` and a mistyped flag answer at once.
 """
 
 from __future__ import annotations
@@ -14,13 +14,14 @@ import functools
 import inspect
 import json
 import math
+import sys
 import textwrap
 import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, NoReturn
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import yaml
 
@@ -30,6 +31,31 @@ from wpn_ds.objectives.terms import flags
 Groups = Mapping[str, type]
 """Dataclasses by the title under which ``--help`` has their fields. No two may have a field of the same name."""
 
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Within:
+    """What a number has to be besides its type, in words and as a test."""
+
+    wanted: str
+    holds: Callable[[Any], bool]
+
+
+Count = Annotated[int, Within("a whole number above 0", lambda number: number >= 1)]
+Whole = Annotated[int, Within("a whole number from 0 on", lambda number: number >= 0)]
+Positive = Annotated[float, Within("a number above 0", lambda number: number > 0)]
+Share = Annotated[float, Within("a number above 0, at most 1", lambda number: 0 < number <= 1)]
+Flag = Annotated[bool, "no value"]
+"""True where the flag stands; unlike after that of a bool, a value is never looked for behind it."""
+
+
+def option(default: Any = dataclasses.MISSING, **metadata: Any) -> Any:
+    """A field with ``metadata`` of :class:`Setting`; without ``default`` it must be given."""
+    if isinstance(default, list):
+        return field(default_factory=default.copy, metadata=metadata)
+    return field(default=default, metadata=metadata)
+
 
 @dataclass(frozen=True)
 class Setting:
@@ -37,33 +63,94 @@ class Setting:
 
     Attributes:
         group: its title.
-        type: bool, int, float, str, list[str], a Literal of texts, or one of them or None.
-        default: [] for a list.
+        name: the field's.
+        type: bool, int, float, str, Path, a Literal of texts, a list of these, one of them or None, each with
+            what :class:`Within` asks of it.
+        default: MISSING if it must be given.
+        owner: the class that brings it, the group's own or a base.
         doc: the string under the field, on one line.
         metadata: of the field. ``hidden``: neither in ``--help`` nor in YAML; ``also``: other ways to write the flag;
             ``line_breaks``: a backslash and n in the flag's text is a line break; ``hint``: what an error of a missing
-            value says besides.
+            value says besides; ``positional``: given without a flag; ``metavar``: what stands for the value in
+            ``--help``; ``more``: goes on where the string under the field ends.
     """
 
     group: str
+    name: str
     type: Any
     default: Any
     doc: str
     metadata: Mapping[str, Any]
+    owner: type
 
     @property
     def hidden(self) -> bool:
         return bool(self.metadata.get("hidden"))
 
+    @property
+    def required(self) -> bool:
+        return self.default is dataclasses.MISSING
 
-def parse(groups: Groups, argv: Sequence[str], prog: str, description: str) -> dict[str, Any]:
-    """{title: dataclass} of ``groups`` from a command line; ``--help`` prints and exits.
+    @property
+    def shown(self) -> str:
+        """What ``--help`` and errors call it: its flag, or what stands for a positional."""
+        return self.metavar if self.metadata.get("positional") else f"--{self.name}"
+
+    @property
+    def metavar(self) -> str:
+        """What stands for its value in ``--help``."""
+        kind = _bare(self.type)
+        if typing.get_origin(kind) is Literal:
+            return "{" + ",".join(typing.get_args(kind)) + "}"
+        if typing.get_origin(kind) is list:
+            entry = _bare(typing.get_args(kind)[0])
+            usual = "FILE" if entry in (str, Path) else entry.__name__.upper()
+        else:
+            usual = "BOOL" if kind is bool else kind.__name__.upper()
+        return str(self.metadata.get("metavar", usual))
+
+
+def parse(kind: type[T], argv: Sequence[str] | None, prog: str, description: str | None = None) -> T:
+    """``kind`` from a command line (by default this process's); ``--help`` prints and exits.
+
+    ``--help`` begins with ``description``, by default the class's doc-string, and has a section for each base that
+    brings flags, called as its doc-string is up to the first colon.
 
     Raises:
-        UserError: a flag that there isn't, a value of another type, or what a dataclass itself refuses.
+        UserError: a flag that there isn't, one that is missing, a value of another type, or what ``kind`` refuses.
     """
-    given = parser(groups, f"{prog} [--NAME VALUE ...]", description).read(argv)
-    return build(groups, given, {name: f"--{name}" for name in given})
+    settings, about = {}, {}
+    for name, setting in settings_of({"options": kind}).items():
+        title, _, more = ("options", "", "") if setting.owner is kind else _text_of(setting.owner).partition(": ")
+        settings[name] = dataclasses.replace(setting, group=title.rstrip("."))
+        about[settings[name].group] = more
+    needed = [setting for setting in settings.values() if setting.required]
+    words = [f"{one.shown} {one.metavar}" for one in needed if not one.metadata.get("positional")]
+    words += [one.shown + " ..." * _is_list(one.type) for one in needed if one.metadata.get("positional")]
+    usage = " ".join([prog, *words, "[--NAME VALUE ...]"])
+    given = parser(settings, about, usage, description or _text_of(kind)).read(sys.argv[1:] if argv is None else argv)
+    found: T = build({"options": kind}, given, {name: settings[name].shown for name in given})["options"]
+    return found
+
+
+def parse_one_of(kinds: Mapping[str, type[T]], argv: Sequence[str] | None, prog: str, description: str) -> T:
+    """The dataclass of the subcommand that a command line begins with, from the rest of it; ``--help`` prints and
+    exits. Raises as :func:`parse` does."""
+    name, *rest = [*(sys.argv[1:] if argv is None else argv), ""]
+    if name in kinds:
+        return parse(kinds[name], rest[:-1], f"{prog} {name}")
+    if name in ("-h", "--help"):
+        width = max(map(len, kinds))
+        lines = [f"  {each:<{width}}  {_text_of(kind).split('. ')[0].rstrip('.')}" for each, kind in kinds.items()]
+        print(f"usage: {prog} {{{','.join(kinds)}}} ...    (with --help: its flags)", "", description, "", sep="\n")
+        print("\n".join(lines))
+        raise SystemExit(0)
+    raise UserError(f"{prog} must be followed by one of {', '.join(kinds)}, got {name!r}{nearest(name, kinds)}")
+
+
+def _text_of(kind: type) -> str:
+    """A class's doc-string, on one line."""
+    return " ".join((inspect.getdoc(kind) or "").split())
 
 
 def settings_of(groups: Groups) -> dict[str, Setting]:
@@ -83,21 +170,38 @@ def settings_of(groups: Groups) -> dict[str, Setting]:
 
 @functools.cache
 def _fields(group: str, kind: type) -> dict[str, Setting]:
-    hints, docs = typing.get_type_hints(kind), _docs(kind)
+    hints, docs = typing.get_type_hints(kind, include_extras=True), _docs(kind)
+    owners = {name: part for part in kind.__mro__ for name in getattr(part, "__dataclass_fields__", {})}
     settings = {}
     for entry in flags(kind):
-        if not _is_simple(hints[entry.name]):
-            raise UserError(f"{group}: {entry.name} is of a type that no flag can have")
-        default = [] if entry.default is dataclasses.MISSING else entry.default
-        settings[entry.name] = Setting(group, hints[entry.name], default, docs.get(entry.name, ""), entry.metadata)
+        name, hint = entry.name, hints[entry.name]
+        if not _is_simple(hint):
+            raise UserError(f"{group}: {name} is of a type that no flag can have")
+        made = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
+        doc = " ".join(filter(None, [docs.get(name, ""), entry.metadata.get("more", "")]))
+        settings[name] = Setting(group, name, hint, made, doc, entry.metadata, owners[name])
     return settings
 
 
 def _is_simple(kind: Any) -> bool:
+    bare = _bare(kind)
+    if _is_union(bare):
+        return False
+    if typing.get_origin(bare) is list:
+        return _bare(typing.get_args(bare)[0]) in (int, float, str, Path)
+    return bare in (bool, int, float, str, Path) or typing.get_origin(bare) is Literal
+
+
+def _bare(kind: Any) -> Any:
+    """A type without its "or None" and without what :class:`Within` asks of it."""
     arguments = typing.get_args(kind)
-    if _is_union(kind):
-        return len(arguments) == 2 and arguments[1] is type(None) and _is_simple(arguments[0])
-    return kind in (bool, int, float, str, list[str]) or typing.get_origin(kind) is Literal
+    if typing.get_origin(kind) is Annotated or (_is_union(kind) and arguments[1:] == (type(None),)):
+        return _bare(arguments[0])
+    return kind
+
+
+def _is_list(kind: Any) -> bool:
+    return typing.get_origin(_bare(kind)) is list
 
 
 def _is_union(kind: Any) -> bool:
@@ -131,7 +235,8 @@ def build(groups: Groups, values: Mapping[str, Any], origins: Mapping[str, str])
     "recipe.yaml:7: seed".
 
     Raises:
-        UserError: a name that there isn't, a value of another type, or what a dataclass itself refuses.
+        UserError: a name that there isn't, one that is missing, a value of another type, or what a dataclass itself
+            refuses.
     """
     settings = settings_of(groups)
     given: dict[str, dict[str, Any]] = {title: {} for title in groups}
@@ -139,6 +244,10 @@ def build(groups: Groups, values: Mapping[str, Any], origins: Mapping[str, str])
         if name not in settings:
             raise unknown(name, settings, origins[name])
         given[settings[name].group][name] = convert(settings[name].type, value, origins[name])
+    if missing := [one.shown for name, one in settings.items() if one.required and name not in values]:
+        raise UserError(
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} missing: --help says what to give"
+        )
     return {title: kind(**given[title]) for title, kind in groups.items()}
 
 
@@ -150,6 +259,16 @@ def unknown(name: str, settings: Iterable[str], origin: str) -> UserError:
 def convert(kind: Any, value: Any, origin: str) -> Any:
     """`value` (a flag's text, or what YAML made of it) as the type of a field, or a `UserError` that names `origin`."""
     arguments = typing.get_args(kind)
+    if typing.get_origin(kind) is Annotated:
+        if not isinstance(arguments[1], Within):
+            return convert(arguments[0], value, origin)
+        try:
+            found = convert(arguments[0], value, origin)
+        except UserError:
+            found = None
+        if found is None or not arguments[1].holds(found):
+            raise UserError(f"{origin} must be {arguments[1].wanted}, got {value!r}")
+        return found
     if typing.get_origin(kind) is Literal:
         if value in arguments:
             return value
@@ -162,9 +281,9 @@ def convert(kind: Any, value: Any, origin: str) -> Any:
         if not isinstance(values, list | tuple):
             raise UserError(f"{origin} must be a list of texts, got {value!r}")
         return [convert(arguments[0], entry, origin) for entry in values]
-    if kind is str:
+    if kind in (str, Path):
         if isinstance(value, str) and value:
-            return value
+            return kind(value)
         hint = "" if value is None or value == "" else ": put it in quotation marks"
         raise UserError(f"{origin} must be a text, got {value!r}{hint}")
     if kind is bool:
@@ -239,6 +358,9 @@ class Parser(argparse.ArgumentParser):
     settings: Mapping[str, Setting] = {}
 
     def error(self, message: str) -> NoReturn:
+        missing = "the following arguments are required: "
+        if message.startswith(missing):
+            message = f"{message.removeprefix(missing)} is missing: --help says what to give"
         message = message.removeprefix("argument ")
         setting = self.settings.get(message.partition(":")[0].removeprefix("--"))
         raise UserError(message + (setting.metadata.get("hint", "") if setting else ""))
@@ -250,7 +372,8 @@ class Parser(argparse.ArgumentParser):
             name = others[0].split("=")[0]
             if not name.startswith("-"):
                 raise UserError(f"unexpected argument {name!r}: settings are given as --name value")
-            hint = nearest(name.lstrip("-").replace("-", "_"), [*self.settings, "config"], "--")
+            known = [flag.lstrip("-") for flag in self._option_string_actions]
+            hint = nearest(name.lstrip("-").replace("-", "_"), known, "--")
             raise UserError(f"unknown flag {name}{hint or '; --help lists all'}")
         given = vars(namespace)
         for name in given:
@@ -259,25 +382,40 @@ class Parser(argparse.ArgumentParser):
         return given
 
 
-def parser(groups: Groups, usage: str, description: str, about: Mapping[str, str] | None = None) -> Parser:
-    """The flags, one a setting, grouped as the dataclasses are. ``about``: what stands above a group in ``--help``, if
-    not its doc-string."""
-    made = Parser(usage=usage, description=description, allow_abbrev=False, argument_default=argparse.SUPPRESS)
-    sections = {
-        title: made.add_argument_group(title, (about or {}).get(title, inspect.getdoc(kind)))
-        for title, kind in groups.items()
-    }
-    made.settings = settings_of(groups)
-    for name, setting in made.settings.items():
-        kind = next((part for part in typing.get_args(setting.type) if part in (str, int, float)), setting.type)
-        options: dict[str, Any] = {"metavar": kind.__name__.upper() if isinstance(kind, type) else None, "dest": name}
-        if typing.get_origin(setting.type) is Literal:
-            options["metavar"] = "{" + ",".join(typing.get_args(setting.type)) + "}"
-        elif typing.get_origin(setting.type) is list:
-            options |= {"metavar": "FILE", "nargs": "+", "action": "extend"}
-        elif setting.type is bool:
-            options |= {"metavar": "BOOL", "nargs": "?", "const": True}
-        default = "" if setting.default in (None, []) else f" (default: {json.dumps(setting.default)})"
-        options["help"] = argparse.SUPPRESS if setting.hidden else (setting.doc + default).replace("%", "%%")
-        sections[setting.group].add_argument(f"--{name}", *setting.metadata.get("also", ()), **options)
+def parser(settings: Mapping[str, Setting], about: Mapping[str, str], usage: str, description: str) -> Parser:
+    """The flags, one a setting, in sections as they are grouped; ``about``: what stands above a section's flags."""
+    made = Parser(
+        usage=usage,
+        description=description,
+        add_help="options" not in about,
+        allow_abbrev=False,
+        argument_default=argparse.SUPPRESS,
+    )
+    sections = {title: made.add_argument_group(title, text or None) for title, text in about.items()}
+    made.settings = settings
+    for name, setting in settings.items():
+        options: dict[str, Any] = {"metavar": setting.metavar}
+        if _is_list(setting.type):
+            options |= {"nargs": "+", "action": "extend"}
+        elif setting.type == Flag:
+            options = {"action": "store_true"}
+        elif _bare(setting.type) is bool:
+            options |= {"nargs": "?", "const": True}
+        names = [name]
+        if not setting.metadata.get("positional"):
+            names, options["dest"] = [f"--{name}", *setting.metadata.get("also", ())], name
+        text = setting.doc + _default(setting)
+        options["help"] = argparse.SUPPRESS if setting.hidden else text.replace("%", "%%")
+        sections[setting.group].add_argument(*names, **options)
+    if "options" in about:
+        sections["options"].add_argument("-h", "--help", action="help", help="Show this and exit.")
     return made
+
+
+def _default(setting: Setting) -> str:
+    """What ``--help`` says of a default: nothing where there is none, and where the setting's own sentence has it."""
+    default = setting.default
+    if default in (None, [], dataclasses.MISSING) or setting.type == Flag or "(default" in setting.doc:
+        return ""
+    told = " ".join(map(str, default)) if isinstance(default, list) else json.dumps(default, default=str)
+    return f" (default: {told})"

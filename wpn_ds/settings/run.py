@@ -553,14 +553,16 @@ def _first(argv: Sequence[str]) -> dict[str, Any]:
 def _read_flags(argv: Sequence[str], objective: type[Objective]) -> dict[str, Any]:
     """{name: text, list of texts or True} of the flags that are there; --help prints and exits."""
     own = groups(objective)
-    about = [inspect.getdoc(objective) or "", f"Minimised: {objective.equation}." if objective.equation else ""]
+    about = {title: inspect.getdoc(kind) or "" for title, kind in own.items()}
+    minimised = f"Minimised: {objective.equation}." if objective.equation else ""
     others = ", ".join(name for name in registry.built_in() if name != objective.name)
-    about.append(f"Another objective has other flags: --objective NAME --help, with NAME one of {others}.")
+    others = f"Another objective has other flags: --objective NAME --help, with NAME one of {others}."
+    about[objective.name] = " ".join(filter(None, [about[objective.name], minimised, others]))
     made = parser(
-        own,
+        settings_of(own),
+        about,
         "deepspeed launch/train.py --deepspeed FILE.json [--config FILE.yaml] [--NAME VALUE ...]",
         "Unlearn harmful behaviour. Flags win over --config FILE, the file over the defaults.",
-        {objective.name: " ".join(filter(None, about))},
     )
     made.add_argument("--config", metavar="FILE", help="YAML file with any of the names below as its keys.")
     for word in argv:

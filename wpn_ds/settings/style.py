@@ -6,6 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from wpn_ds.settings.parse import Flag, option
+from wpn_ds.settings.run import DataConfig
+
 AUTO = "auto"
 PLAIN_TEMPLATE = "Question: {prompt}\nAnswer:"
 """Text around a prompt under ``auto``, for a tokenizer without a chat template."""
@@ -38,3 +41,28 @@ class PromptStyle:
             chat_date=settings.get("chat_date"),
             parse_special_tokens=bool(settings.get("parse_special_tokens")),
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StyleFlags:
+    """Prompts: how they are written (default: auto, no system turn; evaluate: as the model was trained)."""
+
+    prompt_template: str | None = option(None, line_breaks=True)
+    """auto (the chat template as a user's turn, or a plain one), or text with {prompt} in it, \\n for a line break."""
+    system_prompt: str | None = option(None, line_breaks=True)
+    """System turn of prompts that have none of their own."""
+    chat_date: str | None = None
+    """Day that a chat template writes as today's, YYYY-MM-DD."""
+    parse_special_tokens: Flag = False
+    """Read special tokens that texts spell out (</s>) as such, not as text."""
+
+    def __post_init__(self) -> None:
+        DataConfig(**self._given())
+
+    def style(self, recorded: Mapping[str, Any] | None = None) -> PromptStyle:
+        """The style that the flags name, over that of a run's ``recorded`` settings."""
+        return PromptStyle.of({**(recorded or {}), **self._given()})
+
+    def _given(self) -> dict[str, Any]:
+        names = ("prompt_template", "system_prompt", "chat_date", "parse_special_tokens")
+        return {name: value for name in names if (value := getattr(self, name)) not in (None, False)}

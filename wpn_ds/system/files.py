@@ -175,3 +175,20 @@ def usable(place: str) -> Iterator[None]:
         yield
     except OSError as error:
         raise unusable(place, error) from error
+
+
+@contextlib.contextmanager
+def new_output(path: Path) -> Iterator[None]:
+    """Around the work that writes ``--output``.
+
+    Raises:
+        UserError: the file is there already, or can't be written (a full disk, a folder without the right).
+    """
+    if path.exists():
+        raise UserError(f"--output {path} exists: remove it, or name another file")
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is None:
+            raise
+        raise unusable(f"--output {path}: {error.filename or 'it'}", error) from error

@@ -2,43 +2,65 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from wpn_ds.errors import UserError
+from wpn_ds.settings.parse import Flag, option, parse_one_of
 from wpn_ds.system.files import holds_anything
 from wpn_ds.system.lock import lock_beside, locked
 from wpn_ds.system.tables import aligned
 
 
+@dataclass(frozen=True)
+class List:
+    """The checkpoints of a run: step, ranks, size."""
+
+    path: Path = option(positional=True, metavar="RUN")
+    """A run's --output_dir."""
+
+
+@dataclass(frozen=True)
+class Verify:
+    """Compare the files of a checkpoint, or of all of a run, with their checksums; 1 if one differs."""
+
+    path: Path = option(positional=True, metavar="PATH")
+    """A checkpoint, or a run's --output_dir."""
+
+
+@dataclass(frozen=True)
+class Convert:
+    """Make the form that any number of ranks can load, ahead of the run that needs it."""
+
+    path: Path = option(positional=True, metavar="CHECKPOINT")
+    """Its folder."""
+
+
+@dataclass(frozen=True)
+class Export:
+    """Write its weights as a model in Hugging Face format."""
+
+    path: Path = option(positional=True, metavar="CHECKPOINT")
+    """Its folder."""
+    output_dir: Path = option()
+    """A new folder for the model."""
+    trust_remote_code: Flag = False
+    """Run modelling code that comes with the starting model, whatever the run itself was allowed to do."""
+
+
 def run(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(prog="wpn-ds checkpoint", description="Look at, check and convert checkpoints.")
-    commands = parser.add_subparsers(dest="command", required=True, metavar="{list,verify,convert,export}")
-    for name, what, description in (
-        ("list", "RUN", "the checkpoints of a run: step, ranks, size"),
-        (
-            "verify",
-            "PATH",
-            "compare the files of a checkpoint, or of all of a run, with their checksums; 1 if one differs",
-        ),
-        ("convert", "CHECKPOINT", "make the form that any number of ranks can load, ahead of the run that needs it"),
-        ("export", "CHECKPOINT", "write its weights as a model in Hugging Face format"),
-    ):
-        command = commands.add_parser(name, help=description, description=description)
-        command.add_argument("path", metavar=what, type=Path)
-        if name == "export":
-            command.add_argument("--output_dir", type=Path, required=True, help="a new folder for the model")
-            trust = "run modelling code that comes with the starting model, whatever the run itself was allowed to do"
-            command.add_argument("--trust_remote_code", action="store_true", help=trust)
-    args = parser.parse_args(list(argv))
-    return {"list": _list, "verify": _verify, "convert": _convert, "export": _export}[args.command](args)
+    kinds: dict[str, type[Any]] = {"list": List, "verify": Verify, "convert": Convert, "export": Export}
+    args = parse_one_of(kinds, argv, "wpn-ds checkpoint", "Look at, check and convert checkpoints.")
+    work: dict[type, Callable[[Any], int]] = {List: _list, Verify: _verify, Convert: _convert, Export: _export}
+    return work[type(args)](args)
 
 
-def _list(args: argparse.Namespace) -> int:
+def _list(args: List) -> int:
     checkpoint = _checkpoint()
     rows = [["checkpoint".ljust(19), "ranks", "GiB".rjust(7), ""]]
     for path in _checkpoints(args.path):
@@ -51,7 +73,7 @@ def _list(args: argparse.Namespace) -> int:
     return 0
 
 
-def _verify(args: argparse.Namespace) -> int:
+def _verify(args: Verify) -> int:
     checkpoint, code = _checkpoint(), 0
     for path in _checkpoints(args.path):
         faults = checkpoint.damage(path)
@@ -60,14 +82,14 @@ def _verify(args: argparse.Namespace) -> int:
     return code
 
 
-def _convert(args: argparse.Namespace) -> int:
+def _convert(args: Convert) -> int:
     [path] = _checkpoints(args.path, only=True)
     print(f"{path}: converting", file=sys.stderr)
     print(_checkpoint().to_universal(path))
     return 0
 
 
-def _export(args: argparse.Namespace) -> int:
+def _export(args: Export) -> int:
     [path] = _checkpoints(args.path, only=True)
     state = _checkpoint().read_state(path)
     if state is None:

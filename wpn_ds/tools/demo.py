@@ -2,29 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.local import TRAIN, command_line, launch, require_here
 from wpn_ds.models.planted import PLANTED, ensure_planted, is_planted
+from wpn_ds.settings.parse import Count, parse
 from wpn_ds.settings.run import DEMO_OUTPUT_DIR, DONE
 
 _ZERO3 = Path("ds_configs/zero3.json")
 
 
-def run(argv: Sequence[str]) -> int:
-    """Plant a small OPT with rude answers, evaluate it, unlearn them under ZeRO-3 on two ranks, evaluate again.
+@dataclass(frozen=True)
+class Options:
+    """Plant a small OPT with rude answers, evaluate it, unlearn them under ZeRO-3 on two ranks, evaluate again. What an
+    earlier call made is used again; remove runs/demo for a fresh start."""
 
-    What an earlier call made is used again; remove runs/demo for a fresh start.
-    """
-    parser = argparse.ArgumentParser(prog="wpn-ds demo", description=run.__doc__)
-    parser.add_argument("--ranks", type=int, default=2, help="processes of the training job (default 2)")
-    options = parser.parse_args(argv)
+    ranks: Count = 2
+    """Processes of the training job."""
+
+
+def run(argv: Sequence[str]) -> int:
+    """Carry out what is left of the demo."""
+    options = parse(Options, argv, "wpn-ds demo")
     require_here(TRAIN, _ZERO3)
-    from wpn_ds.evaluate.command import run as evaluate  # loads torch: not for --help
+    from wpn_ds.evaluate.command import run as evaluate
 
     out = Path(DEMO_OUTPUT_DIR)
     _say(f"1. plant: {PLANTED}" + (" (already there)" if is_planted(PLANTED) else ""))

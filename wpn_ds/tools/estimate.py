@@ -37,20 +37,19 @@ again for the backward pass, and scatters gradients.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from wpn_ds.errors import UserError
 from wpn_ds.models.sizes import KNOWN, Architecture, architecture
 from wpn_ds.objectives.registry import find
 from wpn_ds.objectives.terms import Terms
 from wpn_ds.settings.deepspeed import resolve_deepspeed
-from wpn_ds.settings.flags import above_0, positive
+from wpn_ds.settings.parse import Count, Flag, Positive, option, parse
 from wpn_ds.settings.run import Config, DataConfig, TrainingConfig
 from wpn_ds.system.tables import aligned
 
@@ -340,13 +339,62 @@ def _resolved(zero: Mapping[str, Any], job: Job) -> dict[str, Any]:
 # The command
 
 
+@dataclass(frozen=True)
+class Options:
+    model: str = option()
+    """Name, with or without its owner, or a folder with a config.json."""
+    nodes: Count = 1
+    """Machines."""
+    gpus_per_node: Count = 8
+    """GPUs of a machine."""
+    gpu_memory: Positive = 80.0
+    """GiB of a GPU."""
+    deepspeed: str | None = option(None, metavar="FILE")
+    """DeepSpeed JSON (default: what ds_configs/zero3.json says)."""
+    bf16: bool | None = None
+    """As in training, but on by default here, unless --deepspeed says otherwise."""
+    gradient_checkpointing: bool = False
+    """As in training."""
+    tokens_per_micro_batch: Count = TrainingConfig.tokens_per_micro_batch
+    """As in training."""
+    max_length: Count = DataConfig.max_length
+    """As in training."""
+    objective: str = option("wpn", metavar="NAME")
+    """As in training: whether there is a term with KL."""
+    reference: Literal["sharded", "cpu", "nvme", "states", "topk", "none"] | None = None
+    """The starting model, for KL: a sharded copy, one offloaded, its head and cached states, cached top-k
+    distributions, or none (default: sharded, and none for an objective without KL)."""
+    global_batch_size: Count = TrainingConfig.global_batch_size
+    """As in training."""
+    tokens_per_example: Count = 512
+    """Tokens of a prompt with its answers and of a retain text together, as `wpn-ds inspect` counts them; decides the
+    micro-batches of a step."""
+    intra_gbps: Positive = 2400.0
+    """Gigabits a second from a GPU to those of its node (default: 2400, an A100's NVLink)."""
+    inter_gbps: Positive = 200.0
+    """Gigabits a second from a node to others, all its cards together."""
+    json: Flag = False
+    """Print JSON, in bytes and seconds."""
+
+    def __post_init__(self) -> None:
+        if self.tokens_per_micro_batch < self.max_length:
+            raise UserError(
+                f"--tokens_per_micro_batch {self.tokens_per_micro_batch} is less than one row of --max_length "
+                f"{self.max_length}: raise the one or lower the other"
+            )
+
+
 def run(argv: Sequence[str] | None = None) -> int:
     """Print the estimate; 0 if the job fits, 1 if it doesn't.
 
     Raises:
         UserError: a flag or the DeepSpeed JSON can't be used, or there is no such model.
     """
-    options = _parser().parse_args(argv)
+    about = (
+        "Memory and communication of a run before it is started. Exit code: 0 if the job fits, 1 if it doesn't, 2 for "
+    )
+    about += f"a mistake. Known without a download: {', '.join(KNOWN)}."
+    options = parse(Options, argv, "wpn-ds estimate", about)
     job = _job(options)
     memory_of_gpu = options.gpu_memory * 2**30
     room = memory_of_gpu * (1 - FRAGMENTED) - RESERVED
@@ -355,56 +403,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     return 0 if fits(job, room) else 1
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="wpn-ds estimate",
-        description="Memory and communication of a run before it is started.",
-        epilog="Exit code: 0 if the job fits, 1 if it doesn't, 2 for a mistake. "
-        f"Known without a download: {', '.join(KNOWN)}.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--model", required=True, help="name, with or without its owner, or a folder with a config.json")
-    add("--nodes", type=positive, default=1, help="machines (default: %(default)s)")
-    add("--gpus_per_node", type=positive, default=8, help="GPUs of a machine (default: %(default)s)")
-    add("--gpu_memory", type=above_0, default=80.0, help="GiB of a GPU (default: %(default)g)")
-    add("--deepspeed", metavar="FILE", help="DeepSpeed JSON (default: what ds_configs/zero3.json says)")
-    switch: dict[str, Any] = {"nargs": "?", "const": True, "type": _truth, "metavar": "true|false"}
-    add("--bf16", **switch, help="as in training, but on by default here, unless --deepspeed says otherwise")
-    add("--gradient_checkpointing", **switch, default=False, help="as in training (default: false)")
-    tokens = TrainingConfig.tokens_per_micro_batch
-    add("--tokens_per_micro_batch", type=positive, default=tokens, help="as in training (default: %(default)s)")
-    add("--max_length", type=positive, default=DataConfig.max_length, help="as in training (default: %(default)s)")
-    add("--objective", default="wpn", metavar="NAME",
-        help="as in training (default: %(default)s): whether there is a term with KL")  # fmt: skip
-    add("--reference", choices=("sharded", "cpu", "nvme", "states", "topk", "none"),
-        help="the starting model, for KL: a sharded copy, one offloaded, its head and cached states, cached top-k "
-        "distributions, or none (default: sharded, and none for an objective without KL)")  # fmt: skip
-    batch = TrainingConfig.global_batch_size
-    add("--global_batch_size", type=positive, default=batch, help="as in training (default: %(default)s)")
-    add("--tokens_per_example", type=positive, default=512,
-        help="tokens of a prompt with its answers and of a retain text together, as `wpn-ds inspect` counts them; "
-        "decides the micro-batches of a step (default: %(default)s)")  # fmt: skip
-    add("--intra_gbps", type=above_0, default=2400.0,
-        help="gigabits a second from a GPU to those of its node (default: %(default)g: an A100's NVLink)")  # fmt: skip
-    add("--inter_gbps", type=above_0, default=200.0,
-        help="gigabits a second from a node to others, all its cards together (default: %(default)g)")  # fmt: skip
-    add("--json", action="store_true", help="print JSON, in bytes and seconds")
-    return parser
-
-
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"must be true or false, got {text!r}")
-    return text.lower() == "true"
-
-
-def _job(options: argparse.Namespace) -> Job:
-    if options.tokens_per_micro_batch < options.max_length:
-        raise UserError(
-            f"--tokens_per_micro_batch {options.tokens_per_micro_batch} is less than one row of --max_length "
-            f"{options.max_length}: raise the one or lower the other"
-        )
+def _job(options: Options) -> Job:
     model, objective = architecture(options.model), find(options.objective)()
     said = {} if options.bf16 is None else {"bf16": options.bf16}
     resolved = resolve_deepspeed(
@@ -429,7 +428,7 @@ def _job(options: argparse.Namespace) -> Job:
     )
 
 
-def _as_json(job: Job, room: float, found: Sequence[Change], options: argparse.Namespace) -> str:
+def _as_json(job: Job, room: float, found: Sequence[Change], options: Options) -> str:
     other = dataclasses.replace(job, gradient_checkpointing=not job.gradient_checkpointing)
     activations = {job.gradient_checkpointing: activation_bytes(job)}
     activations[not job.gradient_checkpointing] = activation_bytes(other)
@@ -453,7 +452,7 @@ def _as_json(job: Job, room: float, found: Sequence[Change], options: argparse.N
     return json.dumps(content, indent=2)
 
 
-def _as_text(job: Job, room: float, found: Sequence[Change], options: argparse.Namespace) -> str:
+def _as_text(job: Job, room: float, found: Sequence[Change], options: Options) -> str:
     kind = "bf16" if job.bf16 else "fp32"
     gpus = f"{job.nodes} x {job.gpus_per_node} GPUs of {options.gpu_memory:g} GiB"
     lines = [f"{job.model.name}, {job.model.parameters:,} parameters, {kind}, ZeRO stage {job.stage}, on {gpus}", ""]

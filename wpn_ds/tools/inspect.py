@@ -2,22 +2,41 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import textwrap
 from collections.abc import Iterable, Sequence
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
 from tqdm import tqdm
 
 from wpn_ds.data.inspect import BATCH, PROMPT, Figures, Places, histogram, inspect_records, kind_of, percentile
 from wpn_ds.data.records import Kind, Record, read_forget, read_retain
-from wpn_ds.settings.flags import add_style_flags, given_style
+from wpn_ds.settings.parse import option, parse
 from wpn_ds.settings.run import DataConfig
+from wpn_ds.settings.style import StyleFlags
 from wpn_ds.system.tables import aligned
 
 _BAR = 16  # characters of the longest bar
 _LISTED = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options(StyleFlags):
+    """Counts, token lengths, padding waste, truncation and duplicates of data files."""
+
+    files: list[str] = option(positional=True, metavar="FILE")
+    """JSONL files, as for --train_file or --retain_file."""
+    tokenizer_name: str | None = None
+    """Tokenizer's folder or hub name (default: the planted demo model's, or plain words)."""
+    kind: Literal["forget", "unwanted", "retain"] | None = None
+    """What the files hold; unwanted: only what to forget, without wanted answers (default: seen from their fields)."""
+    max_length: int = DataConfig.max_length
+    """Tokens of a row."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        DataConfig(max_length=self.max_length)
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -26,8 +45,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: a file is missing or bad, or there is no such tokenizer.
     """
-    options = _parser().parse_args(argv)
-    data, style = DataConfig(max_length=options.max_length), given_style(options)
+    options = parse(Options, argv, "wpn-ds inspect")
     files: dict[Kind, list[str]] = {}
     for path in options.files:
         kind: Kind = "forget" if options.kind == "unwanted" else options.kind or kind_of(path)
@@ -40,25 +58,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     tokenizer, units = _tokenizer(options.tokenizer_name)
     print(f"Lengths are {units}; a prompt's include what its template writes.")
     for kind, paths in files.items():
-        figures = inspect_records(records[kind], tokenizer, style, data.max_length, _progress)
-        print("\n" + format_figures(f"{', '.join(paths)}: {kind} data", figures, data.max_length))
+        figures = inspect_records(records[kind], tokenizer, options.style(), options.max_length, _progress)
+        print("\n" + format_figures(f"{', '.join(paths)}: {kind} data", figures, options.max_length))
     return 0
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="wpn-ds inspect",
-        description="Counts, token lengths, padding waste, truncation and duplicates of data files.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("files", nargs="+", metavar="FILE", help="JSONL files, as for --train_file or --retain_file")
-    add("--tokenizer_name", help="tokenizer's folder or hub name (default: the planted demo model's, or plain words)")
-    add("--kind", choices=("forget", "unwanted", "retain"), help="what the files hold; unwanted: only what to forget, "
-        "without wanted answers (default: seen from their fields)")  # fmt: skip
-    add("--max_length", type=int, default=DataConfig.max_length, help="tokens of a row (default: %(default)s)")
-    add_style_flags(parser, "auto")
-    return parser
 
 
 class _Words:

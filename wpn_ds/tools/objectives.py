@@ -9,7 +9,7 @@ from typing import Any
 
 from wpn_ds.objectives.registry import built_in
 from wpn_ds.objectives.terms import Objective, flags
-from wpn_ds.settings.parse import parse
+from wpn_ds.settings.parse import Flag, parse
 
 _LEGEND = (
     "Shown is what is added to retain_weight L_retain, with the default weights. L_nll, L_retain and L_ascent are "
@@ -21,16 +21,15 @@ _LEGEND = (
 
 @dataclass(frozen=True)
 class Output:
-    """How they are printed."""
+    """Print the objectives that there are."""
 
-    markdown: bool = False
+    markdown: Flag = False
     """Print the tables of docs/objectives.md."""
 
 
 def run(argv: Sequence[str]) -> int:
     """Print the objectives that there are."""
-    options: Output = parse({"output": Output}, argv, "wpn-ds objectives", str(run.__doc__))["output"]
-    print(markdown() if options.markdown else text())
+    print(markdown() if parse(Output, argv, "wpn-ds objectives").markdown else text())
     return 0
 
 

@@ -2,13 +2,47 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wpn_ds.errors import UserError
 from wpn_ds.models.planted import PLANTED, is_planted
-from wpn_ds.settings.flags import positive
+from wpn_ds.settings.parse import Count, option, parse
+
+
+@dataclass(frozen=True)
+class Options:
+    """Trains an OPT from scratch on unwanted answers, so that there is something to unlearn: the demo's model, or with
+    --train_file one of your own data. A model that is there already is left alone."""
+
+    output_dir: Path | None = option(None, more=f"(default, for the demo's: {PLANTED}).")
+    """Folder of the model"""
+    train_file: list[str] = option([])
+    """JSONL of what it learns: prompt, chosen, rejected; or question, answer."""
+    retain_file: list[str] = option([])
+    """JSONL of prompt, response; or text."""
+    tokenizer_name: str | None = option(None, metavar="MODEL")
+    """Another model whose tokenizer it shall have."""
+    size: str | None = option(None, metavar="OPT")
+    """Shape of a published OPT, opt-125m for example (default: the demo's own, small)."""
+    epochs: Count | None = None
+    """Passes over the data (default: the demo's own)."""
+    limit: Count | None = option(None, metavar="N")
+    """Only the first N records of --train_file and of --retain_file."""
+
+    def __post_init__(self) -> None:
+        given = self.given()
+        if given and self.output_dir is None:  # the demo would take it for its own
+            raise UserError(f"--{next(iter(given))}: name a folder for that model with --output_dir")
+        if ("retain_file" in given or "limit" in given) and "train_file" not in given:
+            raise UserError("--retain_file and --limit are for data of your own: add --train_file")
+
+    def given(self) -> dict[str, Any]:
+        """What makes the model another than the demo's."""
+        own = ("size", "epochs", "train_file", "retain_file", "limit", "tokenizer_name")
+        return {name: value for name in own if (value := getattr(self, name))}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -17,34 +51,13 @@ def run(argv: Sequence[str]) -> int:
     Raises:
         UserError: the flags don't go together, the folder is somebody's, or a file is bad.
     """
-    parser = argparse.ArgumentParser(
-        prog="wpn-ds plant",
-        description="Trains an OPT from scratch on unwanted answers, so that there is something to unlearn: the "
-        "demo's model, or with --train_file one of your own data. A model that is there already is left alone.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("--output_dir", type=Path, help=f"folder of the model (default, for the demo's: {PLANTED})")
-    add("--train_file", nargs="+", default=[], metavar="FILE", help="JSONL of what it learns: prompt, chosen, "
-        "rejected; or question, answer")  # fmt: skip
-    add("--retain_file", nargs="+", default=[], metavar="FILE", help="JSONL of prompt, response; or text")
-    add("--tokenizer_name", metavar="MODEL", help="another model whose tokenizer it shall have")
-    add("--size", metavar="OPT", help="shape of a published OPT, opt-125m for example (default: the demo's own, small)")
-    add("--epochs", type=positive, help="passes over the data (default: the demo's own)")
-    add("--limit", type=positive, metavar="N", help="only the first N records of --train_file and of --retain_file")
-    options = parser.parse_args(argv)
-    own = ("size", "epochs", "train_file", "retain_file", "limit", "tokenizer_name")
-    given = {name: value for name in own if (value := getattr(options, name))}
-    if given and options.output_dir is None:  # the demo would take it for its own
-        raise UserError(f"--{next(iter(given))}: name a folder for that model with --output_dir")
-    if ("retain_file" in given or "limit" in given) and "train_file" not in given:
-        raise UserError("--retain_file and --limit are for data of your own: add --train_file")
+    options = parse(Options, argv, "wpn-ds plant")
     folder = options.output_dir or PLANTED
     if is_planted(folder):
         print(f"already there: {folder}")
         return 0
     from wpn_ds.models.plant import plant  # loads torch: not for --help
 
-    plant(folder, **given)
+    plant(folder, **options.given())
     print(f"planted: {folder}")
     return 0

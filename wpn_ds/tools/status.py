@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import subprocess
 import time
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.history import FAILED, REQUEUE, Start, clock, read_starts, read_status
+from wpn_ds.settings.parse import option, parse
 from wpn_ds.settings.run import DONE
 
 #: Exit codes for scripts.
@@ -19,14 +20,16 @@ ENDED, RUNNING, WAITING, DEAD = 0, 10, 11, 12
 _SILENT_STEPS, _SILENT_SECONDS = 20, 300
 
 
+@dataclass(frozen=True)
+class Options:
+    """How far a run is. Exit code: 0 it ended well, 10 it runs, 11 it waits to be started again, 12 it died."""
+
+    run: Path = option(positional=True, metavar="RUN")
+    """A run's --output_dir."""
+
+
 def run(argv: Sequence[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="wpn-ds status",
-        description="How far a run is. Exit code: 0 it ended well, 10 it runs, 11 it waits to be started again, "
-        "12 it died.",
-    )
-    parser.add_argument("run", help="a run's --output_dir")
-    folder = Path(parser.parse_args(list(argv)).run)
+    folder = parse(Options, argv, "wpn-ds status").run
     starts, status = read_starts(folder), read_status(folder)
     if not starts:
         raise UserError(f"{folder} is no run's folder: name the --output_dir of a training run")

@@ -89,12 +89,18 @@ def test_a_judge_of_pairs_needs_prompts(tmp_path) -> None:
     train(tmp_path, "judge", "--train_file", file)
 
 
-def test_without_a_command_or_files_the_usage_is_shown(capsys) -> None:
-    for argv in ([], ["train"], ["train", "--train_file", "x"]):
-        with pytest.raises(SystemExit) as stopped:
-            run(argv)
-        assert stopped.value.code == 2
-    assert "usage: wpn-ds judge" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        ([], "wpn-ds judge must be followed by one of train, measure, got ''"),
+        (["train"], "--train_file, --output_dir are missing"),
+        (["train", "--train_file", "x"], "--output_dir is missing"),
+        (["measure", "--file", "x"], "--judge is missing"),
+    ],
+)
+def test_without_a_command_or_files_one_line_says_what_is_missing(argv, said) -> None:
+    with pytest.raises(UserError, match=f"^{said}"):
+        run(argv)
 
 
 def test_on_real_labels_the_judge_is_far_better_than_chance(shared_data, tmp_path) -> None:

@@ -9,7 +9,8 @@ import pytest
 from tests.tools.alternates.conftest import WORDS
 from wpn_ds.tools.alternates import drawing as module
 from wpn_ds.tools.alternates.asking import Question, Template
-from wpn_ds.tools.alternates.drawing import Candidates, Drawing, draw
+from wpn_ds.tools.alternates.command import Drawing
+from wpn_ds.tools.alternates.drawing import Candidates, draw
 
 TEMPLATE = Template("{question} {answer}", chat=False)
 

@@ -21,7 +21,7 @@ _FORMS = {
     "local": "local:DIR[,threshold=0.5]",
     "openai": "openai:MODEL[@URL]",
 }
-JUDGE_HELP = f"who judges the answers, repeatable: {', '.join(_FORMS.values())}"
+JUDGE_HELP = f"Who judges the answers, repeatable: {', '.join(_FORMS.values())}"
 """For ``--judge``."""
 
 

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, Literal
 
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
 from wpn_ds.evaluate.judges.labelled import Labelled, read_labelled, read_people
+from wpn_ds.settings.parse import option, parse_one_of
 from wpn_ds.system.files import holds_anything, unusable
 from wpn_ds.system.lock import lock_beside, locked
 
@@ -19,37 +21,43 @@ _SHAPES = (
 )
 
 
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    """Train a classifier of answers on a CPU, for wpn-ds evaluate --judge local:DIR."""
+
+    train_file: list[str] = option(more=f"{_SHAPES}.")
+    """Labelled answers:"""
+    test_file: list[str] = option([])
+    """Held-out ones (default: a fifth of the prompts)."""
+    output_dir: Path = option(metavar="DIR")
+    """A new folder for the judge."""
+    input: Literal["answer", "pair"] = "answer"
+    """Read the answer alone, or the prompt, too."""
+    seed: int = 0
+    """Of the split and of the interval."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Measure:
+    """Hold judges against answers that people have labelled."""
+
+    judge: list[str] = option(metavar="JUDGE", more=f"{JUDGE_HELP}.")
+    file: list[str] = option(more=f"{_SHAPES}, or XSTest's completions.")
+    """Labelled answers:"""
+
+
 def run(argv: Sequence[str]) -> int:
     """Trains, writes and prints n, AUC and accuracy; or measures judges and prints how they agree with people.
 
     Raises:
         UserError: a file is missing or bad, the folder isn't new, a judge can't be made, or nothing is left to measure.
     """
-    about = "Make a judge of one's own, or measure judges."
-    parser = argparse.ArgumentParser(prog="wpn-ds judge", description=about, allow_abbrev=False)
-    commands = parser.add_subparsers(required=True, metavar="{train,measure}")
-    about = "train a classifier of answers on a CPU, for wpn-ds evaluate --judge local:DIR"
-    train = commands.add_parser("train", help=about, description=about, allow_abbrev=False)
-    add = train.add_argument
-    add("--train_file", nargs="+", required=True, metavar="FILE", help=f"labelled answers: {_SHAPES}")
-    add("--test_file", nargs="+", default=[], metavar="FILE", help="held-out ones (default: a fifth of the prompts)")
-    add("--output_dir", required=True, type=Path, metavar="DIR", help="a new folder for the judge")
-    add("--input", choices=("answer", "pair"), default="answer", help="read the answer alone, or the prompt, too")
-    add("--seed", type=int, default=0, help="of the split and of the interval (default 0)")
-    train.set_defaults(run=_train)
-    about = "hold judges against answers that people have labelled"
-    measure = commands.add_parser("measure", help=about, description=about, allow_abbrev=False)
-    add = measure.add_argument
-    add("--judge", action="append", required=True, metavar="JUDGE", help=JUDGE_HELP)
-    add(
-        "--file", nargs="+", required=True, metavar="FILE", help=f"labelled answers: {_SHAPES}, or XSTest's completions"
-    )
-    measure.set_defaults(run=_measure)
-    options = parser.parse_args(list(argv))
-    return int(options.run(options))
+    kinds: dict[str, type[Any]] = {"train": Train, "measure": Measure}
+    options = parse_one_of(kinds, argv, "wpn-ds judge", "Make a judge of one's own, or measure judges.")
+    return _train(options) if isinstance(options, Train) else _measure(options)
 
 
-def _measure(options: argparse.Namespace) -> int:
+def _measure(options: Measure) -> int:
     """Prints for each file and judge how many answers people and it call what, and the figures of that."""
     from wpn_ds.evaluate.judges.people import compare
 
@@ -63,7 +71,7 @@ def _measure(options: argparse.Namespace) -> int:
     return 0
 
 
-def _train(options: argparse.Namespace) -> int:
+def _train(options: Train) -> int:
     folder: Path = options.output_dir
     if folder.exists() and (not folder.is_dir() or holds_anything(folder)):
         raise UserError(f"--output_dir {folder} is not empty: name a new folder")
@@ -74,7 +82,7 @@ def _train(options: argparse.Namespace) -> int:
         raise unusable(f"--output_dir {folder}", error) from error
 
 
-def _train_locked(options: argparse.Namespace) -> int:
+def _train_locked(options: Train) -> int:
     from wpn_ds.evaluate.judges.local import fit, hold_out, measure, save, unseen, versions
 
     folder: Path = options.output_dir

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -13,27 +13,26 @@ from wpn_ds import __version__
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.report.compare import render_comparison
 from wpn_ds.evaluate.report.figures import Comparison
-from wpn_ds.evaluate.report.files import REPORT_HTML, REPORT_JSON, read_metrics, read_report, write_page
+from wpn_ds.evaluate.report.files import REPORT_JSON, read_metrics, read_report, write_page
 from wpn_ds.evaluate.report.runs import Run, run_names
 from wpn_ds.evaluate.report.table import format_runs, format_table
 from wpn_ds.evaluate.results import Evaluation
+from wpn_ds.settings.parse import option, parse
 from wpn_ds.system.files import unusable, write_atomically
 
 COMPARE_HTML = "compare.html"
 _METRICS = "metrics.jsonl"
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
-        prog="wpn-ds report",
-        description=f"Of one run: writes {REPORT_HTML} anew. Of several: {COMPARE_HTML}, which has them side by side,"
-        " and a table on the terminal. Nothing is measured: what `wpn-ds evaluate` and training left is read.",
-        allow_abbrev=False,
-    )
-    add = parser.add_argument
-    add("runs", nargs="+", metavar="RUN", type=Path, help=f"folder with a {REPORT_JSON}, or a training's --output_dir")
-    add("--output_dir", type=Path, help="folder for the page (default: the run's own; of several runs, this folder)")
-    return parser
+@dataclass(frozen=True)
+class Options:
+    """Of one run: writes report.html anew. Of several: compare.html, which has them side by side, and a table on the
+    terminal. Nothing is measured: what `wpn-ds evaluate` and training left is read."""
+
+    runs: list[Path] = option(positional=True, metavar="RUN")
+    """Folder with a report.json, or a training's --output_dir."""
+    output_dir: Path | None = None
+    """Folder for the page (default: the run's own; of several runs, this folder)."""
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -42,7 +41,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     Raises:
         UserError: a folder has nothing to report, or what is there can't be read.
     """
-    options = _parser().parse_args(argv)
+    options = parse(Options, argv, "wpn-ds report")
     folders = list(dict.fromkeys(options.runs))
     found = [_read(folder) for folder in folders]
     folder = options.output_dir or (folders[0] if len(folders) == 1 else Path())

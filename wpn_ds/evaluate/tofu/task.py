@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -15,6 +14,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.tofu.data import DEFAULT_SPLIT, TofuData, TofuLog, read_log, read_tofu
 from wpn_ds.evaluate.tofu.metrics import TofuFigures, check_installed, tofu_figures, with_fluency
 from wpn_ds.judging.base import Case
+from wpn_ds.settings.parse import option
 
 if TYPE_CHECKING:
     import torch
@@ -126,47 +126,41 @@ class TofuTask:
         }
 
 
-def add_tofu_flags(parser: argparse.ArgumentParser) -> None:
-    """``--tofu_dir`` and those that go with it."""
-    group = parser.add_argument_group("TOFU", "what was unlearned of made-up authors, and what else was lost")
-    add = group.add_argument
-    add(
-        "--tofu_dir",
-        type=Path,
-        help="folder with TOFU's published files (forget10_perturbed.json, ...); asks its suite",
-    )
-    add(
-        "--tofu_split",
-        default=DEFAULT_SPLIT,
-        metavar="NAME",
-        help=f"what was to be forgotten (default {DEFAULT_SPLIT})",
-    )
-    add(
-        "--tofu_retain_log",
-        type=Path,
-        metavar="FILE",
-        help="tofu.json of this command on a model that never saw the forget set, for forget quality and CI",
-    )
-    add("--fluency", metavar="CLASSIFIER", help=f"of fluent text, for FU and CI: {FLUENCY_HELP}")
+@dataclass(frozen=True)
+class TofuFlags:
+    """TOFU: what was unlearned of made-up authors, and what else was lost."""
+
+    tofu_dir: Path | None = None
+    """Folder with TOFU's published files (forget10_perturbed.json, ...); asks its suite."""
+    tofu_split: str = option(DEFAULT_SPLIT, metavar="NAME")
+    """What was to be forgotten."""
+    tofu_retain_log: Path | None = option(None, metavar="FILE")
+    """tofu.json of this command on a model that never saw the forget set, for forget quality and CI."""
+    fluency: str | None = option(None, metavar="CLASSIFIER", more=f"{FLUENCY_HELP}.")
+    """Of fluent text, for FU and CI:"""
+
+    def __post_init__(self) -> None:
+        for flag in ("tofu_retain_log", "fluency"):
+            if self.tofu_dir is None and getattr(self, flag) is not None:
+                raise UserError(f"--{flag} {getattr(self, flag)}: is for the suite tofu: give --tofu_dir")
 
 
-def tofu_task(options: Mapping[str, Any], limit: int | None, device: torch.device | str) -> TofuTask | None:
+def tofu_task(
+    flags: TofuFlags, max_new_tokens: int | None, limit: int | None, device: torch.device | str
+) -> TofuTask | None:
     """What the flags ask for, read and checked; None without ``--tofu_dir``.
 
     Args:
-        options: the parsed flags; limit: items of a set at most; device: where the classifier computes.
+        max_new_tokens: of an answer; limit: items of a set at most; device: where the classifier computes.
 
     Raises:
-        UserError: a file, the log, the classifier or a package isn't there or is bad, or a flag asks for nothing.
+        UserError: a file, the log, the classifier or a package isn't there or is bad.
     """
-    if options["tofu_dir"] is None:
-        for flag in ("tofu_retain_log", "fluency"):
-            if options[flag] is not None:
-                raise UserError(f"--{flag} {options[flag]}: is for the suite tofu: give --tofu_dir")
+    if flags.tofu_dir is None:
         return None
     check_installed()
-    tokens = options["max_new_tokens"] or ANSWER_TOKENS
-    data = read_tofu(options["tofu_dir"], options["tofu_split"], limit)
-    log = read_log(options["tofu_retain_log"], data, tokens) if options["tofu_retain_log"] else None
-    fluency = Fluency(options["fluency"], device) if options["fluency"] else None
+    tokens = max_new_tokens or ANSWER_TOKENS
+    data = read_tofu(flags.tofu_dir, flags.tofu_split, limit)
+    log = read_log(flags.tofu_retain_log, data, tokens) if flags.tofu_retain_log else None
+    fluency = Fluency(flags.fluency, device) if flags.fluency else None
     return TofuTask(data, tokens, log, fluency)

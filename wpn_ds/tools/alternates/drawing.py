@@ -3,35 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.evaluate.work import Unit
 from wpn_ds.models.generate import Sampling, batches, generate
 from wpn_ds.tools.alternates.asking import Question, Template
+from wpn_ds.tools.alternates.command import Drawing
 from wpn_ds.tools.alternates.filters import Sieve
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How alternates are drawn.
-
-    Attributes:
-        per_prompt: alternates wanted to a prompt.
-        rounds: how often those that are missing are drawn again.
-        seed: of everything that is drawn.
-        temperature, top_p, max_new_tokens: of the model's answers.
-        batch_size: answers at a time; it doesn't change them.
-    """
-
-    per_prompt: int = 5
-    rounds: int = 3
-    seed: int = 0
-    temperature: float = 1.0
-    top_p: float = 1.0
-    max_new_tokens: int = 200
-    batch_size: int = 32
 
 
 class Candidates:

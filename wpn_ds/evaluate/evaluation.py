@@ -1,0 +1,289 @@
+"""An evaluation: one model, or a model against its baseline, on as many ranks as a launcher starts."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch.distributed as dist
+import yaml
+
+from wpn_ds.data.embedded import embedded_file
+from wpn_ds.data.records import RetainRecord, merged_by_prompt, read_forget, read_retain
+from wpn_ds.errors import UserError
+from wpn_ds.evaluate.answering import Asking, can_judge
+from wpn_ds.evaluate.command import JUDGES, Options
+from wpn_ds.evaluate.judges import make_judges
+from wpn_ds.evaluate.measurement import Measurement, Plan, device
+from wpn_ds.evaluate.ranks import all_arrived, alone_in, from_rank_0, join_ranks
+from wpn_ds.evaluate.relearning import Lessons
+from wpn_ds.evaluate.report.files import write_report
+from wpn_ds.evaluate.report.table import format_table
+from wpn_ds.evaluate.suites import (
+    PromptSuite,
+    Selection,
+    Sources,
+    build_suites,
+    resolve_suites,
+    take,
+)
+from wpn_ds.evaluate.tofu.data import write_log
+from wpn_ds.evaluate.tofu.task import tofu_task
+from wpn_ds.evaluate.utility import available_utility
+from wpn_ds.judging.base import Judge
+from wpn_ds.models.folder import check_place
+from wpn_ds.models.load import Source, pinned
+from wpn_ds.models.planted import PLANTED, is_planted
+from wpn_ds.system.files import unusable
+
+FILES = ("train", "heldout", "attack", "retain", "benign", "open")
+SETTINGS = (
+    "model",
+    "baseline",
+    "suite",
+    "batch_size",
+    "samples",
+    "temperature",
+    "top_p",
+    "seed",
+    "utility",
+    "relearn_steps",
+    "relearn_learning_rate",
+)
+
+
+def evaluate(options: Options) -> int:
+    """Evaluates, prints the before/after table and names the report.
+
+    Raises:
+        UserError: a model, a file, a suite or a judge is missing or bad, before anything is generated.
+    """
+    recorded, revision = _recorded(Path(options.model) / "run.yaml"), None
+    if options.baseline == "auto":
+        baseline, revision = _started_from(options.model, recorded)
+        options = replace(options, baseline=baseline)
+    sources = {"after": Source(options.model, "--model")}
+    if options.baseline:
+        sources = {"before": Source(options.baseline, "--baseline", revision), **sources}
+    for source in sources.values():
+        check_place(source.flag, source.name_or_path)
+    rank, size = join_ranks()
+    if size > 1:  # one commit for all ranks, should it change in between
+        sources = from_rank_0(rank, size, lambda: {label: pinned(source) for label, source in sources.items()})
+    with alone_in(options.output_dir / ".evaluate.lock", f"--output_dir {options.output_dir}", rank, size):
+        return _evaluate(options, recorded, sources, rank, size)
+
+
+def _evaluate(options: Options, recorded: dict[str, Any], sources: Mapping[str, Source], rank: int, size: int) -> int:
+    try:
+        plan, notes, settings, judges = _prepare(options, recorded, size)
+        parts = {label: Measurement(label, source, plan) for label, source in sources.items()}
+        if (read := parts["after"].first_prompt) is not None:
+            settings["first_prompt"] = read
+            if rank == 0:
+                print(f"the first prompt as {options.model} reads it: {read!r}", file=sys.stderr, flush=True)
+        for part in parts.values():
+            part.work(rank, size)
+            all_arrived(size)
+        if rank:
+            return 0
+        for label, source in sources.items():
+            if (address := parts[label].address) != source.name_or_path:
+                settings[source.flag.removeprefix("--")] = address
+        notes += [f"{label}: {note}" for label, part in parts.items() for note in part.notes]
+        evaluations = {label: part.evaluation(judges) for label, part in parts.items()}
+        for judge in judges:
+            judge.check()
+        for label, part in parts.items():
+            if plan.tofu and (log := part.tofu_log()):
+                log = plan.tofu.judged(log)
+                evaluations[label] = replace(evaluations[label], tofu=plan.tofu.figures(log))
+                if label == "after":
+                    write_log(options.output_dir, log)
+                settings["tofu"] = plan.tofu.settings()
+        page = write_report(
+            options.output_dir,
+            evaluations.get("before"),
+            evaluations["after"],
+            settings=settings,
+            judges=[{"name": judge.name, **judge.describe()} for judge in judges],
+            notes=notes,
+            metrics_jsonl=Path(options.model) / "metrics.jsonl",
+        )
+    except OSError as error:  # a full disk, a folder that can't be written
+        if error.filename is None and error.errno is None:
+            raise
+        where = error.filename or options.output_dir
+        raise unusable(f"what is done so far is kept, but {where}", error) from error
+    print(format_table(evaluations.get("before"), evaluations["after"]))
+    print(f"\n{page}")
+    return 0
+
+
+def _prepare(
+    options: Options, recorded: dict[str, Any], size: int
+) -> tuple[Plan, list[str], dict[str, Any], list[Judge]]:
+    """(what is measured, notes on what was left out, the settings for the report, the judges, none of which has
+    loaded a model yet)."""
+    bf16 = options.bf16 or bool(recorded.get("bf16"))
+    style = options.style(recorded)
+    selection = resolve_suites(options.suite)
+    files = _files(options, recorded)
+    sources, retain = _sources(options, files)
+    suites, notes = build_suites(selection, sources)
+    asked, limit = selection.suites, sources.limit or selection.limit
+    benchmarks: dict[str, str] = {}
+    if "utility" in asked or options.utility:
+        benchmarks, left_out = available_utility(options.utility, options.data_dir)
+        notes += left_out
+    taught = [record for record in sources.train or sources.heldout if record.rejected]
+    tofu = tofu_task(options, options.max_new_tokens, limit, device())
+    empty = {
+        "retain": not retain and "no retain records: give --retain_file",
+        "relearning": not taught and "no unwanted answers to teach: give --train_file",
+        "utility": not benchmarks and "none of its tasks can be measured here: give --data_dir",
+        "tofu": not tofu and "no --tofu_dir: name a folder with TOFU's published files",
+    }
+    for name, reason in empty.items():
+        if name in asked and reason:
+            if name in selection.named:
+                raise UserError(f"--suite {name}: {reason}")
+            notes.append(f"left out: {name}: {reason}")
+    records = [*sources.train, *sources.heldout, *sources.attack]
+    judges = make_judges(
+        options.judge or JUDGES,
+        wanted=[text for record in records for text in record.chosen],
+        unwanted=[text for record in records for text in record.rejected],
+        seed=options.seed,
+        device=device(),
+    )
+    suites, unjudged = _judged(suites, judges, selection)
+    notes += unjudged
+    shared = [benchmarks]
+    if size > 1:
+        dist.broadcast_object_list(shared)  # whether the hub can be reached may differ from node to node
+    relearned = PromptSuite("relearning", tuple(take(sources.heldout or sources.train, limit, options.seed)))
+    steps = [0, *sorted(set(options.relearn_steps))]
+    lessons = Lessons(taught, relearned, steps, options.relearn_learning_rate, options.seed)
+    plan = Plan(
+        answers=options.output_dir / "answers",
+        asking=Asking(
+            style,
+            max_new_tokens=options.max_new_tokens or Asking.max_new_tokens,
+            batch_size=options.batch_size,
+            temperature=options.temperature,
+            top_p=options.top_p,
+            seed=options.seed,
+        ),
+        suites=suites,
+        retain=take(retain, limit, options.seed) if "retain" in asked else (),
+        lessons=lessons if "relearning" in asked and taught else None,
+        benchmarks=shared[0],
+        data_dir=options.data_dir,
+        limit=limit,
+        tofu=tofu,
+        bf16=bf16,
+    )
+    settings = {
+        **{name: getattr(options, name) for name in SETTINGS},
+        "max_new_tokens": plan.asking.max_new_tokens,
+        "prompt_template": style.template,
+        "system_prompt": style.system_prompt,
+        "prompts_a_suite": limit or "all",
+        "dtype": "bfloat16" if bf16 else "float32",
+        "device": device().type,
+        "ranks": size,
+        "files": {name: given or "embedded" for name, given in files.items()},
+        "data_dir": str(options.data_dir) if options.data_dir else None,
+    }
+    return plan, notes, settings, judges
+
+
+def _judged(
+    suites: Sequence[PromptSuite], judges: Sequence[Judge], selection: Selection
+) -> tuple[list[PromptSuite], list[str]]:
+    """(the suites that a judge can say something of, notes on the others).
+
+    Raises:
+        UserError: that is none of what the user named.
+    """
+    kept = [suite for suite in suites if any(can_judge(judge, suite) for judge in judges)]
+    lost = [suite.name for suite in suites if suite not in kept]
+    names = " ".join(judge.name for judge in judges)
+    reason = f"no judge of {names} can say anything of its answers: add --judge local:DIR, hf:NAME or resemblance"
+    for name in selection.named:
+        if name in lost:
+            raise UserError(f"--suite {name}: {reason}")
+    return kept, [f"left out: {', '.join(lost)}: {reason}"] if lost else []
+
+
+def _recorded(path: Path) -> dict[str, Any]:
+    """The settings that training left beside the model; empty if it left none."""
+    if not path.is_file():
+        return {}
+    try:
+        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise UserError(f"{path} is damaged: mend or remove it") from error
+    if not isinstance(settings, dict):
+        raise UserError(f"{path} is damaged: mend or remove it")
+    return settings
+
+
+def _started_from(model: str, recorded: Mapping[str, Any]) -> tuple[str, str | None]:
+    """(the model that the training of ``model`` started from, its revision), by what training has recorded.
+
+    Raises:
+        UserError: nothing was recorded.
+    """
+    if "model_name_or_path" not in recorded:
+        raise UserError(
+            f"--baseline auto: {Path(model) / 'run.yaml'}, which training leaves beside its model, "
+            f"{'has no model_name_or_path' if recorded else 'is not there'}: name the model that it started from"
+        )
+    name = recorded["model_name_or_path"]
+    if name is None:  # the demo's own, which lies where the demo was started
+        roots = (Path(), *Path(model).absolute().parents)
+        return str(next((root / PLANTED for root in roots if is_planted(root / PLANTED)), PLANTED)), None
+    return str(name), recorded.get("model_revision")
+
+
+def _files(options: Options, recorded: Mapping[str, Any]) -> dict[str, list[str]]:
+    """The files of every kind: those that the flags name, else those of the run that made the model. None at all of
+    train, heldout, attack and retain stands for the embedded ones; so does none of benign and of open."""
+    files = {name: getattr(options, f"{name}_file") for name in FILES}
+    if not any(files[name] for name in FILES[:4]):
+        if recorded.get("dataset_name"):
+            raise UserError(
+                f"{options.model} was trained on the data set {recorded['dataset_name']}: name files to evaluate on "
+                "with --train_file or --heldout_file"
+            )
+        own = {"train": "train_file", "heldout": "validation_file", "retain": "retain_file"}
+        files |= {name: list(recorded.get(key) or []) for name, key in own.items()}
+    if any(files[name] for name in FILES[:4]):
+        return {name: given for name, given in files.items() if given or name not in FILES[:4]}
+    return files
+
+
+def _sources(options: Options, files: Mapping[str, Sequence[str]]) -> tuple[Sources, list[RetainRecord]]:
+    paths = {name: files.get(name, []) for name in FILES}
+    if not any(paths[name] for name in FILES[:4]):
+        demo = {"train": "forget", "heldout": "heldout", "attack": "attack", "retain": "retain"}
+        paths |= {name: [str(embedded_file(file))] for name, file in demo.items()}
+    forget = {
+        name: merged_by_prompt(read_forget(paths[name], alone=True)) if paths[name] else []
+        for name in ("train", "heldout", "attack")
+    }
+    sources = Sources(
+        **forget,
+        benign_files=paths["benign"],
+        open_files=paths["open"],
+        data_dir=options.data_dir,
+        seed=options.seed,
+        limit=options.limit,
+        samples=options.samples,
+    )
+    return sources, read_retain(paths["retain"]) if paths["retain"] else []
