@@ -21,6 +21,7 @@ from wpn_ds.evaluate.command import run
 from wpn_ds.evaluate.judges import local
 from wpn_ds.evaluate.judges.local import fit, save
 from wpn_ds.evaluate.measurement import Measurement, Plan
+from wpn_ds.evaluate.tofu.task import ANSWER_TOKENS
 from wpn_ds.models.load import Source
 
 pytestmark = pytest.mark.usefixtures("no_launcher")
@@ -306,3 +307,10 @@ def test_a_mistake_is_one_line_before_anything_is_generated(folders, files, tmp_
         run([*start, *flags])
     assert "\n" not in str(caught.value)
     assert not (tmp_path / "out").exists()
+
+
+def test_help_says_how_long_answers_are_without_a_flag(capsys) -> None:
+    with pytest.raises(SystemExit):
+        run(["--help"])
+    told = " ".join(capsys.readouterr().out.split())
+    assert f"(default: {answering.Asking.max_new_tokens}, and {ANSWER_TOKENS} in the suite tofu)" in told
