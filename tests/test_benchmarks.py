@@ -46,7 +46,7 @@ def test_the_plain_way_has_the_losses_and_the_gradient_of_the_method(family, mic
         models.append(AutoModelForCausalLM.from_pretrained(tmp_path / str(seed), dtype=torch.float64).eval())
     policy, start = models
     examples = make_examples()
-    expected = reference.objective(policy, start, start, examples.forget, examples.retain, SETTINGS)
+    expected = reference.objective(policy, start, examples.forget, examples.retain, SETTINGS)
     expected["total"].backward()
     gradients = {name: p.grad.clone() for name, p in policy.named_parameters()}
     policy.zero_grad()

@@ -165,7 +165,7 @@ def test_a_layout_changes_nothing_of_a_plan_but_its_micro_batches_and_its_tokens
     plan, plain = (plan_of(examples, each, roles) for each in (layout, ONE))
     for name in ("example", "unwanted_example", "wanted_ids", "unwanted_ids", "negative_mask", "own_mask"):
         assert np.array_equal(getattr(plan, name), getattr(plain, name)), name
-    assert (plan.wanted_texts, plan.counts) == (plain.wanted_texts, plain.counts)
+    assert (plan.wanted_texts, plan.label_tokens) == (plain.wanted_texts, plain.label_tokens)
     assert plan.tokens == plain.tokens or (layout.share_prefix and plan.tokens < plain.tokens)
 
 
@@ -274,12 +274,9 @@ def test_counts_are_those_of_a_plain_count(examples, layout, roles, data) -> Non
     def predicted(whole):
         return sum(len(s.ids[s.answer_start :]) for s in whole)
 
-    assert plan.counts == {
-        "pairs": len(wanted),
-        "nll": predicted(wanted),
-        "retain": predicted(examples.retain),
-        "ascent": predicted(unwanted),
-    }
+    tokens = {Role.WANTED: wanted, Role.UNWANTED: unwanted, Role.RETAIN: examples.retain}
+    assert plan.label_tokens == {role: predicted(own) for role, own in tokens.items()}
+    assert (len(plan.wanted_ids), len(plan.unwanted_ids)) == (len(wanted), len(unwanted))
     every = flat(plan.micro_batches)
     every_role = {Role.WANTED: wanted, Role.UNWANTED: unwanted, Role.RETAIN: examples.retain}
     forwarded = [segment for role in roles for segment in every_role[role]]
@@ -336,4 +333,4 @@ def test_another_example_s_unwanted_text_that_is_wanted_here_is_no_negative() ->
 def test_a_step_of_retain_segments_alone_has_no_pairs() -> None:
     plan = plan_of(ExampleSet(retain=segments(4, 6)), ONE)
     assert plan.negative_mask.shape == plan.own_mask.shape == (0, 0)
-    assert plan.counts == {"pairs": 0, "nll": 0, "retain": 8, "ascent": 0}
+    assert plan.label_tokens == {Role.WANTED: 0, Role.UNWANTED: 0, Role.RETAIN: 8} and not len(plan.wanted_ids)

@@ -33,6 +33,7 @@ from wpn_ds.engine.harmony import check_harmony
 from wpn_ds.engine.probe import Probe
 from wpn_ds.engine.redraw import Request, check_redraw, redraw_requests
 from wpn_ds.engine.reference import frozen_json
+from wpn_ds.engine.trial import try_out
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, agree, announce, init, on_main, progress_bar
 from wpn_ds.jobs.heartbeat import after_the_watchdog
@@ -230,6 +231,7 @@ def _starting_model(config: Config, model_path: str, world: World) -> tuple[Sour
 def _check(config: Config, ds_json: dict[str, Any], terms: Terms, lm_config: Any, world: World) -> None:
     """Raises UserError where settings, JSON, terms and model don't go together, before work is lost."""
     unlearning, path = config.unlearning, str(config.training.deepspeed)
+    try_out(terms, unlearning.objective)
     read = read_by_deepspeed(ds_json, path)
     on_main(world, lambda: check_monitors(read, path))  # DeepSpeed makes them there alone
     if terms.needs_start_distribution and unlearning.reference not in ("states", "topk"):

@@ -52,6 +52,8 @@ def find(name: str, origin: str = "--objective") -> type[Objective]:
     if name in known:
         return known[name]
     place, colon, attribute = name.rpartition(":")
+    if name.endswith(".py"):
+        raise UserError(f"{origin} {name}: name the class in it as well, {name}:CLASS")
     if not (colon and place and attribute):
         raise UserError(f"{origin} must be one of {', '.join(known)}, got {name!r}{nearest(name, known)}")
     origin = f"{origin} {name}"

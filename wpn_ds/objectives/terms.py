@@ -58,6 +58,15 @@ class OnTokens:
     start: bool = False
     ascend: bool = False
 
+    def __post_init__(self) -> None:
+        _check_term(self)
+        if not isinstance(self.role, Role) or self.role is Role.DEAD:
+            raise UserError(f"{self.name}: role is {self.role!r}: give Role.WANTED, Role.UNWANTED or Role.RETAIN")
+        if not (self.target in ("token", "start") or callable(self.target)):
+            raise UserError(
+                f'{self.name}: target is {self.target!r}: give "token", "start" or a function of token ids and start'
+            )
+
 
 @dataclass(frozen=True)
 class NPair:
@@ -100,6 +109,25 @@ class OnAnswers:
     similarity: Literal["cosine", "dot"] = "cosine"
     answers: Literal["frozen", "detached", "live"] = "live"
 
+    def __post_init__(self) -> None:
+        _check_term(self)
+        pooling = (None, "weighted", "mean", "last", "sum")
+        choices = {
+            "pairs": ("alone", "own", "step", "bank"),
+            "score": pooling,
+            "vectors": pooling,
+            "similarity": ("cosine", "dot"),
+            "answers": ("frozen", "detached", "live"),
+        }
+        for name, allowed in choices.items():
+            if (given := getattr(self, name)) not in allowed:
+                known = ", ".join(choice for choice in allowed if choice)
+                raise UserError(f"{self.name}: {name} is {given!r}: give one of {known}")
+        if not (isinstance(self.loss, NPair) or callable(self.loss)):
+            raise UserError(f"{self.name}: loss is {self.loss!r}: give a function of margins, or an NPair")
+        if self.pairs in ("step", "bank") and not isinstance(self.loss, NPair):
+            raise UserError(f'{self.name}: pairs="{self.pairs}" is for an NPair: give "own" or "alone"')
+
     @property
     def fixed(self) -> bool:
         """Whether the answers' vectors get no gradient, so that a prompt needs only its own micro-batch."""
@@ -114,6 +142,12 @@ class OnAnswers:
     def roles(self) -> frozenset[Role]:
         """Whose answers are compared."""
         return frozenset({Role.UNWANTED} if self.pairs == "alone" else {Role.WANTED, Role.UNWANTED})
+
+
+def _check_term(term: OnTokens | OnAnswers) -> None:
+    if not isinstance(term.weight, int | float) or not term.weight >= 0:
+        how = " (an OnTokens that ascends minimises minus its mean)" if isinstance(term, OnTokens) else ""
+        raise UserError(f"{term.name}: weight is {term.weight!r}: give a number from 0 on{how}")
 
 
 class Objective:
@@ -183,7 +217,15 @@ class Terms:
         Raises:
             UserError: the terms don't go together.
         """
-        every = [term for term in objective.resolved().terms() if term.weight > 0]
+        try:
+            every = [term for term in objective.resolved().terms() if term.weight > 0]
+        except UserError as error:
+            raise UserError(f"--objective {objective.name}: {error}") from None
+        except Exception as error:  # in somebody's own file it is no defect of ours
+            if ":" not in objective.name:
+                raise
+            told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
+            raise UserError(f"--objective {objective.name}: terms() fails: {told}") from error
         tokens = tuple(t for t in every if isinstance(t, OnTokens) and (retain or t.role is not Role.RETAIN))
         terms = cls(tokens, tuple(t for t in every if isinstance(t, OnAnswers)))
         if fault := terms._fault():

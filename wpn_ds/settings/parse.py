@@ -176,7 +176,9 @@ def _fields(group: str, kind: type) -> dict[str, Setting]:
     for entry in flags(kind):
         name, hint = entry.name, hints[entry.name]
         if not _is_simple(hint):
-            raise UserError(f"{group}: {name} is of a type that no flag can have")
+            raise UserError(
+                f"{group}: {name} is of a type that no flag can have: give bool, int, float, str or a Literal"
+            )
         made = entry.default if entry.default_factory is dataclasses.MISSING else entry.default_factory()
         doc = " ".join(filter(None, [docs.get(name, ""), entry.metadata.get("more", "")]))
         settings[name] = Setting(group, name, hint, made, doc, entry.metadata, owners[name])
