@@ -213,5 +213,5 @@ def test_a_flag_is_of_one_group_and_of_a_type_that_a_flag_can_have() -> None:
 
     with pytest.raises(UserError, match=r"^others: size is a flag of shape already: take another name$"):
         settings_of({"shape": Shape, "others": Common})
-    with pytest.raises(UserError, match=r"^odd: table is of a type that no flag can have$"):
+    with pytest.raises(UserError, match=r"^odd: table is of a type that no flag can have: give bool"):
         settings_of({"odd": Odd})
