@@ -78,7 +78,6 @@ def test_a_failure_of_ours_keeps_its_traceback() -> None:
         (lambda: OnTokens("t", -1.0, Role.WANTED), "weight is -1.0.*ascends"),
         (lambda: OnAnswers("t", 1.0, torch.neg, score="avg"), "score is 'avg': give one of weighted, mean, last, sum"),  # type: ignore[arg-type]
         (lambda: OnAnswers("t", 1.0, torch.neg, "all", score="sum"), "pairs is 'all'"),  # type: ignore[arg-type]
-        (lambda: OnAnswers("t", 1.0, torch.neg, "step", score="sum"), "is for an NPair"),
         (lambda: OnAnswers("t", 1.0, 0.5, score="sum"), "loss is 0.5"),  # type: ignore[arg-type]
         (lambda: OnAnswers("t", -0.1, torch.neg, score="sum"), "weight is -0.1"),
     ],

@@ -125,8 +125,6 @@ class OnAnswers:
                 raise UserError(f"{self.name}: {name} is {given!r}: give one of {known}")
         if not (isinstance(self.loss, NPair) or callable(self.loss)):
             raise UserError(f"{self.name}: loss is {self.loss!r}: give a function of margins, or an NPair")
-        if self.pairs in ("step", "bank") and not isinstance(self.loss, NPair):
-            raise UserError(f'{self.name}: pairs="{self.pairs}" is for an NPair: give "own" or "alone"')
 
     @property
     def fixed(self) -> bool:
