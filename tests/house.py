@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import os
 import re
@@ -44,6 +45,15 @@ def make_model(folder: Path) -> None:
     OPTForCausalLM(config).save_pretrained(folder)
 
 
+def while_importing(frame: Any) -> bool:
+    """Whether a module or a class is being made above ``frame``, or is what it makes."""
+    while frame is not None:
+        if not frame.f_code.co_flags & inspect.CO_OPTIMIZED and frame.f_code.co_filename.startswith(f"{ROOT}/wpn_ds/"):
+            return True
+        frame = frame.f_back
+    return False
+
+
 def watch() -> None:
     """Train one step in this process; print the package's files that were run through before DeepSpeed's
     ``engine.step``, and those of them after the step began."""
@@ -59,12 +69,11 @@ def watch() -> None:
         if path.endswith("deepspeed/runtime/engine.py") and name == "step":
             done = True
         elif path.startswith(f"{ROOT}/wpn_ds/") or path.startswith(f"{ROOT}/launch/"):
-            if name == "<module>":
-                return
             inside = inside or (path.endswith("engine/step.py") and name == "__call__")
-            walked[path] = None
-            if inside:
-                loop[path] = None
+            if path not in (loop if inside else walked) and not while_importing(frame):
+                walked[path] = None
+                if inside:
+                    loop[path] = None
 
     from wpn_ds.cli import train
 
@@ -94,7 +103,7 @@ def walk() -> dict[str, list[Path]]:
         flags += ["--train_file", f"{folder}/forget.jsonl", "--retain_file", f"{folder}/retain.jsonl"]
         flags += ["--output_dir", f"{folder}/out", "--max_steps", "1", "--global_batch_size", "4", "--max_length", "32"]
         env = os.environ | {"HOUSE_OUT": f"{folder}/walk.json", "WPN_DS_CACHE": f"{folder}/cache"}
-        command = [sys.executable, str(Path(__file__)), "watch", *flags]
+        command = [sys.executable, "-m", "tests.house", "watch", *flags]
         run = subprocess.run(
             command, cwd=ROOT, env=env | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, check=False
         )
