@@ -108,6 +108,15 @@ def test_a_save_is_whole_and_old_ones_go(world, tmp_path, background) -> None:
     assert torch.equal(written, torch.arange(6.0) + 2), "the state when save was called"
 
 
+def test_a_checkpoint_that_goes_loses_its_manifest_first_so_that_half_of_one_is_never_taken_for_whole(
+    world, tmp_path, monkeypatch
+) -> None:
+    made(tmp_path, world, 1)
+    monkeypatch.setattr("wpn_ds.engine.checkpoint.shutil.rmtree", lambda *_, **__: None)  # killed in the middle
+    saver_of(tmp_path, world, keep=1).save(state(2))
+    assert (tmp_path / "checkpoint-1" / "state").is_dir() and [step for step, _ in complete(tmp_path)] == [2]
+
+
 def test_the_best_checkpoint_stays_until_a_better_one_is_whole(world, tmp_path) -> None:
     saver = saver_of(tmp_path, world)
     for step, best in ((1, 0), (2, 2), (3, 2), (4, 2), (5, 5)):

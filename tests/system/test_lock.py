@@ -163,7 +163,7 @@ def test_a_lock_that_was_cut_short_is_waited_for_and_then_taken(path) -> None:
 
 def test_two_that_take_over_at_once_do_not_both_have_it(path) -> None:
     held_by(path, age=3600)
-    script = HOLD.replace("time.sleep(60)", "time.sleep(2)")
+    script = HOLD.replace("time.sleep(60)", "time.sleep(10)")  # the others may be slow to start
     some = [
         subprocess.Popen(
             [sys.executable, "-c", script, str(path)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
