@@ -34,8 +34,10 @@ demo: $(STAMP)
 
 # Side by side what starts no ranks, then what does.
 test: $(STAMP)
+	@date +%s > .venv/.test-begun
 	@$(IN_VENV) python -m pytest -n 2 -m 'not (distributed or slurm or browser)'
 	@$(IN_VENV) python -m pytest -m 'distributed and not (slurm or browser)'
+	@echo $$(($$(date +%s) - $$(cat .venv/.test-begun))) > .venv/.test-seconds
 
 system: $(STAMP)
 	@$(IN_VENV) python -m pytest -m 'slurm or browser'

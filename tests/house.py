@@ -16,7 +16,7 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAINER = ("settings", "data", "models", "objectives", "losses", "engine", "jobs")
-LAST_TEST = ROOT / ".pytest_cache" / "make-test-seconds"
+LAST_TEST = ROOT / ".venv" / ".test-seconds"
 
 
 def lines(paths: Iterable[Path]) -> int:

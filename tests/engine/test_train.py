@@ -24,6 +24,8 @@ from tests.interface import FROZEN, check_files, check_metrics, check_tensorboar
 from tests.launching import ROOT, begin, deepspeed, environment, free_port, launch
 from tests.pool import Running
 from wpn_ds.engine import checkpoint
+from wpn_ds.models.planted import MARK, PLANTED
+from wpn_ds.settings.run import DEMO_OUTPUT_DIR
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +53,24 @@ def unbroken(train, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("unbroken") / "out"
     train(out, "--save_steps", "2")
     return out
+
+
+def test_the_demo_without_a_model_or_a_folder_trains_in_its_own_folder_alone(pool, tiny, tmp_path):
+    shutil.copytree(tiny / "opt", tmp_path / PLANTED)
+    (tmp_path / PLANTED / MARK).touch()
+    (tmp_path / "README.md").write_text("of the checkout")
+    line = ["launch/train.py", "--deepspeed", str(ROOT / "ds_configs/zero3.json"), "--max_length", "64", *PEAK]
+    line += ["--max_steps", "2", "--sample_tokens", "4", "--global_batch_size", "4"]
+    run = pool.run(2, "tests.commands:script_in", tmp_path, *line, env=cached(tiny))
+    assert run.returncode == 0, run.shown()
+    out = tmp_path / DEMO_OUTPUT_DIR
+    assert (out / "DONE").exists() and (tmp_path / "README.md").read_text() == "of the checkout"
+    assert {path.name for path in tmp_path.iterdir()} == {"README.md", "runs"}
+    # What is measured before the first step is no part of it.
+    state = checkpoint.read_state(out / "checkpoint-2")
+    assert state is not None
+    seconds = sum(m["speed/step_seconds"] for m in metrics(out) if "speed/step_seconds" in m)
+    assert seconds < 1.2 * state.parts["run"]["train_seconds"] + 0.1
 
 
 def test_the_export_loads_plainly_and_gives_the_trained_logits(unbroken, tiny):

@@ -435,6 +435,15 @@ def test_a_run_with_an_objective_of_ones_own_is_repeated_from_another_folder(own
     assert "objective" not in parse("--objective", "npo").places()
 
 
+def test_a_value_that_a_setting_of_ones_own_allows_is_no_other_words_for_its_default(own: Path, recipe: Any) -> None:
+    text = OWN.replace("steepness: float = 2.0", "steepness: float | None = 2.0")
+    text = text.replace("    mine_weight", "    mode: Literal['auto', 'x'] = 'x'\n    mine_weight")
+    (own / "mine.py").write_text("from typing import Literal\n" + text)
+    path = recipe("objective: mine.py:Mine\nsteepness: null\nmode: auto\nmine_weight: null\n")
+    mine: Any = parse("--config", path).objective
+    assert (mine.steepness, mine.mode, mine.mine_weight) == (None, "auto", 1.0)
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [

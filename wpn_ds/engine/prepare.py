@@ -137,8 +137,7 @@ def prepare(config: Config) -> Job:
     t = config.training
     world = init(max(t.comm_timeout_minutes, after_the_watchdog(t.hang_timeout) / 60))
     say = partial(announce, world)
-    output_dir = Path(t.output_dir or "")
-    check_nodes(world, output_dir, _room(model_path), say)
+    check_nodes(world, Path(t.output_dir or "."), _room(model_path), say)
     source, lm_config = _starting_model(config, model_path, world)
     resolved, total_steps = _resolve(config, lm_config, world, len(forget))
     config, ds_json = resolved.config, resolved.json
@@ -178,7 +177,7 @@ def prepare(config: Config) -> Job:
         places={"model_name_or_path": os.path.abspath(model_path)} | config.places(),
     )
     agree(identity.data, "the training data")
-    model = Path(model_path)
+    model, output_dir = Path(model_path), Path(config.training.output_dir or "")  # the demo's is known by now
     resume = config.logging.resume_from_checkpoint
     lock_output(output_dir, model, world)
     overwrite = config.logging.overwrite_output_dir

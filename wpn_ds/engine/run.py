@@ -106,11 +106,12 @@ class Run:
         rng = rng_state(device)
         try:
             describe(self.job, self.policy, self.feed.plan(self.step + 1), self.progress.peak_flops, telemetry)
-            if self.step == 0:
-                values = self._evaluate() | self.validation.similarities(self.start, telemetry)
-                announce(self.world, figures_line("start", values))
-            elif not self.validation.done:
-                self._evaluate()
+            with self.progress.paused():
+                if self.step == 0:
+                    values = self._evaluate() | self.validation.similarities(self.start, telemetry)
+                    announce(self.world, figures_line("start", values))
+                elif not self.validation.done:
+                    self._evaluate()
             while not self.over:
                 with self.progress.paused():
                     if figures := self.feed.refresh(self.step + 1):
@@ -174,7 +175,6 @@ class Run:
         self.saver.finish()
         exported, outcome = choose_weights(job, self.engine, self.saver, validation, self.feed, self.step)
         after = after if exported == self.step else validation.best
-        spent = {"joules": energy(self.world.device) - self.joules}
-        joules = sum_over_ranks(spent, self.world.device)["joules"]
+        joules = sum_over_ranks({"joules": energy(self.world.device) - self.joules}, self.world.device)["joules"]
         write_model(job, self.policy, self.telemetry, exported, outcome, self.telemetry.last_losses, after)
         leave_done(job, self.telemetry, self.starts, self.progress.tokens, self.progress.train_seconds, joules)

@@ -39,7 +39,7 @@ def train(config: Config) -> None:
         raise
     except UserError as error:
         if job is not None or "SLURM_JOB_ID" in os.environ:  # a job that would be requeued for it
-            history.note_failure(Path(config.training.output_dir or ""), error)
+            history.note_failure(job.output_dir if job else Path(config.training.output_dir or ""), error)
         raise
     finally:
         release_all()

@@ -247,6 +247,8 @@ class Terms:
                 return f"{answer.name}: give either score or vectors"
             if answer.vectors is not None and not isinstance(answer.loss, NPair):
                 return f"{answer.name}: vectors are compared by an NPair"
+            if answer.vectors is not None and (answer.relative or answer.beta != 1.0):
+                return f"{answer.name}: relative and beta are of scores, not of vectors"
             if answer.pairs == "bank" and (answer.vectors is None or answer.answers != "frozen"):
                 return f"{answer.name}: a bank holds frozen vectors"
             if isinstance(answer.loss, NPair) and answer.pairs == "alone":

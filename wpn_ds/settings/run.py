@@ -12,6 +12,7 @@ import inspect
 import os
 import re
 import sys
+import typing
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -404,7 +405,7 @@ class Config:
         for key, value in values.items():
             if key in known:
                 setting = known[key]
-                open_ = setting.group == kind.name and _is_open(value) and setting.type is not str
+                open_ = setting.group == kind.name and _is_open(value) and not _allows(setting.type, value)
                 if not open_ and key in _PLACES:
                     value = _each(os.path.expanduser, convert(setting.type, value, origins[key]))
                 if not open_:
@@ -582,6 +583,12 @@ def _of_another(origin: str, objective: type[Objective], owners: Iterable[str]) 
 def _is_open(value: Any) -> bool:
     """Whether a value leaves a setting to its objective."""
     return value is None or value == "auto"
+
+
+def _allows(kind: Any, value: Any) -> bool:
+    """Whether None or "auto" is a value of its own for a setting of type ``kind``."""
+    arguments = typing.get_args(kind)
+    return type(None) in arguments if value is None else kind is str or value in arguments or str in arguments
 
 
 def _says_nothing(value: Any, defaults: Iterable[Any]) -> bool:
