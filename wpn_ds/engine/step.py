@@ -120,11 +120,8 @@ class Step:
         """The micro-batches' shares of the loss, where no pair looks beyond its micro-batch."""
         for k, batch in self._batches(plan, self.terms.predicted):
             output = self._read(plan, k, batch)
-            means = self._token_means(output, batch, plan)
-            loss = self._total(means) if output.losses.requires_grad else output.weighted
-            compared = self._answer_means(self.terms.answers, output, batch, plan, fixed)
-            sums.add(means | compared)
-            yield _with_every_weight(loss + self._total(compared), output)
+            loss = self._loss(self.terms.answers, output, batch, plan, fixed, sums)
+            yield _with_every_weight(loss, output)
 
     def _gathered_shares(self, plan: StepPlan, fixed: Mapping[str, Fixed], sums: Sums) -> Iterator[Tensor]:
         """The micro-batches' shares where pairs look beyond them: ``<states, cached gradient>`` and the other terms."""
@@ -136,11 +133,8 @@ class Step:
                 output = self._read(plan, k, batch)
                 states = {term.name: states_of(term, output, batch) for term in gathered}
                 cached = self._cached_gradients({k: states}, plan, fixed, sums)[k]
-                means = self._token_means(output, batch, plan)
-                loss = self._total(means) if output.losses.requires_grad else output.weighted
-                compared = self._answer_means(others, output, batch, plan, fixed)
-                sums.add(means | compared)
-                yield _with_every_weight(loss + _inner_product(states, cached) + self._total(compared), output)
+                loss = self._loss(others, output, batch, plan, fixed, sums)
+                yield _with_every_weight(loss + _inner_product(states, cached), output)
             return
         replay: dict[int, RngState] = {}
         first: dict[int, dict[str, States]] = {}
@@ -157,12 +151,10 @@ class Step:
             if k in replay:
                 set_rng_state(replay[k], device)  # dropout must be the same in both forwards
             output = self._read(plan, k, batch, gradients.get(k, {}))
-            loss = output.weighted
+            loss = self._loss(others, output, batch, plan, fixed, sums)
             if k in gradients and live:
                 loss = loss + _inner_product({t.name: states_of(t, output, batch) for t in live}, gradients[k])
-            compared = self._answer_means(others, output, batch, plan, fixed)
-            sums.add(self._token_means(output, batch, plan) | compared)
-            yield _with_every_weight(loss + self._total(compared), output)
+            yield _with_every_weight(loss, output)
 
     def _batches(
         self, plan: StepPlan, roles: frozenset[Role], which: Sequence[int] | None = None
@@ -204,20 +196,27 @@ class Step:
                 weights = weights + label_gradients(answers, gradients[answers.name], batch, len(weights))
         return weights
 
-    def _token_means(self, output: Output, batch: Batch, plan: StepPlan) -> dict[str, Mean]:
-        means = {}
+    def _loss(
+        self,
+        compared: Iterable[OnAnswers],
+        output: Output,
+        batch: Batch,
+        plan: StepPlan,
+        fixed: Mapping[str, Fixed],
+        sums: Sums,
+    ) -> Tensor:
+        """A micro-batch's share of the terms on tokens and of those of ``compared``, added to ``sums``."""
+        on_tokens: dict[str, Mean] = {}
         for term in self.terms.tokens:
             total = output.losses[batch.labels_of(term.role)].sum()
-            means[term.name] = Mean(-total if term.ascend else total, plan.label_tokens[term.role])
-        return means
-
-    def _answer_means(
-        self, terms: Iterable[OnAnswers], output: Output, batch: Batch, plan: StepPlan, fixed: Mapping[str, Fixed]
-    ) -> dict[str, Mean]:
-        means: dict[str, Mean] = {}
-        for term in terms:
-            means |= self._named(term, means_of(term, states_of(term, output, batch), plan, fixed[term.name]))
-        return means
+            on_tokens[term.name] = Mean(-total if term.ascend else total, plan.label_tokens[term.role])
+        on_answers: dict[str, Mean] = {}
+        for answers in compared:
+            means = means_of(answers, states_of(answers, output, batch), plan, fixed[answers.name])
+            on_answers |= self._named(answers, means)
+        sums.add(on_tokens | on_answers)
+        loss = self._total(on_tokens) if output.losses.requires_grad else output.weighted
+        return loss + self._total(on_answers)
 
     def _named(self, term: OnAnswers, means: dict[str, Mean]) -> dict[str, Mean]:
         """The figures beside a term say whose they are, where there are several such terms."""

@@ -22,10 +22,9 @@ def try_out(terms: Terms, name: str) -> None:
         except Exception as error:
             if ":" not in name:  # ours: a defect, which keeps its traceback
                 raise
-            fault = f"fails on three labels: {type(error).__name__}: {error}"
-            if isinstance(term, OnAnswers):
-                fault = f"its loss fails on [2, 3] margins: {type(error).__name__}: {error}"
-            raise UserError(f"--objective {name}: {term.name}: {' '.join(fault.split())}") from error
+            what = "fails on three labels" if isinstance(term, OnTokens) else "its loss fails on [2, 3] margins"
+            told = " ".join(f"{what}: {type(error).__name__}: {error}".split())
+            raise UserError(f"--objective {name}: {term.name}: {told}") from error
         if fault:
             raise UserError(f"--objective {name}: {term.name}: {fault}")
 
