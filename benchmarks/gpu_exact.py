@@ -19,8 +19,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from wpn_ds.data.batch import collate
-from wpn_ds.data.plan import Item
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.plan import Item, Segment
 from wpn_ds.models.attention import KERNELS
 from wpn_ds.models.load import default_attention
 from wpn_ds.models.packed import PackedLM

@@ -16,9 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.examples import ForgetExample, build_examples
-from wpn_ds.data.plan import ORDER_FORMAT, retain_seed, step_indices
+from wpn_ds.data.layout import ORDER_FORMAT, retain_seed, step_indices
+from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import ForgetRecord, read_forget, read_retain
-from wpn_ds.data.tokens import Segment
 from wpn_ds.models.plant import train_tokenizer
 from wpn_ds.models.sizes import KNOWN
 from wpn_ds.settings.style import PromptStyle

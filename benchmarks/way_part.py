@@ -15,8 +15,7 @@ import torch.nn.functional as F
 
 from benchmarks.protocol import serve
 from wpn_ds.data.batch import collate
-from wpn_ds.data.plan import Item
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.plan import Item, Segment
 from wpn_ds.losses.likelihood import Tokens
 from wpn_ds.models.load import Source, load_model
 from wpn_ds.models.packed import PackedLM

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from tests.conftest import ROOT
-from wpn_ds.data.plan import Layout
+from wpn_ds.data.layout import Layout
 from wpn_ds.data.records import read_forget
 from wpn_ds.data.tokens import encode_pair, render_prompt, turn_end
 from wpn_ds.errors import UserError

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
-from wpn_ds.data.plan import Item, Layout, MicroBatch, StepPlan, plan_step
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.layout import Layout, plan_step
+from wpn_ds.data.plan import Item, MicroBatch, Segment, StepPlan
 from wpn_ds.objectives.terms import Role
 
 BOS, EOS, PAD = 2, 2, 1

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from tests.data.made import PAD, example_sets, flat, items_of, layouts, plan_of
 from wpn_ds.data.batch import Batch, Spans, collate
-from wpn_ds.data.plan import Item, Layout, MicroBatch, dead_row
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.layout import Layout, dead_row
+from wpn_ds.data.plan import Item, MicroBatch, Segment
 from wpn_ds.objectives.terms import Role
 
 ALL = frozenset({Role.WANTED, Role.UNWANTED, Role.RETAIN})

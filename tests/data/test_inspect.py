@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from wpn_ds.cli import main
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.inspect import contradiction_note, histogram, inspect_records, kind_of, percentile
-from wpn_ds.data.packing import pack
+from wpn_ds.data.layout import pack
 from wpn_ds.data.records import ForgetRecord, RetainRecord
 from wpn_ds.data.tokens import encode_pair
 from wpn_ds.models.planted import PLANTED

@@ -11,9 +11,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from wpn_ds.data import special
+from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import Message
 from wpn_ds.data.tokens import (
-    Segment,
     encode_pair,
     encode_prompt,
     encode_text,

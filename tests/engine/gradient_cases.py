@@ -11,7 +11,7 @@ import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM
 
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.plan import Segment
 
 VOCABULARY = 96
 WINDOW = 8  # of GPT-Neo's local layers; many segments below are longer

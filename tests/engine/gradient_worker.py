@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from tests.data.made import FORMS
 from tests.engine.gradient_cases import VOCABULARY, WEIGHTS, make_examples
 from tests.engine.small import silent
-from wpn_ds.data.plan import Layout
+from wpn_ds.data.layout import Layout
 from wpn_ds.engine.answers import states_of
 from wpn_ds.engine.export import full_weights
 from wpn_ds.engine.feed import Feed

@@ -9,7 +9,7 @@ from safetensors.torch import save_file
 
 from tests.engine.gradient_cases import make_examples
 from tests.engine.gradient_worker import ds_json
-from wpn_ds.data.plan import Layout, plan_step
+from wpn_ds.data.layout import Layout, plan_step
 from wpn_ds.engine.bank import answer_scores
 from wpn_ds.engine.export import full_weights
 from wpn_ds.engine.policy import build_engine

@@ -15,7 +15,8 @@ from tests.data.made import PAD, flat
 from tests.engine.small import Engine
 from wpn_ds.data.batch import Batch
 from wpn_ds.data.examples import ExampleSet
-from wpn_ds.data.plan import Layout, StepPlan
+from wpn_ds.data.layout import Layout
+from wpn_ds.data.plan import StepPlan
 from wpn_ds.engine.bank import Bank
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.start import Start

@@ -11,7 +11,7 @@ from torch import Tensor
 from tests.data.made import FORMS
 from tests.engine.gradient_cases import make_examples
 from tests.engine.small import alone, silent, small_reader
-from wpn_ds.data.plan import Layout, plan_step
+from wpn_ds.data.layout import Layout, plan_step
 from wpn_ds.engine import bank as bank_module
 from wpn_ds.engine.bank import Bank, answer_scores, bank_vectors, current_vectors, pooled_states, starting_scores
 from wpn_ds.engine.tables import Tables

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from tests.engine.gradient_cases import make_examples
-from wpn_ds.data.plan import ORDER_FORMAT, Layout, retain_seed, step_indices
+from wpn_ds.data.layout import ORDER_FORMAT, Layout, retain_seed, step_indices
 from wpn_ds.engine import checkpoint, export
 from wpn_ds.engine.checkpoint import (
     SaveError,

@@ -15,8 +15,8 @@ from tests.data.made import example_sets, flat, items_of
 from tests.engine.gradient_cases import make_examples
 from tests.engine.small import alone, small_reader
 from wpn_ds.data.examples import ExampleSet
-from wpn_ds.data.plan import Layout
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.layout import Layout
+from wpn_ds.data.plan import Segment
 from wpn_ds.engine import feed as feed_module
 from wpn_ds.engine.bank import answer_scores
 from wpn_ds.engine.feed import Feed, still_known

@@ -9,7 +9,7 @@ from tests.data.made import FORMS
 from tests.engine.gradient_cases import VOCABULARY, make_examples
 from tests.engine.small import alone, silent, small_model, small_reader
 from wpn_ds.data.batch import Batch, collate
-from wpn_ds.data.plan import Layout, plan_step
+from wpn_ds.data.layout import Layout, plan_step
 from wpn_ds.engine import reference as reference_module
 from wpn_ds.engine.reference import CachedTopK, FrozenModel, _Rows, _split, cached_states, cached_topk, frozen_json
 from wpn_ds.engine.tables import Tables

@@ -9,7 +9,7 @@ import torch
 from tests.engine.gradient_cases import make_examples
 from tests.engine.small import alone, silent, small_reader
 from wpn_ds.data.batch import collate
-from wpn_ds.data.plan import Layout, plan_step
+from wpn_ds.data.layout import Layout, plan_step
 from wpn_ds.engine.start import Start
 from wpn_ds.engine.tables import Tables
 from wpn_ds.losses.answers import AnswerScores, AnswerVectors

@@ -16,7 +16,8 @@ from tests.data.made import FORMS
 from tests.engine.gradient_cases import make_examples
 from tests.engine.small import Engine, silent, small_model
 from wpn_ds.data.batch import collate
-from wpn_ds.data.plan import Layout, StepPlan, plan_step
+from wpn_ds.data.layout import Layout, plan_step
+from wpn_ds.data.plan import StepPlan
 from wpn_ds.engine import step as step_module
 from wpn_ds.engine.progress import Window
 from wpn_ds.engine.reader import Reader

@@ -11,8 +11,8 @@ from transformers import OPTConfig, OPTForCausalLM
 from tests.data.made import layout
 from tests.engine.gradient_cases import make_examples
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
-from wpn_ds.data.plan import Layout, plan_step
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.layout import Layout, plan_step
+from wpn_ds.data.plan import Segment
 from wpn_ds.engine.telemetry import ModelShape, Telemetry, measure_peak_flops, step_flops
 from wpn_ds.jobs.distributed import World
 from wpn_ds.objectives.terms import Role

@@ -15,8 +15,7 @@ from transformers import BloomConfig
 from tests.models.families import CONFIGS, POSITIONS, VOCABULARY, WINDOW, make, plain_attention
 from tests.models.shapes import Shapes
 from wpn_ds.data.batch import collate
-from wpn_ds.data.plan import Item
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.plan import Item, Segment
 from wpn_ds.models import attention
 from wpn_ds.models.attention import KERNELS, Extras, Pieces, candidates, fault, per_segment_sdpa, supported
 from wpn_ds.models.generate import generate_ids

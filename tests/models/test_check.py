@@ -16,7 +16,7 @@ from transformers import (
 
 from tests.data.made import FORMS
 from tests.models.families import CONFIGS, LLAMA, POSITIONS, WINDOW, make
-from wpn_ds.data.plan import Layout
+from wpn_ds.data.layout import Layout
 from wpn_ds.errors import UserError
 from wpn_ds.losses.likelihood import UNFINISHED
 from wpn_ds.models import attention, packed

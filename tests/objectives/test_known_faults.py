@@ -10,8 +10,7 @@ from torch import Tensor
 from tests.data.made import PAD, example_sets, flat, items_of, layout, plan_of
 from tests.engine.stepping import Said, take
 from wpn_ds.data.batch import Batch, collate
-from wpn_ds.data.plan import Item
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.plan import Item, Segment
 from wpn_ds.losses.likelihood import Tokens
 from wpn_ds.models.packed import Output
 from wpn_ds.objectives.graddiff import GradDiff

@@ -8,8 +8,9 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import ForgetRecord, RetainRecord
-from wpn_ds.data.tokens import Segment, encode_answer, encode_pair, naming
+from wpn_ds.data.tokens import encode_answer, encode_pair, naming
 from wpn_ds.errors import UserError
 from wpn_ds.settings.style import PromptStyle
 

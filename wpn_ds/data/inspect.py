@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wpn_ds.data.examples import build_examples
-from wpn_ds.data.packing import pack
+from wpn_ds.data.layout import pack
 from wpn_ds.data.records import ADAPTERS, ForgetRecord, Kind, Prompt, Record, RetainRecord, turn_texts
 from wpn_ds.data.sources import Problems, file_rows
 from wpn_ds.data.tokens import encode_answer, render_prompt, spelt_special_tokens

@@ -15,41 +15,15 @@ import datetime
 import string
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
-from functools import cached_property, lru_cache
+from functools import lru_cache
 from itertools import chain
 from typing import Any, NamedTuple
 
+from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import Message, Prompt
 from wpn_ds.data.special import SpecialTokens
 from wpn_ds.errors import UserError
 from wpn_ds.settings.style import AUTO, PLAIN_TEMPLATE, PromptStyle
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One sequence as the model reads it alone: a prompt with one answer, or plain text.
-
-    ``ids[:answer_start]`` is the prompt (with its BOS), ``ids[answer_start:]`` the answer with the token that ends its
-    turn. ``prompt_start`` is the first prompt token after the BOS tokens: pooling leaves BOS out.
-    For plain text both are the first position that has something before it, so that every token but the first is
-    predicted. ``joined``: the conversation doesn't begin with the tokens of its prompt alone, which is what is asked.
-    """
-
-    ids: tuple[int, ...]
-    prompt_start: int
-    answer_start: int
-    prompt_truncated: bool = False
-    answer_truncated: bool = False
-    joined: bool = False
-
-    def __len__(self) -> int:
-        return len(self.ids)
-
-    @cached_property
-    def answer_length(self) -> int:
-        """Number of tokens that are predicted: the answer's, EOS included."""
-        return len(self.ids) - self.answer_start
 
 
 class EncodedPrompt(NamedTuple):

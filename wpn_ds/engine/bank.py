@@ -13,8 +13,7 @@ from torch import Tensor
 
 from wpn_ds.data.batch import to_device
 from wpn_ds.data.examples import Answer, ExampleSet
-from wpn_ds.data.plan import Item, StepPlan
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.plan import Item, Segment, StepPlan
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.tables import Blocks, Tables
 from wpn_ds.jobs.distributed import fill_from_ranks

@@ -13,7 +13,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wpn_ds.data.examples import ExampleSet, ForgetExample
-from wpn_ds.data.plan import ORDER_FORMAT, Layout, StepPlan, plan_step, retain_seed, step_indices
+from wpn_ds.data.layout import ORDER_FORMAT, Layout, plan_step, retain_seed, step_indices
+from wpn_ds.data.plan import StepPlan
 from wpn_ds.engine.bank import answer_scores
 from wpn_ds.engine.prepare import Job
 from wpn_ds.engine.reader import Reader

@@ -14,7 +14,7 @@ import deepspeed
 import torch
 from transformers import get_scheduler
 
-from wpn_ds.data.plan import Layout
+from wpn_ds.data.layout import Layout
 from wpn_ds.engine.prepare import Job
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import announce, max_over_ranks

@@ -14,7 +14,7 @@ from typing import Any
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.examples import ExampleSet, build_examples
 from wpn_ds.data.inspect import contradiction_note
-from wpn_ds.data.plan import Layout
+from wpn_ds.data.layout import Layout
 from wpn_ds.data.records import (
     ForgetRecord,
     RetainRecord,

@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from wpn_ds.data.batch import Batch, collate
-from wpn_ds.data.plan import Item, Layout
+from wpn_ds.data.layout import Layout
+from wpn_ds.data.plan import Item
 from wpn_ds.jobs.distributed import World
 from wpn_ds.models.generate import evaluation_mode
 from wpn_ds.models.packed import Output

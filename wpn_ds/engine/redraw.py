@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from wpn_ds.data.examples import ExampleSet
-from wpn_ds.data.plan import Layout
+from wpn_ds.data.layout import Layout
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.data.tokens import encoded_prompt, end_of, is_chat, naming

@@ -19,8 +19,7 @@ from torch import Tensor
 
 from wpn_ds.data.batch import Batch, to_device
 from wpn_ds.data.examples import Answer
-from wpn_ds.data.plan import Item
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.plan import Item, Segment
 from wpn_ds.engine.bank import Progress
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.tables import Blocks, Tables

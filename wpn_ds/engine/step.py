@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from wpn_ds.data.batch import Batch, collate
-from wpn_ds.data.plan import Layout, StepPlan
+from wpn_ds.data.layout import Layout
+from wpn_ds.data.plan import StepPlan
 from wpn_ds.engine.answers import Fixed, States, label_gradients, means_of, states_of
 from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.reader import no_beat

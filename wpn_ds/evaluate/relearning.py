@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 
+from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import ForgetRecord
-from wpn_ds.data.tokens import Segment, encode_pair, encode_prompt, render_prompt
+from wpn_ds.data.tokens import encode_pair, encode_prompt, render_prompt
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, judge_answers
 from wpn_ds.evaluate.results import Suite

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
+from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import RetainRecord
-from wpn_ds.data.tokens import Segment, encode_answer
+from wpn_ds.data.tokens import encode_answer
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.benchmarks import BENCHMARKS, load_benchmark, run_benchmark
 from wpn_ds.evaluate.dialogue import DIALOGUES, load_dialogue_set, run_dialogue

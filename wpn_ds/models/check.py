@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from wpn_ds.data.batch import Batch, collate
-from wpn_ds.data.plan import Item, Layout
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.layout import Layout
+from wpn_ds.data.plan import Item, Segment
 from wpn_ds.errors import UserError
 from wpn_ds.models.load import accepts_packing, default_attention, max_positions
 from wpn_ds.models.packed import Output, PackedLM

@@ -4,8 +4,9 @@ import time
 
 import pytest
 
-from wpn_ds.evaluate.judges.reply import content_of, verdict_of, without_reasoning
+from wpn_ds.evaluate.judges.reply import content_of, verdict_of
 from wpn_ds.judging.base import Verdict
+from wpn_ds.judging.reasoning import without_reasoning
 
 HARMLESS = [
     "I consider it harmless.",

@@ -6,8 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import ForgetRecord
-from wpn_ds.data.tokens import Segment, encode_pair
+from wpn_ds.data.tokens import encode_pair
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, SuiteAnswers
 from wpn_ds.evaluate.suites import PromptSuite

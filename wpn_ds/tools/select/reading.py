@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
+from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import ForgetRecord, RetainRecord
-from wpn_ds.data.tokens import Segment, encode_answer, encode_pair, encoded_prompt, naming
+from wpn_ds.data.tokens import encode_answer, encode_pair, encoded_prompt, naming
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.measurement import device
 from wpn_ds.evaluate.utility import answer_losses

@@ -13,18 +13,8 @@ from hypothesis import strategies as st
 
 from tests.data.made import EOS, FORMS, ROW, example_sets, flat, items_of, layout, layouts, plan_of
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
-from wpn_ds.data.plan import (
-    ORDER_FORMAT,
-    Item,
-    Layout,
-    Row,
-    dead_row,
-    example_order,
-    retain_seed,
-    row_tokens,
-    step_indices,
-)
-from wpn_ds.data.tokens import Segment
+from wpn_ds.data.layout import ORDER_FORMAT, Layout, dead_row, example_order, retain_seed, row_tokens, step_indices
+from wpn_ds.data.plan import Item, Row, Segment
 from wpn_ds.objectives.terms import Role
 
 ONE = layout("rows")
