@@ -15,8 +15,7 @@ from wpn_ds.data.layout import Layout, plan_step
 from wpn_ds.engine import bank as bank_module
 from wpn_ds.engine.bank import Bank, answer_scores, bank_vectors, current_vectors, pooled_states, starting_scores
 from wpn_ds.engine.tables import Tables
-from wpn_ds.losses.answers import AnswerVectors, npair_of_fixed
-from wpn_ds.losses.npair import npair_losses, similarity
+from wpn_ds.losses.answers import AnswerVectors, npair_losses, npair_of_fixed, similarity
 from wpn_ds.objectives.terms import Role
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wpn_ds.losses.npair import npair_losses, paired_similarity, similarity, streamed_npair
+from wpn_ds.losses.answers import npair_losses, paired_similarity, similarity, streamed_npair
 
 quick = settings(max_examples=60, deadline=None)
 

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wpn_ds.losses.pooling import pool, pooling_matrix
+from wpn_ds.losses.answers import pool, pooling_matrix
 
 KINDS = ("weighted", "mean", "last", "sum")
 SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12)).map(lambda s: (s[0], s[0] + s[1])), max_size=5)

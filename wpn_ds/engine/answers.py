@@ -16,8 +16,9 @@ from wpn_ds.losses.answers import (
     npair_of_scores,
     npair_of_vectors,
     paired,
+    pooled,
+    pooling_matrix,
 )
-from wpn_ds.losses.pooling import pooled, pooling_matrix
 from wpn_ds.models.packed import Output
 from wpn_ds.objectives.terms import NPair, OnAnswers, Role
 

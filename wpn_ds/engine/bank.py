@@ -17,8 +17,7 @@ from wpn_ds.data.plan import Item, Segment, StepPlan
 from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.tables import Blocks, Tables
 from wpn_ds.jobs.distributed import fill_from_ranks
-from wpn_ds.losses.answers import AnswerVectors
-from wpn_ds.losses.pooling import Pooling, pooled
+from wpn_ds.losses.answers import AnswerVectors, Pooling, pooled
 from wpn_ds.objectives.terms import Role
 
 Progress = Callable[[Iterable[Any], str], Iterable[Any]]

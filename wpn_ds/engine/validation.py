@@ -18,8 +18,7 @@ from wpn_ds.engine.reader import Reader
 from wpn_ds.engine.start import Start
 from wpn_ds.engine.telemetry import Telemetry
 from wpn_ds.jobs.distributed import on_main, sum_over_ranks
-from wpn_ds.losses.npair import paired_similarity, similarity
-from wpn_ds.losses.pooling import Pooling
+from wpn_ds.losses.answers import Pooling, paired_similarity, similarity
 from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import LoggingConfig
 

@@ -21,8 +21,8 @@ from wpn_ds.errors import UserError, require
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from wpn_ds.losses.answers import Pooling
     from wpn_ds.losses.likelihood import LabelTarget
-    from wpn_ds.losses.pooling import Pooling
 
 
 class Role(IntEnum):

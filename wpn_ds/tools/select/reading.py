@@ -18,7 +18,7 @@ from wpn_ds.data.tokens import encode_answer, encode_pair, encoded_prompt, namin
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.measurement import device
 from wpn_ds.evaluate.utility import answer_losses
-from wpn_ds.losses.pooling import Pooling, pool, pooling_matrix
+from wpn_ds.losses.answers import Pooling, pool, pooling_matrix
 from wpn_ds.models.generate import batches, evaluation_mode
 from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pad_token_id
 from wpn_ds.settings.style import PromptStyle
