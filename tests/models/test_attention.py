@@ -16,9 +16,11 @@ from tests.models.families import CONFIGS, POSITIONS, VOCABULARY, WINDOW, make, 
 from tests.models.shapes import Shapes
 from wpn_ds.data.batch import collate
 from wpn_ds.data.plan import Item, Segment
-from wpn_ds.models import attention
-from wpn_ds.models.attention import KERNELS, Extras, Pieces, candidates, fault, per_segment_sdpa, supported
+from wpn_ds.models import attention, kernels
+from wpn_ds.models.attention import KERNELS, per_segment_sdpa
+from wpn_ds.models.check import candidates, kernel_fault, supported
 from wpn_ds.models.generate import generate_ids
+from wpn_ds.models.kernels import Pieces
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.terms import Role
 
@@ -108,7 +110,7 @@ def test_a_long_text_costs_its_length_times_the_window() -> None:
 @several
 @given(pieces=pieces_of_a_row(), window=WINDOWS)
 def test_varlen_s_sequences_are_the_dense_mask(pieces, window) -> None:
-    index, starts_q, starts_k, longest_q, longest_k = attention._varlen_layout(pieces, CPU)
+    index, starts_q, starts_k, longest_q, longest_k = kernels._varlen_layout(pieces, CPU)
     assert starts_q.dtype == starts_k.dtype == torch.int32
     assert (index is None) == (starts_q.tolist() == starts_k.tolist())
     mask = torch.zeros(pieces[-1][1], pieces[-1][1], dtype=torch.bool)
@@ -143,7 +145,7 @@ def test_varlen_hands_the_kernel_what_it_takes(monkeypatch, branch, window) -> N
 
     monkeypatch.setattr("torch.nn.attention.varlen.varlen_attn", stand_in)
     inputs = heads(pieces[-1][1])
-    got = attention.varlen(*inputs, pieces, 0.3, window, 0.0)
+    got = kernels.varlen(*inputs, pieces, 0.3, window, 0.0)
     assert torch.allclose(got, masked_attention(inputs, dense(pieces, window), 0.3))
 
 
@@ -151,7 +153,7 @@ def test_varlen_hands_the_kernel_what_it_takes(monkeypatch, branch, window) -> N
 @given(pieces=pieces_of_a_row(), window=WINDOWS)
 def test_flex_s_mask_function_is_the_dense_mask(pieces, window) -> None:
     place, zero = torch.arange(pieces[-1][1]), torch.tensor(0)
-    sees = attention._sees(pieces, window, CPU)
+    sees = kernels._sees(pieces, window, CPU)
     assert torch.equal(sees(zero, zero, place[:, None], place[None, :]), dense(pieces, window))
 
 
@@ -159,18 +161,21 @@ def test_flex_s_mask_function_is_the_dense_mask(pieces, window) -> None:
 def test_flex_without_its_compiler_gives_masked_attention(monkeypatch) -> None:
     from torch.nn.attention.flex_attention import flex_attention
 
-    monkeypatch.setattr(attention, "_compiled_flex", lambda: flex_attention)
+    monkeypatch.setattr(kernels, "_compiled_flex", lambda: flex_attention)
     pieces = ((0, 9, 0, 0), (9, 12, 0, 5), (12, 20, 12, 12))
     inputs = heads(20)
-    got = attention.flex(*inputs, pieces, 0.3, 3, 0.0)
+    got = kernels.flex(*inputs, pieces, 0.3, 3, 0.0)
     assert torch.allclose(got, masked_attention(inputs, dense(pieces, 3), 0.3))
 
 
-@pytest.mark.parametrize("kernel", [attention.varlen, attention.flex])
-@pytest.mark.parametrize("extras", [Extras(softcap=2.0), Extras(sinks=torch.zeros(2))])
+@pytest.mark.parametrize("kernel", ["varlen", "flex"])
+@pytest.mark.parametrize("extras", [{"softcap": 2.0}, {"sinks": torch.zeros(2)}])
 def test_kernels_without_soft_caps_and_sinks_say_so(kernel, extras) -> None:
-    with pytest.raises(NotImplementedError, match="neither soft caps nor sinks"):
-        kernel(*heads(4), ((0, 4, 0, 0),), 1.0, None, 0.0, extras)
+    module = make(CONFIGS["llama"], "wpn_packed").model.layers[0].self_attn
+    module.config._attn_implementation = f"wpn_{kernel}"
+    inputs = (x.float() for x in heads(4))
+    with pytest.raises(NotImplementedError, match=f"{kernel} attention has neither soft caps nor sinks"):
+        attention._attention(module, *inputs, torch.tensor([[[[0, 4, 0, 0]]]]), **extras)
 
 
 @pytest.mark.parametrize("pieces", [None, torch.tensor([[[[0, 9, 0, 0]]]])], ids=["any mask", "pieces"])
@@ -202,7 +207,7 @@ def test_what_changes_nothing_is_taken(given) -> None:
     assert out.shape == (1, 9, 2, 4)
 
 
-@pytest.mark.parametrize("kernel", [attention.varlen, attention.flex])
+@pytest.mark.parametrize("kernel", [kernels.varlen, kernels.flex])
 def test_kernels_without_dropout_say_so(kernel) -> None:
     with pytest.raises(NotImplementedError, match="no dropout"):
         kernel(*heads(4), ((0, 4, 0, 0),), 1.0, None, 0.1)
@@ -213,7 +218,7 @@ def test_kernels_without_dropout_say_so(kernel) -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_route_of_a_cpu_works_here(dtype) -> None:
-    assert fault("wpn_packed", 16, dtype, CPU) is None
+    assert kernel_fault("wpn_packed", 16, dtype, CPU) is None
 
 
 def test_a_kernel_that_fails_or_gives_wrong_numbers_is_found_out(monkeypatch) -> None:
@@ -238,9 +243,9 @@ def test_a_kernel_that_fails_or_gives_wrong_numbers_is_found_out(monkeypatch) ->
     wrong = (forgets_the_prefix, forgets_the_window, has_no_gradient, has_half_a_gradient, is_nan_somewhere)
     for kernel in (raises, *wrong):
         monkeypatch.setitem(KERNELS, "wpn_flex", kernel)
-        assert fault("wpn_flex", 16, torch.float32, CPU), kernel.__name__
+        assert kernel_fault("wpn_flex", 16, torch.float32, CPU), kernel.__name__
     monkeypatch.setitem(KERNELS, "wpn_flex", lambda *inputs: per_segment_sdpa(*inputs))
-    assert fault("wpn_flex", 16, torch.float32, CPU) is None
+    assert kernel_fault("wpn_flex", 16, torch.float32, CPU) is None
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,8 @@ from transformers import CohereConfig, Gemma2Config, GraniteConfig, LlamaConfig,
 
 from tests.models.shapes import Shapes
 from wpn_ds.losses.likelihood import UNFINISHED, Distribution, Finish, Tokens, TopK
-from wpn_ds.models import head as head_module
-from wpn_ds.models.head import AnswerHead, Parts, finish_of
+from wpn_ds.models import packed as head_module
+from wpn_ds.models.packed import AnswerHead, Parts, finish_of
 
 WIDTH, VOCABULARY = 3, 23
 several = settings(max_examples=40, deadline=None)

@@ -255,7 +255,7 @@ def test_the_peak_of_the_head_is_between_60_and_110_percent_of_the_formula(bf16:
 
 
 def test_the_heads_chunk_is_the_trainers() -> None:
-    from wpn_ds.models.head import CHUNK
+    from wpn_ds.models.packed import CHUNK
 
     assert estimate.HEAD_CHUNK == CHUNK
 

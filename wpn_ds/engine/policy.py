@@ -18,8 +18,7 @@ from wpn_ds.data.layout import Layout
 from wpn_ds.engine.prepare import Job
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import announce, max_over_ranks
-from wpn_ds.models.attention import candidates, fault
-from wpn_ds.models.check import check_exact_reading
+from wpn_ds.models.check import candidates, check_exact_reading, kernel_fault
 from wpn_ds.models.load import default_attention, load_model
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.settings.deepspeed import for_loading
@@ -76,7 +75,7 @@ class Policy:
         for name in kernels if job.layout.flat else ():
             text = job.lm_config.get_text_config()
             head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-            reason = fault(name, head_dim, lm.dtype, device)
+            reason = kernel_fault(name, head_dim, lm.dtype, device)
             if max_over_ranks(float(reason is not None), device):
                 short = name.removeprefix("wpn_")
                 refused = UserError(f"--attention {short} can't be used ({reason or 'on another rank'}): pass auto")

@@ -39,7 +39,7 @@ from wpn_ds.jobs.distributed import World, agree, announce, init, on_main, progr
 from wpn_ds.jobs.heartbeat import after_the_watchdog
 from wpn_ds.jobs.output import claim_output, lock_output
 from wpn_ds.jobs.preflight import check as check_nodes
-from wpn_ds.models.attention import supported
+from wpn_ds.models.check import supported
 from wpn_ds.models.folder import check_place
 from wpn_ds.models.load import (
     Source,

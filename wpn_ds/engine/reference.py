@@ -26,8 +26,7 @@ from wpn_ds.engine.tables import Blocks, Tables
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, announce, fill_from_ranks
 from wpn_ds.losses.likelihood import Distribution, Finish, LabelTarget, TopK, head_logits
-from wpn_ds.models.head import CHUNK
-from wpn_ds.models.packed import Output, PackedLM
+from wpn_ds.models.packed import CHUNK, Output, PackedLM
 from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import UnlearningConfig
 

@@ -19,15 +19,12 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AttentionInterface, AttentionMaskInterface, PretrainedConfig
+from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 from transformers.models.gpt_neo.modeling_gpt_neo import GPT_NEO_ATTENTION_CLASSES, GPTNeoSelfAttention
 
-from wpn_ds.data.batch import to_device
-
-#: ``start, stop, prefix_start, prefix_stop`` of every piece of a row, see :class:`wpn_ds.data.batch.Batch`.
-Pieces = tuple[tuple[int, int, int, int], ...]
+from wpn_ds.models.kernels import Pieces, flex, varlen
 
 
 class Extras(NamedTuple):
@@ -47,7 +44,7 @@ class Extras(NamedTuple):
 
 NOTHING = Extras()
 
-#: (query, key, value [1, H, T, D], pieces, scale, window or None, dropout, extras) -> [1, T, H, D]
+#: (query, key, value [1, H, T, D], pieces, scale, window or None, dropout) -> [1, T, H, D]
 Kernel = Callable[..., Tensor]
 
 
@@ -137,138 +134,8 @@ def _band(n: int, m: int, window: int, device: torch.device) -> Tensor:
     return (distance >= 0) & (distance < window)
 
 
-def varlen(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pieces: Pieces,
-    scale: float,
-    window: int | None,
-    dropout: float,
-    extras: Extras = NOTHING,
-) -> Tensor:
-    """torch's variable-length attention (CUDA, bf16): all pieces in one launch."""
-    from torch.nn.attention.varlen import varlen_attn
-
-    if dropout:
-        raise NotImplementedError("varlen attention has no dropout")
-    if extras:
-        raise NotImplementedError("varlen attention has neither soft caps nor sinks")
-    index, starts_q, starts_k, longest_q, longest_k = _varlen_layout(pieces, query.device)
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
-    if index is not None:
-        k, v = k[index], v[index]
-    out = varlen_attn(
-        q, k, v, starts_q, starts_k, longest_q, longest_k,
-        scale=scale, window_size=(-1 if window is None else window - 1, 0),
-    )  # fmt: skip
-    assert isinstance(out, Tensor)
-    return out[None]
-
-
-@lru_cache(maxsize=8)
-def _varlen_layout(pieces: Pieces, device: torch.device) -> tuple[Tensor | None, Tensor, Tensor, int, int]:
-    """Where each key comes from (None: as they lie), the borders of queries and of keys, and the longest of both."""
-    lengths = torch.tensor([[stop - start, stop - start + end - begin] for start, stop, begin, end in pieces])
-    borders = to_device(F.pad(lengths.cumsum(0), (0, 0, 1, 0)).int().T.contiguous(), device)
-    index = None
-    if any(begin < end for _, _, begin, end in pieces):
-        index = to_device(torch.tensor([k for s, t, b, e in pieces for k in (*range(b, e), *range(s, t))]), device)
-    longest_q, longest_k = lengths.max(0).values.tolist()
-    return index, borders[0], borders[1], longest_q, longest_k
-
-
-def flex(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    pieces: Pieces,
-    scale: float,
-    window: int | None,
-    dropout: float,
-    extras: Extras = NOTHING,
-) -> Tensor:
-    """flex_attention, compiled, with a block mask that is kept per layout (CUDA: on a CPU it has no backward)."""
-    if dropout:
-        raise NotImplementedError("flex attention has no dropout")
-    if extras:
-        raise NotImplementedError("flex attention has neither soft caps nor sinks")
-    mask = _block_mask(pieces, window, query.device)
-    return _compiled_flex()(query, key, value, block_mask=mask, scale=scale).transpose(1, 2)
-
-
-@lru_cache(maxsize=1)
-def _compiled_flex() -> Any:
-    from torch.nn.attention.flex_attention import flex_attention
-
-    return torch.compile(flex_attention, dynamic=True)
-
-
-@lru_cache(maxsize=8)
-def _block_mask(pieces: Pieces, window: int | None, device: torch.device) -> Any:
-    from torch.nn.attention.flex_attention import create_block_mask
-
-    total = pieces[-1][1]
-    return create_block_mask(_sees(pieces, window, device), None, None, total, total, device=device)
-
-
-def _sees(pieces: Pieces, window: int | None, device: torch.device) -> Callable[..., Tensor]:
-    """flex_attention's mask function: whether token ``q`` of the row attends to token ``k``, in any batch and head."""
-    table = torch.tensor(pieces)
-    number = torch.repeat_interleave(torch.arange(len(pieces)), table[:, 1] - table[:, 0])
-    # Its place in its own text: a branch's tokens follow its prefix, wherever both lie in the row.
-    in_text = torch.arange(pieces[-1][1]) + (table[:, 3] - table[:, 2] - table[:, 0])[number]
-    piece, low, high, place = (to_device(x, device) for x in (number, table[number, 2], table[number, 3], in_text))
-
-    def sees(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
-        own = (piece[q] == piece[k]) & (k <= q)
-        before = (k >= low[q]) & (k < high[q])
-        return (own | before) & (place[q] - place[k] < window) if window is not None else own | before
-
-    return sees
-
-
 #: Kernels by the name under which transformers knows them.
 KERNELS: dict[str, Kernel] = {"wpn_packed": per_segment_sdpa, "wpn_varlen": varlen, "wpn_flex": flex}
-
-
-def candidates(wanted: str, device: torch.device, dropout: float) -> list[str]:
-    """The kernels to try for a value of ``--attention``, the fastest first; none for the model's own attention."""
-    if wanted in ("sdpa", "eager"):
-        return []
-    if wanted != "auto":
-        return [f"wpn_{wanted}"]
-    return ["wpn_flex", "wpn_varlen", "wpn_packed"] if device.type == "cuda" and not dropout else ["wpn_packed"]
-
-
-def supported(config: PretrainedConfig) -> bool:
-    """Whether the family's attention can be one of :data:`KERNELS`."""
-    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return config.model_type == "gpt_neo" or bool(getattr(cls, "_supports_attention_backend", False))
-
-
-def fault(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
-    """Why a kernel can't be used here: it fails, or differs from :func:`per_segment_sdpa`, forward or backward."""
-    pieces: Pieces = ((0, 37, 0, 0), (37, 60, 0, 20), (60, 61, 0, 20), (61, 130, 61, 61))
-    generator = torch.Generator().manual_seed(0)
-    inputs = torch.randn(3, 1, 2, 130, head_dim, generator=generator).to(device, dtype)
-    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
-    try:
-        for window in (None, 16):
-            results = []
-            for kernel in (KERNELS[name], per_segment_sdpa):
-                leaf = inputs.clone().requires_grad_()
-                query, key, value = leaf
-                out = kernel(query, key, value, pieces, head_dim**-0.5, window, 0.0)
-                (out.float() * inputs[0].transpose(1, 2).float()).sum().backward()
-                assert leaf.grad is not None
-                results.append((out.detach(), leaf.grad))
-            for got, plain in zip(*results, strict=True):
-                if not bool((got - plain).abs().max() <= tolerance * plain.abs().max()):
-                    return "its results are wrong"
-    except Exception as error:  # whatever a compiler, a missing kernel or an old card says, another kernel is taken
-        return (str(error).strip().splitlines() or [type(error).__name__])[0]
-    return None
 
 
 def _is_pieces(mask: Tensor | None) -> bool:
@@ -309,9 +176,13 @@ def _attention(
     key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     if packed:
-        kernel = KERNELS[module.config._attn_implementation]
+        name = module.config._attn_implementation
+        kernel = KERNELS[name]
+        if extras and kernel is not per_segment_sdpa:
+            raise NotImplementedError(f"{name.removeprefix('wpn_')} attention has neither soft caps nor sinks")
+        kernel = partial(kernel, extras=extras) if extras else kernel
         assert attention_mask is not None
-        return kernel(query, key, value, _as_pieces(attention_mask), scale, sliding_window, dropout, extras), None
+        return kernel(query, key, value, _as_pieces(attention_mask), scale, sliding_window, dropout), None
     causal = attention_mask is None and query.shape[2] > 1  # transformers makes no mask where plain causality will do
     out = _capped(query, key, value, attention_mask, extras=extras, scale=scale, dropout_p=dropout, is_causal=causal)
     return out.transpose(1, 2).contiguous(), None

@@ -1,4 +1,5 @@
-"""The start-up check: on the loaded model, packed rows give what each segment gives alone."""
+"""The start-up checks: which attention can be used here; on the loaded model, packed rows give what each segment gives
+alone."""
 
 from __future__ import annotations
 
@@ -8,17 +9,59 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, PretrainedConfig
 
 from wpn_ds.data.batch import Batch, collate
 from wpn_ds.data.layout import Layout
 from wpn_ds.data.plan import Item, Segment
 from wpn_ds.errors import UserError
+from wpn_ds.models.attention import KERNELS, per_segment_sdpa
+from wpn_ds.models.kernels import Pieces
 from wpn_ds.models.load import accepts_packing, default_attention, max_positions
 from wpn_ds.models.packed import Output, PackedLM
 from wpn_ds.objectives.terms import Role
 
 #: Largest difference of the states, relative to their largest entry. A leak changes them by the order of 1.
 TOLERANCE = {torch.float64: 1e-9, torch.float32: 1e-3, torch.bfloat16: 8e-2}
+
+
+def candidates(wanted: str, device: torch.device, dropout: float) -> list[str]:
+    """The kernels to try for a value of ``--attention``, the fastest first; none for the model's own attention."""
+    if wanted in ("sdpa", "eager"):
+        return []
+    if wanted != "auto":
+        return [f"wpn_{wanted}"]
+    return ["wpn_flex", "wpn_varlen", "wpn_packed"] if device.type == "cuda" and not dropout else ["wpn_packed"]
+
+
+def supported(config: PretrainedConfig) -> bool:
+    """Whether the family's attention can be one of :data:`KERNELS`."""
+    cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
+    return config.model_type == "gpt_neo" or bool(getattr(cls, "_supports_attention_backend", False))
+
+
+def kernel_fault(name: str, head_dim: int, dtype: torch.dtype, device: torch.device) -> str | None:
+    """Why a kernel can't be used here: it fails, or differs from :func:`per_segment_sdpa`, forward or backward."""
+    pieces: Pieces = ((0, 37, 0, 0), (37, 60, 0, 20), (60, 61, 0, 20), (61, 130, 61, 61))
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(3, 1, 2, 130, head_dim, generator=generator).to(device, dtype)
+    tolerance = 1e-4 if dtype == torch.float32 else 4e-2
+    try:
+        for window in (None, 16):
+            results = []
+            for kernel in (KERNELS[name], per_segment_sdpa):
+                leaf = inputs.clone().requires_grad_()
+                query, key, value = leaf
+                out = kernel(query, key, value, pieces, head_dim**-0.5, window, 0.0)
+                (out.float() * inputs[0].transpose(1, 2).float()).sum().backward()
+                assert leaf.grad is not None
+                results.append((out.detach(), leaf.grad))
+            for got, plain in zip(*results, strict=True):
+                if not bool((got - plain).abs().max() <= tolerance * plain.abs().max()):
+                    return "its results are wrong"
+    except Exception as error:  # whatever a compiler, a missing kernel or an old card says, another kernel is taken
+        return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return None
 
 
 def check_exact_reading(

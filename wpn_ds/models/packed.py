@@ -1,17 +1,22 @@
-"""A causal LM as the objective needs it: states of every token, losses at the labels, segments kept apart."""
+"""A causal LM as the objective needs it: states of every token, segments kept apart, and losses at labels, which the
+head computes in chunks, so that [tokens, vocabulary] never exists.
+
+What the predictions are compared to is in :mod:`wpn_ds.losses.likelihood`.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from transformers import PretrainedConfig
 
 from wpn_ds.data.batch import Batch
-from wpn_ds.losses.likelihood import LabelTarget, Tokens
-from wpn_ds.models.head import AnswerHead, Parts, finish_of
+from wpn_ds.losses.likelihood import UNFINISHED, Finish, LabelTarget, Tokens, head_logits
 from wpn_ds.objectives.terms import Role
 
 
@@ -83,3 +88,142 @@ def segment_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
     causal = torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
     mask = torch.zeros(same.shape, dtype=dtype, device=same.device)
     return mask.masked_fill(~(same & causal), torch.finfo(dtype).min)[:, None]
+
+
+# ---- the head ----
+
+#: Labels whose logits exist at the same time.
+CHUNK = 256
+
+
+#: Runs of labels, one after the other from the first to the last, with what each is compared to.
+Parts = Sequence[tuple[slice, LabelTarget]]
+
+
+def finish_of(config: PretrainedConfig) -> Finish:
+    """What a family makes of its head's output, by the names that it has in configurations: soft caps of Gemma's kin,
+    scales of Cohere's, Granite's and Falcon-H1's. The start-up check finds out if that is all."""
+    text = config.get_text_config()
+
+    def number(*names: str) -> float | None:
+        found = (getattr(text, name, None) for name in names)
+        return next((value for value in found if isinstance(value, int | float) and value), None)
+
+    scale = (number("logit_scale") or 1.0) * (number("lm_head_multiplier") or 1.0) / (number("logits_scaling") or 1.0)
+    return Finish(scale, number("final_logit_softcapping", "logits_soft_cap"))
+
+
+class AnswerHead(nn.Module):
+    """A model's output layer, which also computes losses itself.
+
+    It must: ZeRO-3 gathers a weight while the module that owns it runs, and nowhere else.
+    """
+
+    def __init__(self, head: Any, finish: Finish = UNFINISHED) -> None:
+        """Takes over the parameters of ``head``, an ``nn.Linear``; tied weights stay tied.
+
+        ``finish``: what the model makes of the logits afterwards, which losses have to know.
+        """
+        super().__init__()
+        self.finish = finish
+        self.weight = head.weight
+        self.bias = getattr(head, "bias", None)
+
+    def forward(self, hidden: Tensor, parts: Parts | None = None, weights: Tensor | None = None) -> Any:
+        """``[..., d]`` to outputs ``[..., V]``, which the model itself finishes; with ``parts``, ``[n, d]`` to
+        ``([n] losses, weighted sum)``.
+
+        ``weights`` [n]: the coefficients of the losses in the scalar that will be minimised. With them the gradient is
+        made in the forward, while a chunk's logits exist, and it is the sum that carries it; without them the losses
+        do, and the backward computes the logits again.
+        """
+        if parts is None:
+            return F.linear(hidden, self.weight, self.bias)
+        return _ChunkedLoss.apply(hidden, self.weight, self.bias, self.finish, parts, weights)
+
+
+class _ChunkedLoss(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        finish: Finish,
+        parts: Parts,
+        weights: Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.fused, ctx.finish, ctx.parts = weights is not None, finish, parts
+        trained = any(ctx.needs_input_grad)
+        if weights is None or not trained:
+            losses, *_ = _chunks(hidden, weight, bias, finish, parts, None)
+            ctx.save_for_backward(hidden, weight, bias)
+            total = losses.new_zeros(())
+            ctx.mark_non_differentiable(total)
+        else:
+            losses, *gradients = _chunks(hidden, weight, bias, finish, parts, weights)
+            ctx.save_for_backward(*gradients)
+            total = (weights * losses).sum()
+            ctx.mark_non_differentiable(losses)
+        return losses, total
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: Tensor) -> tuple[Tensor | None, ...]:
+        of_losses, of_total = upstream
+        if ctx.fused:
+            gradients = [None if g is None else g.mul_(of_total.to(g.dtype)) for g in ctx.saved_tensors]
+        else:
+            hidden, weight, bias = ctx.saved_tensors
+            gradients = list(_chunks(hidden, weight, bias, ctx.finish, ctx.parts, of_losses)[1:])
+        return (*gradients, None, None, None)
+
+
+def _chunks(
+    hidden: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    finish: Finish,
+    parts: Parts,
+    coefficients: Tensor | None,
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Losses [n], and with ``coefficients`` [n] the gradients of their weighted sum: hidden's, weight's, bias's."""
+    losses, of_hidden = [], []
+    of_weight = of_bias = None
+    for labels, targets, own in _in_chunks(parts):
+        states = hidden[labels]
+        logits = head_logits(states, weight, bias, finish)
+        slope = finish.slope(logits) if finish and coefficients is not None else None  # the losses overwrite the logits
+        loss, delta = targets.losses(logits, own)
+        losses.append(loss)
+        if coefficients is None:
+            continue
+        if slope is not None:
+            delta.mul_(slope)
+        scale = coefficients[labels, None].to(delta.dtype)
+        if bias is not None:
+            share = (delta * scale).sum(0)
+            of_bias = share if of_bias is None else of_bias + share
+        # The coefficients scale what is [c, d], not what is [c, V].
+        wide, delta = delta.dtype, delta.to(weight.dtype)
+        of_hidden.append(((delta @ weight) * scale).to(weight.dtype))
+        scaled = (states * scale).to(weight.dtype)
+        if of_weight is None:  # summed over chunks in fp32: bf16 would round after each
+            of_weight = (delta.T @ scaled).to(wide)
+        elif wide == delta.dtype:
+            of_weight.addmm_(delta.T, scaled)
+        else:
+            of_weight += delta.T @ scaled
+        del delta
+    found = torch.cat(losses)
+    if coefficients is None:
+        return found, None, None, None
+    assert of_weight is not None
+    return found, torch.cat(of_hidden), of_weight.to(weight.dtype), None if of_bias is None else of_bias.to(bias)  # type: ignore[call-overload]
+
+
+def _in_chunks(parts: Parts) -> Iterator[tuple[slice, LabelTarget, slice]]:
+    """(labels of the whole, what they are compared to, the same labels counted in their part)."""
+    for part, targets in parts:
+        for start in range(part.start, part.stop, CHUNK):
+            stop = min(start + CHUNK, part.stop)
+            yield slice(start, stop), targets, slice(start - part.start, stop - part.start)
