@@ -16,21 +16,21 @@ from tests.data.made import FORMS
 from tests.engine.gradient_cases import VOCABULARY, WEIGHTS, make_examples
 from tests.engine.small import silent
 from wpn_ds.data.layout import Layout
-from wpn_ds.engine.answers import states_of
 from wpn_ds.engine.export import full_weights
 from wpn_ds.engine.feed import Feed
 from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.policy import build_engine
-from wpn_ds.engine.reader import Reader
-from wpn_ds.engine.reference import FrozenModel, frozen_json, reference_of
-from wpn_ds.engine.start import Start
-from wpn_ds.engine.step import Step
+from wpn_ds.engine.reading import Reader
+from wpn_ds.engine.start import FrozenModel
+from wpn_ds.engine.step import Step, states_of
 from wpn_ds.engine.tables import Tables
+from wpn_ds.engine.tabulate import Tabulator
 from wpn_ds.jobs.distributed import World, init, sum_over_ranks
 from wpn_ds.models.load import Source, load_model
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.registry import find
 from wpn_ds.objectives.terms import Objective, Role, Terms
+from wpn_ds.settings.deepspeed import frozen_json
 from wpn_ds.settings.run import TrainingConfig, UnlearningConfig
 
 
@@ -98,8 +98,8 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
     lm = policy.engine.module.lm
     # With all tokens but one, topk is exact.
     settings = UnlearningConfig(reference=case["reference"], reference_topk=VOCABULARY - 1)
-    reference = partial(reference_of, settings, starting, examples.retain, tables, silent, frozen)
-    start = Start.read(terms, examples, starting, tables, silent, reference)
+    tabulator = Tabulator(starting, tables, silent)
+    start = tabulator.start(terms, examples, partial(tabulator.reference, settings, examples.retain, frozen))
     start.reader = policy
     training = TrainingConfig(global_batch_size=len(examples.forget))
     plan = Feed(examples, training, len(examples.retain), layout, terms.read).plan(1)

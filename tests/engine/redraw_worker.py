@@ -10,10 +10,9 @@ from safetensors.torch import save_file
 from tests.engine.gradient_cases import make_examples
 from tests.engine.gradient_worker import ds_json
 from wpn_ds.data.layout import Layout, plan_step
-from wpn_ds.engine.bank import answer_scores
 from wpn_ds.engine.export import full_weights
 from wpn_ds.engine.policy import build_engine
-from wpn_ds.engine.reader import Reader
+from wpn_ds.engine.reading import Reader, answer_scores
 from wpn_ds.engine.redraw import Ema
 from wpn_ds.engine.start import Start
 from wpn_ds.engine.step import Step

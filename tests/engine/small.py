@@ -14,7 +14,7 @@ from tests.engine.gradient_cases import VOCABULARY
 from tests.models.families import CONFIGS, make
 from wpn_ds.data.layout import Layout
 from wpn_ds.data.plan import Segment
-from wpn_ds.engine.reader import Reader
+from wpn_ds.engine.reading import Reader
 from wpn_ds.jobs.distributed import World
 from wpn_ds.models.packed import PackedLM
 

@@ -17,9 +17,8 @@ from wpn_ds.data.batch import Batch
 from wpn_ds.data.examples import ExampleSet
 from wpn_ds.data.layout import Layout
 from wpn_ds.data.plan import StepPlan
-from wpn_ds.engine.bank import Bank
-from wpn_ds.engine.reader import Reader
-from wpn_ds.engine.start import Start
+from wpn_ds.engine.reading import Reader
+from wpn_ds.engine.start import Bank, Start
 from wpn_ds.engine.step import Step, Sums
 from wpn_ds.jobs.distributed import World
 from wpn_ds.losses.likelihood import LabelTarget, Tokens

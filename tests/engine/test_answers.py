@@ -17,7 +17,7 @@ from tests.engine.stepping import Model, Rolled, Said, random, start_of, take
 from wpn_ds.data.batch import collate
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
 from wpn_ds.data.plan import Segment
-from wpn_ds.engine.answers import label_gradients, means_of, states_of
+from wpn_ds.engine.step import label_gradients, means_of, states_of
 from wpn_ds.models.packed import Output
 from wpn_ds.objectives.terms import NPair, OnAnswers, Role, Terms
 from wpn_ds.objectives.wpn import WPN

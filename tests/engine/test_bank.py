@@ -12,15 +12,17 @@ from tests.data.made import FORMS
 from tests.engine.gradient_cases import make_examples
 from tests.engine.small import alone, silent, small_reader
 from wpn_ds.data.layout import Layout, plan_step
-from wpn_ds.engine import bank as bank_module
-from wpn_ds.engine.bank import Bank, answer_scores, bank_vectors, current_vectors, pooled_states, starting_scores
+from wpn_ds.engine import start, tabulate
+from wpn_ds.engine.reading import answer_scores, pooled_states
+from wpn_ds.engine.start import Bank, Start
 from wpn_ds.engine.tables import Tables
+from wpn_ds.engine.tabulate import Tabulator
 from wpn_ds.losses.answers import AnswerVectors, npair_losses, npair_of_fixed, similarity
-from wpn_ds.objectives.terms import Role
+from wpn_ds.objectives.terms import Role, Terms
+from wpn_ds.objectives.wpn import WPN
 
 CPU = torch.device("cpu")
 EXAMPLES = make_examples()
-WIDTH = 32
 
 
 def plan_of(indices: list[int]) -> Any:
@@ -32,9 +34,9 @@ def plan_of(indices: list[int]) -> Any:
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_answer_s_vector_is_that_of_its_tokens_read_after_its_prompt_alone(world, tmp_path, monkeypatch, form):
-    monkeypatch.setattr(bank_module, "BLOCK", 4)  # several blocks
+    monkeypatch.setattr(tabulate, "BLOCK", 4)  # several blocks
     reader = small_reader(world, form)
-    vectors = bank_vectors(reader, "mean", EXAMPLES.answers, WIDTH, Tables(tmp_path, {}), silent)
+    vectors = Tabulator(reader, Tables(tmp_path, {}), silent).vectors("mean", EXAMPLES.answers)
     prompts = pooled_states(reader, "mean", [a.segment for a in EXAMPLES.answers], "prompt")
     for answer, vector, prompt in zip(EXAMPLES.answers, vectors, prompts, strict=True):
         states, _ = alone(answer.segment)
@@ -45,9 +47,9 @@ def test_an_answer_s_vector_is_that_of_its_tokens_read_after_its_prompt_alone(wo
 
 @pytest.mark.parametrize("form", FORMS)
 def test_an_answer_s_score_is_the_sum_of_its_tokens_log_probabilities(world, tmp_path, monkeypatch, form) -> None:
-    monkeypatch.setattr(bank_module, "BLOCK", 4)
+    monkeypatch.setattr(tabulate, "BLOCK", 4)
     reader = small_reader(world, form)
-    scores = starting_scores(reader, "sum", EXAMPLES.answers, Tables(tmp_path, {}), silent)
+    scores = Tabulator(reader, Tables(tmp_path, {}), silent).scores("sum", EXAMPLES.answers)
     for answer, score in zip(EXAMPLES.answers, scores, strict=True):
         s, (_, logp) = answer.segment, alone(answer.segment)
         plain = sum(logp[t - 1, s.ids[t]].item() for t in range(s.answer_start, len(s.ids)))
@@ -64,14 +66,15 @@ def test_vectors_and_scores_are_computed_once_for_a_pooling(world, tmp_path) -> 
         built.append(what)
         return items
 
+    tabulator = Tabulator(reader, tables, progress)
     for pooling in ("weighted", "last", "weighted"):
-        first = bank_vectors(reader, pooling, EXAMPLES.answers, WIDTH, tables, progress)
+        first = tabulator.vectors(pooling, EXAMPLES.answers)
     assert len(built) == 2
     for _ in range(2):
-        starting_scores(reader, "sum", EXAMPLES.answers, tables, progress)
+        tabulator.scores("sum", EXAMPLES.answers)
     assert len(built) == 3
     training = reader.engine.module.train()
-    assert torch.equal(first, bank_vectors(reader, "weighted", EXAMPLES.answers, WIDTH, tables, silent))
+    assert torch.equal(first, Tabulator(reader, tables, silent).vectors("weighted", EXAMPLES.answers))
     pooled_states(reader, "weighted", [EXAMPLES.answers[0].segment], "answer")
     assert training.training, "reading leaves the mode as it was"
 
@@ -92,7 +95,7 @@ def joined(answers: AnswerVectors, index: Tensor) -> tuple[Tensor, Tensor]:
 
 @pytest.mark.parametrize("block", [1, 3, 8192])
 def test_bank_negatives_are_all_unwanted_answers_but_those_that_the_example_wants(monkeypatch, block) -> None:
-    monkeypatch.setattr(bank_module, "BLOCK", block)
+    monkeypatch.setattr(start, "BLOCK", block)
     bank, chosen = random_bank(), [2, 0]
     answers = bank.answers(plan_of(chosen), "bank", CPU)
     unwanted = [a for e in EXAMPLES.forget for a in e.unwanted]
@@ -128,7 +131,7 @@ def test_the_bank_in_blocks_is_the_dense_computation(monkeypatch, kind) -> None:
     dense = npair_losses(positive, similarity(prompts, vectors, kind), mask, 0.7).sum()
     (expected,) = torch.autograd.grad(dense, prompts)
     for block in (1, 4, 8192):
-        monkeypatch.setattr(bank_module, "BLOCK", block)
+        monkeypatch.setattr(start, "BLOCK", block)
         total = npair_of_fixed("npair", prompts, index, answers, kind, 0.7, 3)["npair"].total
         (gradient,) = torch.autograd.grad(total, prompts)
         assert torch.allclose(total, dense, rtol=1e-5) and torch.allclose(gradient, expected, rtol=1e-4, atol=1e-6)
@@ -136,14 +139,15 @@ def test_the_bank_in_blocks_is_the_dense_computation(monkeypatch, kind) -> None:
 
 def test_current_vectors_are_the_bank_s_while_the_weights_are_the_starting_ones(world, tmp_path) -> None:
     reader, plan = small_reader(world), plan_of([4, 1, 2])
-    vectors = bank_vectors(reader, "weighted", EXAMPLES.answers, WIDTH, Tables(tmp_path, {}), silent)
+    vectors = Tabulator(reader, Tables(tmp_path, {}), silent).vectors("weighted", EXAMPLES.answers)
     kept = Bank.of(EXAMPLES, vectors).answers(plan, "step", CPU)
-    current = current_vectors(reader, "weighted", "step", EXAMPLES, plan)
+    terms = Terms.of(WPN(wpn_targets="detached"))
+    current = Start(terms, EXAMPLES, reader).of(plan)["npair"]
     every = torch.arange(len(plan.wanted_ids))
     pairs = zip((kept.wanted, *joined(kept, every)), (current.wanted, *joined(current, every)), strict=True)
     assert all(torch.allclose(mine, its, rtol=1e-4, atol=1e-5) for mine, its in pairs)
     with torch.no_grad():
         for parameter in reader.engine.module.parameters():
             parameter.mul_(1.1)
-    now = current_vectors(reader, "weighted", "step", EXAMPLES, plan).wanted
+    now = Start(terms, EXAMPLES, reader).of(plan)["npair"].wanted
     assert not torch.allclose(now, kept.wanted, rtol=0.01)

@@ -18,9 +18,8 @@ from wpn_ds.data.examples import ExampleSet
 from wpn_ds.data.layout import Layout
 from wpn_ds.data.plan import Segment
 from wpn_ds.engine import feed as feed_module
-from wpn_ds.engine.bank import answer_scores
 from wpn_ds.engine.feed import Feed, still_known
-from wpn_ds.engine.reader import Reader
+from wpn_ds.engine.reading import Reader, answer_scores
 from wpn_ds.engine.redraw import Redraw, Request
 from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import TrainingConfig

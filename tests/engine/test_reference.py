@@ -10,12 +10,14 @@ from tests.engine.gradient_cases import VOCABULARY, make_examples
 from tests.engine.small import alone, silent, small_model, small_reader
 from wpn_ds.data.batch import Batch, collate
 from wpn_ds.data.layout import Layout, plan_step
-from wpn_ds.engine import reference as reference_module
-from wpn_ds.engine.reference import CachedTopK, FrozenModel, _Rows, _split, cached_states, cached_topk, frozen_json
+from wpn_ds.engine import tabulate
+from wpn_ds.engine.start import CachedTopK, FrozenModel, LabelRows
 from wpn_ds.engine.tables import Tables
+from wpn_ds.engine.tabulate import Tabulator, _split
 from wpn_ds.errors import UserError
 from wpn_ds.losses.likelihood import Distribution, TopK
 from wpn_ds.objectives.terms import Role
+from wpn_ds.settings.deepspeed import frozen_json
 
 ROLES = frozenset({Role.WANTED, Role.RETAIN})
 EXAMPLES = make_examples()
@@ -36,14 +38,14 @@ def labelled(batch: Batch) -> list[tuple[int, int]]:
 
 @pytest.fixture(params=[1, 10, 4096])
 def block(request, monkeypatch) -> int:
-    monkeypatch.setattr(reference_module, "_BLOCK_LABELS", request.param)
+    monkeypatch.setattr(tabulate, "_BLOCK_LABELS", request.param)
     return request.param
 
 
 @pytest.mark.parametrize("form", FORMS)
 def test_cached_states_are_those_of_the_labels_segments_alone(world, tmp_path, form, block) -> None:
     reader = small_reader(world, form)
-    kept = cached_states(reader, EXAMPLES.retain, Tables(tmp_path, {}), silent)
+    kept = Tabulator(reader, Tables(tmp_path, {}), silent).states(EXAMPLES.retain)
     for batch in retain_batches(form, [2, 0, 1, 0]):
         with kept.targets(batch) as targets:
             assert isinstance(targets, Distribution)
@@ -57,7 +59,7 @@ def test_cached_states_are_those_of_the_labels_segments_alone(world, tmp_path, f
 @pytest.mark.parametrize("form", FORMS)
 def test_cached_top_tokens_are_those_of_the_labels_segments_alone(world, tmp_path, form, block) -> None:
     reader = small_reader(world, form)
-    kept = cached_topk(reader, EXAMPLES.retain, 5, Tables(tmp_path, {}), silent)
+    kept = Tabulator(reader, Tables(tmp_path, {}), silent).top_tokens(EXAMPLES.retain, 5)
     for batch in retain_batches(form, [1, 2, 0, 1]):
         with kept.targets(batch) as targets:
             assert isinstance(targets, TopK)
@@ -71,7 +73,7 @@ def test_cached_top_tokens_are_those_of_the_labels_segments_alone(world, tmp_pat
 def test_a_frozen_model_says_what_the_tables_keep(world, tmp_path, form) -> None:
     reader = small_reader(world, form)
     frozen = FrozenModel(small_model().lm, True, frozen_json({}, "sharded"), world)
-    kept = cached_states(reader, EXAMPLES.retain, Tables(tmp_path, {}), silent)
+    kept = Tabulator(reader, Tables(tmp_path, {}), silent).states(EXAMPLES.retain)
     assert not any(p.requires_grad for p in frozen.model.parameters())
     logits = torch.randn(100, VOCABULARY, generator=torch.Generator().manual_seed(0))
     for batch in retain_batches(form, [2, 0, 1]):
@@ -84,34 +86,34 @@ def test_a_frozen_model_says_what_the_tables_keep(world, tmp_path, form) -> None
 
 
 def test_tables_are_built_once_and_a_number_of_tokens_has_its_own(world, tmp_path) -> None:
-    reader, tables = small_reader(world), Tables(tmp_path, {})
     built: list[str] = []
 
     def progress(items, what):
         built.append(what)
         return items
 
+    tabulator = Tabulator(small_reader(world), Tables(tmp_path, {}), progress)
     for k in (5, 6, 5):
-        cached_topk(reader, EXAMPLES.retain, k, tables, progress)
+        tabulator.top_tokens(EXAMPLES.retain, k)
     for _ in range(2):
-        cached_states(reader, EXAMPLES.retain, tables, progress)
+        tabulator.states(EXAMPLES.retain)
     assert len(built) == 3
 
 
 def test_the_unknown_mass_is_what_the_kept_tokens_leave() -> None:
-    kept = CachedTopK(torch.zeros(3, 2), torch.tensor([[0.5, 0.2], [0.9, 0.1], [0.3, 0.1]]).log(), _Rows.of([]))
+    kept = CachedTopK(torch.zeros(3, 2), torch.tensor([[0.5, 0.2], [0.9, 0.1], [0.3, 0.1]]).log(), LabelRows.of([]))
     assert kept.unknown_mass() == (pytest.approx(0.3, abs=1e-6), pytest.approx(0.6, abs=1e-6))
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_blocks_of_segments_follow_each_other_with_about_as_many_labels_each(size) -> None:
-    rows = _Rows.of(EXAMPLES.retain * 5)
+    rows = LabelRows.of(EXAMPLES.retain * 5)
     blocks = _split(rows, size)
     assert [first for first, _ in blocks] == [0, *(last for _, last in blocks[:-1])] and blocks[-1][1] == 15
     longest = max(segment.answer_length for segment in EXAMPLES.retain)
     assert all(rows.start[last] - rows.start[first] < size + longest for first, last in blocks)
     assert len(blocks) <= len(rows) / size + 1
-    assert _split(_Rows.of([]), size) == []
+    assert _split(LabelRows.of([]), size) == []
 
 
 # ---- the frozen model's configuration ----

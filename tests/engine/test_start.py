@@ -10,8 +10,8 @@ from tests.engine.gradient_cases import make_examples
 from tests.engine.small import alone, silent, small_reader
 from wpn_ds.data.batch import collate
 from wpn_ds.data.layout import Layout, plan_step
-from wpn_ds.engine.start import Start
 from wpn_ds.engine.tables import Tables
+from wpn_ds.engine.tabulate import Tabulator
 from wpn_ds.losses.answers import AnswerScores, AnswerVectors
 from wpn_ds.objectives.terms import NPair, OnAnswers, OnTokens, Role, Terms
 
@@ -39,7 +39,7 @@ ANSWERS = (
 
 def test_each_term_is_compared_to_what_it_asked_for(world, tmp_path) -> None:
     terms, reader = Terms((), ANSWERS), small_reader(world)
-    start = Start.read(terms, EXAMPLES, reader, Tables(tmp_path, {}), silent, refused)
+    start = Tabulator(reader, Tables(tmp_path, {}), silent).start(terms, EXAMPLES, refused)
     assert (start.banks.keys(), start.scores.keys()) == ({"frozen"}, {"sums", "means"})
     assert start.logprobs is None and start.reference is None
 
@@ -79,7 +79,7 @@ def test_labels_are_compared_to_what_their_term_says_and_others_to_their_tokens(
 
     fading = OnTokens("fading", 1.0, Role.UNWANTED, target, start=True)
     terms, reader = Terms((fading, OnTokens("nll", 1.0, Role.WANTED)), ()), small_reader(world)
-    start = Start.read(terms, EXAMPLES, reader, Tables(tmp_path, {}), silent, refused)
+    start = Tabulator(reader, Tables(tmp_path, {}), silent).start(terms, EXAMPLES, refused)
     plan = plan_step(EXAMPLES, [3, 1, 5], [], reader.layout, roles=terms.read)
     labels = 0
     for k, rows in enumerate(plan.micro_batches[0]):

@@ -20,15 +20,16 @@ from wpn_ds.data.layout import Layout, plan_step
 from wpn_ds.data.plan import StepPlan
 from wpn_ds.engine import step as step_module
 from wpn_ds.engine.progress import Window
-from wpn_ds.engine.reader import Reader
-from wpn_ds.engine.reference import FrozenModel, cached_states, cached_topk, frozen_json
-from wpn_ds.engine.start import Start
+from wpn_ds.engine.reading import Reader
+from wpn_ds.engine.start import FrozenModel, Start
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
+from wpn_ds.engine.tabulate import Tabulator
 from wpn_ds.models import attention
 from wpn_ds.objectives.registry import built_in
 from wpn_ds.objectives.terms import Role, Terms
 from wpn_ds.objectives.wpn import WPN
+from wpn_ds.settings.deepspeed import frozen_json
 
 #: What makes the host wait for a GPU: a value it reads, or a result whose size it must know.
 WAITS = ("_local_scalar_dense", "is_nonzero", "nonzero", "masked_select", "unique", "equal", "bincount")
@@ -72,13 +73,13 @@ EXAMPLES = make_examples()
 
 def start_of(terms: Terms, reader: Reader, tables: Tables, kept: str) -> Start:
     """What the model says before training, with the retain labels' distribution ``kept`` in one of its ways."""
-    retain, world = EXAMPLES.retain, reader.world
+    retain, world, tabulator = EXAMPLES.retain, reader.world, Tabulator(reader, tables, silent)
     reference = {
         "frozen": lambda: FrozenModel(small_model().lm, True, frozen_json({}, "sharded"), world),
-        "states": lambda: cached_states(reader, retain, tables, silent),
-        "topk": lambda: cached_topk(reader, retain, 8, tables, silent),
+        "states": lambda: tabulator.states(retain),
+        "topk": lambda: tabulator.top_tokens(retain, 8),
     }
-    return Start.read(terms, EXAMPLES, reader, tables, silent, reference[kept])
+    return tabulator.start(terms, EXAMPLES, reference[kept])
 
 
 # ---- one micro-batch after the other ----

@@ -17,8 +17,8 @@ from tests.engine.gradient_cases import make_examples
 from tests.engine.small import alone, silent, small_reader
 from wpn_ds.data.examples import ExampleSet
 from wpn_ds.engine import validation as validation_module
-from wpn_ds.engine.start import Start
 from wpn_ds.engine.tables import Tables
+from wpn_ds.engine.tabulate import Tabulator
 from wpn_ds.engine.validation import Validation, validation_losses
 from wpn_ds.jobs.distributed import World
 from wpn_ds.judging.base import Judgement, Verdict
@@ -155,7 +155,7 @@ def test_how_similar_answers_are_at_the_start_is_told_where_they_are_compared_to
 ) -> None:
     reader, log = small_reader(world), Log()
     terms = Terms.of(WPN(wpn_targets=targets, wpn_pooling="mean", retain_loss="nll"))
-    start = Start.read(terms, EXAMPLES, reader, Tables(tmp_path, {}), silent, lambda: None)  # type: ignore[arg-type, return-value]
+    start = Tabulator(reader, Tables(tmp_path, {}), silent).start(terms, EXAMPLES, lambda: None)  # type: ignore[arg-type, return-value]
     validation = validation_of(world)
     validation.reader = reader
     values = validation.similarities(start, log)  # type: ignore[arg-type]

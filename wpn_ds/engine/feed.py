@@ -15,9 +15,8 @@ from typing import Any
 from wpn_ds.data.examples import ExampleSet, ForgetExample
 from wpn_ds.data.layout import ORDER_FORMAT, Layout, plan_step, retain_seed, step_indices
 from wpn_ds.data.plan import StepPlan
-from wpn_ds.engine.bank import answer_scores
 from wpn_ds.engine.prepare import Job
-from wpn_ds.engine.reader import Reader
+from wpn_ds.engine.reading import Reader, answer_scores
 from wpn_ds.engine.redraw import Redraw
 from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import TrainingConfig

@@ -32,7 +32,6 @@ from wpn_ds.engine.fingerprint import BY_FILE, fingerprint_of_model, in_one_dige
 from wpn_ds.engine.harmony import check_harmony
 from wpn_ds.engine.probe import Probe
 from wpn_ds.engine.redraw import Request, check_redraw, redraw_requests
-from wpn_ds.engine.reference import frozen_json
 from wpn_ds.engine.trial import try_out
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, agree, announce, init, on_main, progress_bar
@@ -55,7 +54,7 @@ from wpn_ds.models.load import (
 )
 from wpn_ds.models.planted import ensure_planted
 from wpn_ds.objectives.terms import Terms
-from wpn_ds.settings.deepspeed import ResolvedDeepSpeed, resolve_deepspeed, stage_of
+from wpn_ds.settings.deepspeed import ResolvedDeepSpeed, frozen_json, resolve_deepspeed, stage_of
 from wpn_ds.settings.run import Config, UnlearningConfig
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import cache_folder

@@ -22,17 +22,18 @@ from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.policy import Policy, load_lm
 from wpn_ds.engine.prepare import Job
 from wpn_ds.engine.progress import Progress, TrainingStopped
-from wpn_ds.engine.reader import Reader
+from wpn_ds.engine.reading import Reader
 from wpn_ds.engine.redraw import Ema, Redraw
-from wpn_ds.engine.reference import FrozenModel, frozen_json, reference_of
-from wpn_ds.engine.start import Start
+from wpn_ds.engine.start import FrozenModel
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
+from wpn_ds.engine.tabulate import Tabulator
 from wpn_ds.engine.telemetry import Telemetry, energy, figures_line, log_warnings
 from wpn_ds.engine.validation import Validation
 from wpn_ds.jobs import history
 from wpn_ds.jobs.distributed import announce, on_main, progress_bar, rng_state, set_rng_state, sum_over_ranks
 from wpn_ds.jobs.heartbeat import Heartbeat, Stopped
+from wpn_ds.settings.deepspeed import frozen_json
 from wpn_ds.system.files import cache_folder
 
 
@@ -50,11 +51,9 @@ class Run:
         self.engine, layout = self.policy.engine, self.policy.layout
         reader = Reader(self.engine, layout, job.pad_id, self.world, beat)
         tables = Tables(cache_folder(), {"model": past.model, "data": past.data, "dtype": str(self.policy.lm.dtype)})
-        bar = partial(progress_bar, self.world)
-        reference = partial(
-            reference_of, config.unlearning, reader, job.examples.retain, tables, bar, self._frozen_model
-        )
-        self.start = Start.read(job.terms, job.examples, reader, tables, bar, reference)
+        tabulator = Tabulator(reader, tables, partial(progress_bar, self.world))
+        reference = partial(tabulator.reference, config.unlearning, job.examples.retain, self._frozen_model)
+        self.start = tabulator.start(job.terms, job.examples, reference)
         self.heartbeat.pause()
 
         generation = Generation(self.policy.lm, job.tokenizer, self.world, job.zero_stage == 3, beat)

@@ -1,26 +1,34 @@
-"""What the starting model says, computed once before the first step, as far as the terms compare to it."""
+"""What a step's terms compare to: what the starting model says of answers and tokens, by tables or by a frozen model;
+of answers also what the current one says, without gradient."""
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
+import deepspeed
+import numpy as np
 import torch
+from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor
 
 from wpn_ds.data.batch import Batch, to_device
 from wpn_ds.data.examples import ExampleSet
-from wpn_ds.data.plan import StepPlan
-from wpn_ds.engine.answers import Fixed
-from wpn_ds.engine.bank import Bank, Progress, bank_vectors, current_vectors, starting_scores
-from wpn_ds.engine.reader import Reader
-from wpn_ds.engine.reference import Reference, StartingLogprobs, starting_logprobs
-from wpn_ds.engine.tables import Tables
-from wpn_ds.losses.answers import AnswerScores
-from wpn_ds.losses.likelihood import LabelTarget
+from wpn_ds.data.plan import Segment, StepPlan
+from wpn_ds.engine.reading import Reader, pooled_states
+from wpn_ds.jobs.distributed import World
+from wpn_ds.losses.answers import AnswerScores, AnswerVectors
+from wpn_ds.losses.likelihood import Distribution, Finish, LabelTarget, TopK
+from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.terms import OnAnswers, Role, Terms
+
+#: Answers whose vectors are in memory at the same time, while the bank is built and while it is compared to.
+BLOCK = 8192
+
+#: What a term on answers compares them to; None: only to each other.
+Fixed = AnswerScores | AnswerVectors | None
 
 
 @dataclass
@@ -43,35 +51,6 @@ class Start:
     logprobs: StartingLogprobs | None = None
     reference: Reference | None = None
 
-    @classmethod
-    def read(
-        cls,
-        terms: Terms,
-        examples: ExampleSet,
-        reader: Reader,
-        tables: Tables,
-        progress: Progress,
-        reference: Callable[[], Reference],
-    ) -> Start:
-        """By the starting weights, which the reader's engine must have, or from ``tables``; every rank must call it.
-
-        ``reference`` makes what retain labels are compared to, if a term asks for it.
-        """
-        start, answers = cls(terms, examples, reader), examples.answers
-        for term in terms.answers:
-            if term.vectors is not None and term.answers == "frozen":
-                width = state_width(reader.engine.module.lm.config)
-                vectors = bank_vectors(reader, term.vectors, answers, width, tables, progress)
-                start.banks[term.name] = Bank.of(examples, vectors)
-            elif term.relative:
-                assert term.score is not None
-                start.scores[term.name] = starting_scores(reader, term.score, answers, tables, progress)
-        if terms.needs_start_distribution:
-            start.reference = reference()
-        if terms.needs_start_logprobs:
-            start.logprobs = starting_logprobs(reader, answers, tables, progress)
-        return start
-
     def of(self, plan: StepPlan) -> dict[str, Fixed]:
         """What the step's answers are compared to, by the name of the term."""
         return {term.name: self._of(term, plan) for term in self.terms.answers}
@@ -79,16 +58,16 @@ class Start:
     def _of(self, term: OnAnswers, plan: StepPlan) -> Fixed:
         device = self.reader.world.device
         if term.relative:
-            wanted, unwanted = (
-                self.scores[term.name][torch.from_numpy(ids)] for ids in (plan.wanted_ids, plan.unwanted_ids)
-            )
+            scores = self.scores[term.name]
+            wanted, unwanted = (scores[torch.from_numpy(ids)] for ids in (plan.wanted_ids, plan.unwanted_ids))
             return AnswerScores(to_device(wanted, device), to_device(unwanted, device))
-        if not term.fixed:
+        if term.vectors is None or term.answers == "live":
             return None
-        if term.name in self.banks:
+        if term.answers == "frozen":
             return self.banks[term.name].answers(plan, term.pairs, device)
-        assert term.vectors is not None
-        return current_vectors(self.reader, term.vectors, term.pairs, self.examples, plan)
+        ids, n = [*plan.wanted_ids.tolist(), *plan.unwanted_ids.tolist()], len(plan.wanted_ids)
+        vectors = pooled_states(self.reader, term.vectors, [self.examples.answers[i].segment for i in ids], "answer")
+        return _of_step(vectors[:n], vectors[n:], plan, term.pairs)
 
     @contextlib.contextmanager
     def targets(self, batch: Batch, plan: StepPlan, roles: frozenset[Role]) -> Iterator[dict[Role, LabelTarget]]:
@@ -112,7 +91,153 @@ class Start:
             yield targets
 
 
-def state_width(config: Any) -> int:
-    """Width of the states that the LM head receives."""
-    text = config.get_text_config()
-    return getattr(text, "word_embed_proj_dim", text.hidden_size)
+# ---- answers ----
+
+
+@dataclass(frozen=True)
+class Bank:
+    """The answers' vectors, by ``answer_id``.
+
+    Attributes:
+        vectors: [answers, d] fp32, in host memory (mapped from a file).
+        unwanted_ids, unwanted_texts: [m] ``answer_id`` and ``text_id`` of every unwanted answer of the data set.
+    """
+
+    vectors: Tensor
+    unwanted_ids: Tensor
+    unwanted_texts: Tensor
+
+    @classmethod
+    def of(cls, examples: ExampleSet, vectors: Tensor) -> Bank:
+        unwanted = [answer for example in examples.forget for answer in example.unwanted]
+        ids, texts = torch.tensor([[a.answer_id, a.text_id] for a in unwanted], dtype=torch.long).reshape(-1, 2).T
+        return cls(vectors, ids.contiguous(), texts.contiguous())
+
+    def answers(self, plan: StepPlan, pairs: str, device: torch.device) -> AnswerVectors:
+        """The step's answers, with its own unwanted ones as negatives, or with ``pairs="bank"`` all of the data set."""
+        wanted = to_device(self.vectors[torch.from_numpy(plan.wanted_ids)], device)
+        if pairs != "bank":
+            unwanted = to_device(self.vectors[torch.from_numpy(plan.unwanted_ids)], device)
+            return _of_step(wanted, unwanted, plan, pairs)
+        width = max(map(len, plan.wanted_texts), default=1)
+        padded = [[*texts, *[-1] * (width - len(texts))] for texts in map(sorted, plan.wanted_texts)]
+        texts_of = to_device(torch.tensor(padded).reshape(-1, width), device)
+
+        def blocks(index: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+            if not len(index):  # no pair here: a retain or dead micro-batch
+                return
+            own = texts_of[index]
+            for ids, texts in zip(self.unwanted_ids.split(BLOCK), self.unwanted_texts.split(BLOCK), strict=True):
+                is_own = to_device(texts, device)[None, :, None] == own[:, None, :]
+                yield to_device(self.vectors[ids], device), ~is_own.any(-1)
+
+        return AnswerVectors(wanted, blocks)
+
+
+def _of_step(wanted: Tensor, unwanted: Tensor, plan: StepPlan, pairs: str) -> AnswerVectors:
+    """[n, d] wanted answers of the step, with its own [m, d] unwanted ones as negatives."""
+    mask = to_device(torch.from_numpy(plan.mask(pairs)), wanted.device)
+    return AnswerVectors(wanted, lambda index: [(unwanted, mask[index])])
+
+
+# ---- tokens ----
+
+
+@dataclass(frozen=True)
+class LabelRows:
+    """The rows that a table has for the labels of segments: those of segment i are ``start[i]:start[i + 1]``."""
+
+    segments: Sequence[Segment]
+    start: np.ndarray
+
+    @classmethod
+    def of(cls, segments: Sequence[Segment]) -> LabelRows:
+        return cls(segments, np.cumsum([0, *(segment.answer_length for segment in segments)]))
+
+    def __len__(self) -> int:
+        return int(self.start[-1])
+
+    def at(self, items: Sequence[int]) -> Tensor:
+        """The rows of the segments of these numbers, one segment after the other."""
+        rows = [np.arange(self.start[i], self.start[i + 1]) for i in items]
+        return torch.from_numpy(np.concatenate(rows) if rows else np.zeros(0, np.int64))
+
+
+class Reference(Protocol):
+    """What retain labels are compared to."""
+
+    def targets(self, batch: Batch) -> contextlib.AbstractContextManager[LabelTarget]:
+        """Of the batch's retain labels, while the context lasts."""
+
+
+class LabelStates(PackedLM):
+    """A model whose forward is the states at a batch's labels: [P, d]."""
+
+    def forward(self, batch: Batch) -> Tensor:  # type: ignore[override]
+        return self.backbone(batch).flatten(0, 1)[batch.label_positions]
+
+
+class FrozenModel:
+    """The starting model itself, sharded as the policy is under ZeRO-3, else a plain copy on each rank."""
+
+    def __init__(self, lm: Any, packed: bool, ds_json: Mapping[str, Any], world: World) -> None:
+        """``ds_json``: from :func:`wpn_ds.settings.deepspeed.frozen_json`."""
+        lm.requires_grad_(False)
+        model: Any = LabelStates(lm, packed=packed)
+        self.head = lm.get_output_embeddings()
+        self.sharded = ds_json.get("zero_optimization", {}).get("stage") == 3
+        if self.sharded:
+            model, *_ = deepspeed.initialize(model=model, config=dict(ds_json), dist_init_required=False)
+        else:
+            model.to(world.device)
+        model.eval()
+        self.model = model
+
+    @contextlib.contextmanager
+    def targets(self, batch: Batch) -> Iterator[LabelTarget]:
+        with torch.no_grad():
+            states = self.model(batch)[batch.labels_of(Role.RETAIN)]
+        # Gathered here and not by its own forward: the policy's head needs it, chunk by chunk.
+        with GatheredParameters(list(self.head.parameters()), enabled=self.sharded):
+            bias = None if self.head.bias is None else self.head.bias.detach()
+            yield Distribution(states, self.head.weight.detach(), bias, self.head.finish)
+
+
+class CachedStates:
+    """The starting model's states from a table, and its head: exact, without a second model."""
+
+    def __init__(self, states: Tensor, weight: Tensor, bias: Tensor | None, finish: Finish, rows: LabelRows) -> None:
+        self.states, self.weight, self.bias, self.finish, self.rows = states, weight, bias, finish, rows
+
+    @contextlib.contextmanager
+    def targets(self, batch: Batch) -> Iterator[LabelTarget]:
+        states = to_device(self.states[self.rows.at(batch.retain_items)], self.weight.device)
+        yield Distribution(states.to(self.weight.dtype), self.weight, self.bias, self.finish)
+
+
+class CachedTopK:
+    """The starting model's most likely tokens from a table; see :class:`TopK`."""
+
+    def __init__(self, ids: Tensor, logprobs: Tensor, rows: LabelRows) -> None:
+        self.ids, self.logprobs, self.rows = ids, logprobs, rows
+
+    @contextlib.contextmanager
+    def targets(self, batch: Batch) -> Iterator[LabelTarget]:
+        rows, device = self.rows.at(batch.retain_items), batch.label_ids.device
+        yield TopK(to_device(self.ids[rows].long(), device), to_device(self.logprobs[rows], device))
+
+    def unknown_mass(self) -> tuple[float, float]:
+        """Mean and largest probability of a label's tokens beyond the k, over (at most 100,000 of) the table's rows."""
+        known = self.logprobs[:: max(1, len(self.logprobs) // 100_000)].double().exp().sum(1)
+        return float((1 - known).mean()), float((1 - known).max())
+
+
+class StartingLogprobs:
+    """The starting model's log-probability of every answer's tokens, from a table."""
+
+    def __init__(self, logprobs: Tensor, rows: LabelRows) -> None:
+        self.logprobs, self.rows = logprobs, rows
+
+    def of(self, answers: Sequence[int]) -> Tensor:
+        """[n] of the tokens of the answers with these ``answer_id``, one answer after the other."""
+        return self.logprobs[self.rows.at(answers)]

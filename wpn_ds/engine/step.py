@@ -23,17 +23,27 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from wpn_ds.data.batch import Batch, collate
+from wpn_ds.data.batch import Batch, collate, to_device
 from wpn_ds.data.layout import Layout
 from wpn_ds.data.plan import StepPlan
-from wpn_ds.engine.answers import Fixed, States, label_gradients, means_of, states_of
 from wpn_ds.engine.harmony import Harmony
-from wpn_ds.engine.reader import no_beat
-from wpn_ds.engine.start import Start
+from wpn_ds.engine.reading import no_beat
+from wpn_ds.engine.start import Fixed, Start
 from wpn_ds.jobs.distributed import RngState, World, fill_from_ranks, rng_state, set_rng_state
-from wpn_ds.losses.answers import Mean
+from wpn_ds.losses.answers import (
+    AnswerScores,
+    AnswerVectors,
+    Mean,
+    alone,
+    npair_of_fixed,
+    npair_of_scores,
+    npair_of_vectors,
+    paired,
+    pooled,
+    pooling_matrix,
+)
 from wpn_ds.models.packed import Output
-from wpn_ds.objectives.terms import OnAnswers, Role, Terms
+from wpn_ds.objectives.terms import NPair, OnAnswers, Role, Terms
 
 
 @dataclass
@@ -68,6 +78,9 @@ class StepResult:
     data_seconds: float
 
 
+#: One state an item, by what it is of ("prompt", "wanted", "unwanted"): values [n, ...] and the items' indices [n].
+States = dict[str, tuple[Tensor, Tensor]]
+
 #: The gradients of a micro-batch's states, by the name of their term and what they are of.
 Cached = dict[str, dict[str, Tensor]]
 
@@ -91,6 +104,10 @@ class Step:
         changed nothing."""
         self.engine = engine
         self.terms = terms
+        self.weights = terms.weights
+        self.predicted, self.scored = terms.predicted, terms.scored
+        self.fixed = [term for term in terms.answers if term.fixed]
+        self.live = [term for term in terms.answers if not term.fixed]
         self.world = world
         self.layout = layout
         self.pad_id = pad_id
@@ -104,11 +121,11 @@ class Step:
         """Forward, backward and update."""
         sums = Sums()
         self._data_seconds = 0.0
-        fixed = self.start.of(plan)
-        apart = any(t.coupled and not plan.is_local(plan.mask(t.pairs)) for t in self.terms.answers)
+        said = self.start.of(plan)
+        apart = any(t.pairs != "alone" and not plan.is_local(plan.mask(t.pairs)) for t in self.live)
         count = len(plan.micro_batches[self.world.rank])
         retain = next((k for k in range(count) if Role.RETAIN in plan.roles(k)), None) if self.harmony else None
-        for k, loss in enumerate((self._gathered_shares if apart else self._shares)(plan, fixed, sums)):
+        for k, loss in enumerate((self._gathered_shares if apart else self._shares)(plan, said, sums)):
             if self.harmony is not None and k == retain:
                 self.harmony.keep_forget()
             self.engine.set_gradient_accumulation_boundary(k == count - 1)
@@ -117,44 +134,42 @@ class Step:
             sums.add(self.harmony.harmonise())
         return self._update(sums)
 
-    def _shares(self, plan: StepPlan, fixed: Mapping[str, Fixed], sums: Sums) -> Iterator[Tensor]:
+    def _shares(self, plan: StepPlan, said: Mapping[str, Fixed], sums: Sums) -> Iterator[Tensor]:
         """The micro-batches' shares of the loss, where no pair looks beyond its micro-batch."""
-        for k, batch in self._batches(plan, self.terms.predicted):
+        for k, batch in self._batches(plan, self.predicted):
             output = self._read(plan, k, batch)
-            loss = self._loss(self.terms.answers, output, batch, plan, fixed, sums)
+            loss = self._loss(self.terms.answers, output, batch, plan, said, sums)
             yield _with_every_weight(loss, output)
 
-    def _gathered_shares(self, plan: StepPlan, fixed: Mapping[str, Fixed], sums: Sums) -> Iterator[Tensor]:
+    def _gathered_shares(self, plan: StepPlan, said: Mapping[str, Fixed], sums: Sums) -> Iterator[Tensor]:
         """The micro-batches' shares where pairs look beyond them: ``<states, cached gradient>`` and the other terms."""
-        gathered = [term for term in self.terms.answers if not term.fixed]
-        others = [term for term in self.terms.answers if term.fixed]
         device, count = self.world.device, len(plan.micro_batches[self.world.rank])
         if count == 1:  # its own graph can wait for the other ranks' states: no second forward
-            for k, batch in self._batches(plan, self.terms.predicted):
+            for k, batch in self._batches(plan, self.predicted):
                 output = self._read(plan, k, batch)
-                states = {term.name: states_of(term, output, batch) for term in gathered}
-                cached = self._cached_gradients({k: states}, plan, fixed, sums)[k]
-                loss = self._loss(others, output, batch, plan, fixed, sums)
+                states = {term.name: states_of(term, output, batch) for term in self.live}
+                cached = self._cached_gradients({k: states}, plan, said, sums)[k]
+                loss = self._loss(self.fixed, output, batch, plan, said, sums)
                 yield _with_every_weight(loss + _inner_product(states, cached), output)
             return
         replay: dict[int, RngState] = {}
         first: dict[int, dict[str, States]] = {}
         forget = [k for k in range(count) if plan.roles(k) & {Role.WANTED, Role.UNWANTED}]
-        for k, batch in self._batches(plan, self.terms.scored, forget):
+        for k, batch in self._batches(plan, self.scored, forget):
             replay[k] = rng_state(device)
             with torch.no_grad():
                 output = self.engine(batch)
-                first[k] = {term.name: states_of(term, output, batch) for term in gathered}
-        gradients = self._cached_gradients(first, plan, fixed, sums)
+                first[k] = {term.name: states_of(term, output, batch) for term in self.live}
+        gradients = self._cached_gradients(first, plan, said, sums)
         del first
-        live = [term for term in gathered if term.score is None]
-        for k, batch in self._batches(plan, self.terms.predicted):
+        by_vectors = [term for term in self.live if term.score is None]
+        for k, batch in self._batches(plan, self.predicted):
             if k in replay:
                 set_rng_state(replay[k], device)  # dropout must be the same in both forwards
             output = self._read(plan, k, batch, gradients.get(k, {}))
-            loss = self._loss(others, output, batch, plan, fixed, sums)
-            if k in gradients and live:
-                loss = loss + _inner_product({t.name: states_of(t, output, batch) for t in live}, gradients[k])
+            loss = self._loss(self.fixed, output, batch, plan, said, sums)
+            if k in gradients and by_vectors:
+                loss = loss + _inner_product({t.name: states_of(t, output, batch) for t in by_vectors}, gradients[k])
             yield _with_every_weight(loss, output)
 
     def _batches(
@@ -179,7 +194,7 @@ class Step:
         """What the model says of micro-batch ``k``; ``gradients``: of its states, where they are known."""
         weights = None
         # Scores are made of label losses, which carry the gradient themselves until it is known what they weigh.
-        if gradients is not None or not self.terms.scored or Role.RETAIN in plan.roles(k):
+        if gradients is not None or not self.scored or Role.RETAIN in plan.roles(k):
             weights = self._label_weights(batch, plan, gradients or {})
         with self.start.targets(batch, plan, plan.roles(k)) as targets:
             return self.engine(batch, weights, targets)
@@ -203,7 +218,7 @@ class Step:
         output: Output,
         batch: Batch,
         plan: StepPlan,
-        fixed: Mapping[str, Fixed],
+        said: Mapping[str, Fixed],
         sums: Sums,
     ) -> Tensor:
         """A micro-batch's share of the terms on tokens and of those of ``compared``, added to ``sums``."""
@@ -213,7 +228,7 @@ class Step:
             on_tokens[term.name] = Mean(-total if term.ascend else total, plan.label_tokens[term.role])
         on_answers: dict[str, Mean] = {}
         for answers in compared:
-            means = means_of(answers, states_of(answers, output, batch), plan, fixed[answers.name])
+            means = means_of(answers, states_of(answers, output, batch), plan, said[answers.name])
             on_answers |= self._named(answers, means)
         sums.add(on_tokens | on_answers)
         loss = self._total(on_tokens) if output.losses.requires_grad else output.weighted
@@ -227,16 +242,16 @@ class Step:
 
     def _total(self, means: Mapping[str, Mean]) -> Tensor:
         """The weighted sum of the terms among ``means``: a scalar, with the gradient of this micro-batch's share."""
-        weights = {name: weight for name, weight in self.terms.weights.items() if name in means}
+        weights = {name: weight for name, weight in self.weights.items() if name in means}
         parts = [weight * means[name].total / max(1, means[name].n) for name, weight in weights.items()]
         return torch.stack(parts).sum() if parts else torch.zeros((), device=self.world.device)
 
     def _cached_gradients(
-        self, parts: Mapping[int, dict[str, States]], plan: StepPlan, fixed: Mapping[str, Fixed], sums: Sums
+        self, parts: Mapping[int, dict[str, States]], plan: StepPlan, said: Mapping[str, Fixed], sums: Sums
     ) -> dict[int, Cached]:
         """The gradient of the terms on answers by the states of this rank's micro-batches ``parts``."""
         found: dict[int, Cached] = {k: {} for k in parts}
-        for term in (term for term in self.terms.answers if not term.fixed):
+        for term in self.live:
             of_term = {k: states[term.name] for k, states in parts.items()}
             full: States = {}
             for name in next(iter(of_term.values())):
@@ -247,7 +262,7 @@ class Step:
                 whole = fill_from_ranks(values.detach(), index, n).requires_grad_()
                 full[name] = whole, torch.arange(n, device=whole.device)
             with torch.enable_grad():
-                means = self._named(term, means_of(term, full, plan, fixed[term.name]))
+                means = self._named(term, means_of(term, full, plan, said[term.name]))
                 gradients = torch.autograd.grad(self._total(means), [values for values, _ in full.values()])
             # Every rank computed the same totals, and they will be summed over ranks.
             sums.add({name: Mean(total / self.world.size, count) for name, (total, count) in means.items()})
@@ -293,3 +308,63 @@ def _with_every_weight(loss: Tensor, output: Output) -> Tensor:
 def _gradient_norm(engine: Any) -> Tensor:
     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]))
+
+
+# ---- terms on whole answers ----
+
+
+def states_of(term: OnAnswers, output: Output, batch: Batch) -> States:
+    """Scores [n] of the micro-batch's answers, or pooled states [n, d] of its prompts and, if live, answers."""
+    if term.score is not None:
+        spans = {} if term.pairs == "alone" else {"wanted": batch.wanted_labels}
+        spans["unwanted"] = batch.unwanted_labels
+        logprobs = -output.losses[:, None]
+        return {name: (pooled(logprobs, of, term.score).squeeze(1), of.index) for name, of in spans.items()}
+    assert term.vectors is not None
+    spans = {"prompt": batch.prompts}
+    if term.answers == "live":
+        spans |= {"wanted": batch.wanted, "unwanted": batch.unwanted}
+    return {name: (pooled(output.hidden, of, term.vectors), of.index) for name, of in spans.items()}
+
+
+def label_gradients(term: OnAnswers, gradients: dict[str, Tensor], batch: Batch, labels: int) -> Tensor:
+    """``[labels]``: the derivative of a term by the losses of a micro-batch's labels, from its ``gradients`` by the
+    scores, which are minus weighted sums of these losses."""
+    assert term.score is not None
+    found = torch.zeros(labels, device=batch.label_ids.device)
+    for name, spans in (("wanted", batch.wanted_labels), ("unwanted", batch.unwanted_labels)):
+        if name in gradients:
+            matrix = pooling_matrix(spans.start, spans.stop, labels, term.score)
+            found = found - gradients[name].to(matrix) @ matrix
+    return found
+
+
+def means_of(term: OnAnswers, states: States, plan: StepPlan, said: Fixed) -> dict[str, Mean]:
+    """A term of the items in ``states``, all that they are compared to among them or in ``said``, and its figures."""
+    n_wanted, n_unwanted = len(plan.wanted_ids), len(plan.unwanted_ids)
+    if isinstance(said, AnswerVectors):
+        assert isinstance(term.loss, NPair)
+        return npair_of_fixed(
+            term.name, *states["prompt"], said, term.similarity, term.loss.temperature, count=n_wanted
+        )
+    unwanted, columns = states["unwanted"]
+    if isinstance(said, AnswerScores):
+        unwanted = unwanted - said.unwanted[columns]
+    if term.pairs == "alone":
+        assert not isinstance(term.loss, NPair)
+        return alone(term.name, unwanted, term.beta, term.loss, n_unwanted)
+    wanted, rows = states["wanted"]
+    if isinstance(said, AnswerScores):
+        wanted = wanted - said.wanted[rows]
+    mask = plan.mask(term.pairs)
+    here = to_device(torch.from_numpy(mask), wanted.device)[rows][:, columns]
+    if not isinstance(term.loss, NPair):
+        counts = n_wanted, n_unwanted, int(mask.sum())
+        return paired(term.name, AnswerScores(wanted, unwanted), term.beta, term.loss, here, counts)
+    temperature = term.loss.temperature
+    if term.score is not None:
+        return npair_of_scores(
+            term.name, AnswerScores(term.beta * wanted, term.beta * unwanted), temperature, here, n_wanted
+        )
+    prompts, _ = states["prompt"]
+    return npair_of_vectors(term.name, prompts, wanted, unwanted, term.similarity, temperature, here, n_wanted)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -194,3 +195,29 @@ def _own(facts: Facts, path: tuple[str, ...], row: Row, said: Any) -> None:
             except UserError as error:
                 raise facts.file.error(path, str(error)) from None
         facts.adopted.setdefault(name, where)
+
+
+def frozen_json(ds_json: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    """The configuration of the engine for a frozen starting model: the policy's without its optimizer.
+
+    ``kind``: as ``--reference``. "sharded" keeps the parameters where the policy's are; "cpu" and "nvme" move them
+    there, nvme to the disk that the policy's own offload names.
+
+    Raises:
+        UserError: offload without ZeRO-3, or nvme without a path.
+    """
+    ours = ("train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "train_batch_size", "bf16", "aio")
+    config = {key: copy.deepcopy(ds_json[key]) for key in (*ours, "steps_per_print") if key in ds_json}
+    zero = copy.deepcopy(dict(ds_json.get("zero_optimization", {})))
+    optimizer = zero.pop("offload_optimizer", {})
+    if kind != "sharded":
+        if zero.get("stage") != 3:
+            raise UserError(f"--reference {kind} needs ZeRO stage 3, which alone moves parameters: pass another JSON")
+        own = zero.get("offload_param", {})
+        path = own.get("nvme_path") or optimizer.get("nvme_path")
+        zero["offload_param"] = {"pin_memory": True, **own, "device": kind, "nvme_path": path}
+        if kind == "nvme" and not path:
+            raise UserError("--reference nvme: zero_optimization.offload_param of the DeepSpeed JSON has no nvme_path")
+    if zero.get("offload_param", {}).get("device") == "nvme":  # an engine clears its folder when it starts
+        zero["offload_param"]["nvme_path"] = os.path.join(zero["offload_param"]["nvme_path"], "reference")
+    return config | {"zero_optimization": zero}
