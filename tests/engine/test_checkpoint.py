@@ -17,17 +17,9 @@ import torch
 from tests.engine.gradient_cases import make_examples
 from wpn_ds.data.layout import ORDER_FORMAT, Layout, retain_seed, step_indices
 from wpn_ds.engine import checkpoint, export
-from wpn_ds.engine.checkpoint import (
-    SaveError,
-    Saver,
-    TrainerState,
-    choose,
-    complete,
-    damage,
-    read_state,
-    refuse_other_run,
-)
+from wpn_ds.engine.checkpoint import SaveError, Saver, TrainerState, complete, damage, read_state
 from wpn_ds.engine.feed import Feed
+from wpn_ds.engine.resume import choose, refuse_other_run
 from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World

@@ -9,7 +9,8 @@ import pytest
 from transformers import Gemma3Config, OPTConfig
 
 from wpn_ds.data.embedded import embedded_file
-from wpn_ds.engine.prepare import _check, _read_records
+from wpn_ds.engine.checks import check as check_settings
+from wpn_ds.engine.prepare import _read_records
 from wpn_ds.errors import UserError
 from wpn_ds.objectives.terms import Terms
 from wpn_ds.settings.run import Config
@@ -19,7 +20,7 @@ def test_weight_decay_leaves_alone_what_no_text_trains(world) -> None:
     def check(lm_config, **settings) -> None:
         config = Config.from_flat({"train_file": ["f"], "output_dir": "out", **settings}).resolved()
         ds_json = {"train_batch_size": 1, "train_micro_batch_size_per_gpu": 1}
-        _check(config, ds_json, Terms.of(config.objective, retain=False), lm_config, world)
+        check_settings(config, ds_json, Terms.of(config.objective, retain=False), lm_config, world)
 
     check(OPTConfig(), weight_decay=0.1)
     check(Gemma3Config())

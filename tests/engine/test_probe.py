@@ -23,8 +23,8 @@ from tests.pool import Pool
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.finish import choose_weights
-from wpn_ds.engine.prepare import _past
 from wpn_ds.engine.probe import Probe, figures, improves, summary
+from wpn_ds.engine.resume import past_of
 from wpn_ds.jobs.distributed import World
 from wpn_ds.judging.base import Judgement, Verdict
 from wpn_ds.models.load import Source
@@ -206,7 +206,7 @@ def test_a_best_checkpoint_that_is_gone_is_forgotten_and_without_early_stopping_
 
     def of(config: Config) -> dict[str, Any]:
         identity = replace(past, step=0, parts={})
-        found = _past(config, identity, tmp_path / "checkpoint-3", 9, Source(str(tmp_path)), world)
+        found = past_of(config, identity, tmp_path / "checkpoint-3", 9, Source(str(tmp_path)), world)
         assert found.step == 3 and found.parts.keys() == {"validation"}
         return found.parts["validation"]
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from wpn_ds.engine.trial import try_out
+from wpn_ds.engine.checks import try_out
 from wpn_ds.errors import UserError
 from wpn_ds.losses.likelihood import Tokens
 from wpn_ds.objectives.registry import built_in

@@ -12,8 +12,9 @@ import torch
 from tests.launching import ROOT, environment
 from wpn_ds.jobs import preflight, signals
 from wpn_ds.jobs.distributed import World
-from wpn_ds.jobs.heartbeat import HANG_EXIT_CODE, Heartbeat, Stopped
+from wpn_ds.jobs.heartbeat import Heartbeat, Stopped
 from wpn_ds.jobs.preflight import Facts, unfit
+from wpn_ds.jobs.watchdog import HANG_EXIT_CODE
 from wpn_ds.system.files import NoRoom
 
 

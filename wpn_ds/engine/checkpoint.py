@@ -19,7 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.jobs import signals
 from wpn_ds.jobs.distributed import World, announce, from_all, on_main, patiently, rng_state, set_rng_state
 from wpn_ds.jobs.heartbeat import Stopped
-from wpn_ds.objectives.registry import find
-from wpn_ds.settings.run import Config, LoggingConfig, UnlearningConfig
+from wpn_ds.settings.run import LoggingConfig
 from wpn_ds.system.files import cause, remove_abandoned, sync
 
 MANIFEST = "trainer_state.json"
@@ -181,7 +180,7 @@ class Saver:
         That of ``step`` itself stays, even if this node doesn't see all of its files yet.
         """
         kept = [path for done, path in complete(self._output_dir) if done <= step][-self._keep :]
-        for _, path in list(_checkpoints(self._output_dir)):
+        for _, path in list(checkpoints(self._output_dir)):
             if path not in [*kept, path_of(self._output_dir, step), path_of(self._output_dir, best_step)]:
                 _remove(path)
 
@@ -327,35 +326,6 @@ def _deaf() -> None:
         signal.signal(number, signal.SIG_IGN)
 
 
-def choose(resume: str | None, output_dir: Path, world: World) -> tuple[Path | None, list[str]]:
-    """The checkpoint to go on from, and notes on those that were passed over; every rank must call it.
-
-    ``resume`` is a path, or ``auto`` for the newest whole one (None if there is no checkpoint at all).
-
-    Raises:
-        UserError: the path isn't a whole checkpoint, or none of them is whole.
-    """
-    if resume is None:
-        return None, []
-    if resume != "auto":
-        if faults := damage(Path(resume), world):
-            raise UserError(f"--resume_from_checkpoint {resume}: not a whole checkpoint ({faults[0]})")
-        return Path(resume), []
-    notes: list[str] = []
-    found = on_main(world, lambda: sorted(_checkpoints(output_dir), reverse=True))
-    for _, path in found:
-        faults = damage(path, world)
-        if not faults:
-            return path, notes
-        notes.append(f"{path} is damaged ({faults[0]}): going back to the checkpoint before")
-    if found:
-        raise UserError(
-            f"--resume_from_checkpoint auto: no checkpoint in {output_dir} is whole ({faults[0]}): name one of another "
-            "run, or start afresh in another --output_dir"
-        )
-    return None, notes
-
-
 def damage(path: Path, world: World | None = None) -> list[str]:
     """What is wrong with a checkpoint's files; empty if it is whole. Ranks share the reading, and all must call it."""
     rank, size = (world.rank, world.size) if world else (0, 1)
@@ -388,10 +358,11 @@ def path_of(output_dir: Path, step: int) -> Path:
 
 def complete(output_dir: Path) -> list[tuple[int, Path]]:
     """(step, folder) of every checkpoint whose files are all there, oldest first; contents are not read."""
-    return sorted((step, path) for step, path in _checkpoints(output_dir) if read_state(path) is not None)
+    return sorted((step, path) for step, path in checkpoints(output_dir) if read_state(path) is not None)
 
 
-def _checkpoints(output_dir: Path) -> Iterator[tuple[int, Path]]:
+def checkpoints(output_dir: Path) -> Iterator[tuple[int, Path]]:
+    """(step, folder) of everything that is called a checkpoint, in no order."""
     return ((int(m[1]), path) for path in output_dir.glob("checkpoint-*") if (m := _NAME.fullmatch(path.name)))
 
 
@@ -420,61 +391,6 @@ def _manifest(path: Path) -> dict[str, Any] | None:
         return manifest if fits else None
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return None
-
-
-def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[str]:
-    """Check that the checkpoint belongs to this run; returns notes on settings that changed.
-
-    Raises:
-        UserError: other data, another starting model, or a setting without which the run is another one.
-    """
-    otherwise = ""
-    if "parse_special_tokens" not in old.settings:
-        otherwise = "; an earlier version wrote it, which read some texts as other tokens"
-    for what, then, today in (
-        (f"the training data (or template, tokenizer, --max_length{otherwise})", old.data, new.data),
-        ("the starting model", old.model, new.model),
-    ):
-        if then != today:
-            raise UserError(
-                f"--resume_from_checkpoint {path}: {what} changed since; restore it, or start afresh in another "
-                "--output_dir"
-            )
-    if new.settings["redraw_ema"] and new.settings["zero stage"] == 3 and old.world_size != new.world_size:
-        raise UserError(
-            f"--resume_from_checkpoint {path}: under ZeRO stage 3, --redraw_ema goes on only on as many ranks as wrote "
-            f"it, which were {old.world_size}"
-        )
-    # DeepSpeed restores the optimizer's own settings: another flag would have no effect.
-    restored = ("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "optimizer", "zero stage")
-    defaults = Config.from_flat({"objective": new.settings["objective"]}).resolved().to_flat()
-    kinds: tuple[Any, ...] = (UnlearningConfig, find(new.settings["objective"]))
-    objective = {entry.name for kind in kinds for entry in fields(kind)}
-    decisive = {"seed", "global_batch_size", "retain_batch_size", "bf16", *restored, *objective} - {"reference"}
-    if new.settings["reference"] != "topk":
-        decisive -= {"reference_topk"}
-    if new.settings["forgotten_below"] is not None:
-        decisive |= {"eval_steps"}
-    if new.settings["early_stopping"] is not None:  # the best evaluation so far is compared with those to come
-        decisive |= {"probe_prompts", "sample_tokens", "retain_bound", "validation_file"}
-        if old.step and old.parts.get("validation", {}).get("start_perplexity") is None:
-            raise UserError(
-                f"--early_stopping: {path} doesn't say what the retain perplexity was at the start: leave it out, or "
-                "start afresh"
-            )
-    layout = {"tokens_per_micro_batch", "packing", "share_prefix", "attention", "gradient_checkpointing"}
-    quiet = layout | {"output_dir", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir", "logging_steps"}
-    notes = []
-    for name, now in new.settings.items():
-        before = old.settings.get(name, defaults.get(name))  # what it was before there was a flag for it
-        same_place = name in new.places and old.places.get(name) == new.places[name]
-        if before == now or same_place or name in quiet:
-            continue
-        approximate = name == "reference" and "topk" in (before, now)  # the other kinds are all exact
-        if approximate or name in decisive:
-            raise UserError(f"{name} is {now}, but {path} was written with {before}: give the same, or start afresh")
-        notes.append(f"{name} is now {now}, was {before}")
-    return notes
 
 
 def _files(folder: Path) -> Iterator[Path]:

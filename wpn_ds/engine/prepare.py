@@ -13,7 +13,6 @@ from typing import Any
 
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.examples import ExampleSet, build_examples
-from wpn_ds.data.inspect import contradiction_note
 from wpn_ds.data.layout import Layout
 from wpn_ds.data.records import (
     ForgetRecord,
@@ -24,15 +23,13 @@ from wpn_ds.data.records import (
     read_retain,
     with_random_wanted,
 )
-from wpn_ds.data.tokens import render_prompt, today, writes_date
-from wpn_ds.engine import checkpoint
+from wpn_ds.data.tokens import render_prompt, writes_date
 from wpn_ds.engine.checkpoint import TrainerState
-from wpn_ds.engine.deepspeed_check import check_monitors, read_by_deepspeed
-from wpn_ds.engine.fingerprint import BY_FILE, fingerprint_of_model, in_one_digest
-from wpn_ds.engine.harmony import check_harmony
+from wpn_ds.engine.checks import check, note_on_joined, notes_on
+from wpn_ds.engine.fingerprint import fingerprint_of_model
 from wpn_ds.engine.probe import Probe
-from wpn_ds.engine.redraw import Request, check_redraw, redraw_requests
-from wpn_ds.engine.trial import try_out
+from wpn_ds.engine.redraw import Request, redraw_requests
+from wpn_ds.engine.resume import chat_date, choose, past_of
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, agree, announce, init, on_main, progress_bar
 from wpn_ds.jobs.heartbeat import after_the_watchdog
@@ -54,8 +51,8 @@ from wpn_ds.models.load import (
 )
 from wpn_ds.models.planted import ensure_planted
 from wpn_ds.objectives.terms import Terms
-from wpn_ds.settings.deepspeed import ResolvedDeepSpeed, frozen_json, resolve_deepspeed, stage_of
-from wpn_ds.settings.run import Config, UnlearningConfig
+from wpn_ds.settings.deepspeed import ResolvedDeepSpeed, resolve_deepspeed, stage_of
+from wpn_ds.settings.run import Config
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import cache_folder
 
@@ -141,15 +138,15 @@ def prepare(config: Config) -> Job:
     resolved, total_steps = _resolve(config, lm_config, world, len(forget))
     config, ds_json = resolved.config, resolved.json
     terms = Terms.of(config.objective, retain=bool(config.training.retain_batch_size))
-    _check(config, ds_json, terms, lm_config, world)
-    for note in [*resolved.notes, *_notes(config, terms, forget, retain)]:
+    check(config, ds_json, terms, lm_config, world)
+    for note in [*resolved.notes, *notes_on(config, terms, forget, retain)]:
         say(note)
 
     tokenizer = load_tokenizer(config.model.tokenizer_name or model_path, source, config=lm_config)
     if doubt := tokenizer_doubt(tokenizer, source, lm_config):
         say(doubt)
     if writes_date(tokenizer) and config.data.chat_date is None:
-        config = config.replace(chat_date=on_main(world, lambda: _chat_date(config)))
+        config = config.replace(chat_date=on_main(world, lambda: chat_date(config)))
     style = PromptStyle.of(config.to_flat())
     # GPT-Neo's stock attention can't take a row that is longer than the model has positions.
     row_length = min(config.data.max_length, max_positions(lm_config) or config.data.max_length)
@@ -160,7 +157,7 @@ def prepare(config: Config) -> Job:
         return build_examples(forget, retain, tokenizer, style, row_length, partial(progress_bar, world))
 
     examples, held_out = tokenise(forget, retain), tokenise(validation, retain[:RETAIN_EXAMPLES_MEASURED])
-    if note := _joined(examples, tokenizer):
+    if note := note_on_joined(examples, tokenizer):
         say(note)
     probe = _probe(config, asked, style, tokenizer, lm_config, row_length, world)
     requests = redraw_requests(config.unlearning, forget, style, tokenizer, lm_config, row_length, world)
@@ -181,7 +178,7 @@ def prepare(config: Config) -> Job:
     lock_output(output_dir, model, world)
     overwrite = config.logging.overwrite_output_dir
     on_main(world, lambda: claim_output(output_dir, model, resume=resume is not None, overwrite=overwrite))
-    resume_from, notes = checkpoint.choose(resume, output_dir, world)
+    resume_from, notes = choose(resume, output_dir, world)
     for note in notes:
         say(note)
     return Job(
@@ -200,7 +197,7 @@ def prepare(config: Config) -> Job:
         redraw_prompts=requests,
         first_prompt=render_prompt(forget[0].prompt, tokenizer, style),
         identity=identity,
-        past=identity if resume_from is None else _past(config, identity, resume_from, total_steps, source, world),
+        past=identity if resume_from is None else past_of(config, identity, resume_from, total_steps, source, world),
         resume_from=resume_from,
     )
 
@@ -224,94 +221,6 @@ def _starting_model(config: Config, model_path: str, world: World) -> tuple[Sour
             f"{source.flag} {model_path}: {how} weights are quantised and can't be trained: give whole ones"
         )
     return source, lm_config
-
-
-def _check(config: Config, ds_json: dict[str, Any], terms: Terms, lm_config: Any, world: World) -> None:
-    """Raises UserError where settings, JSON, terms and model don't go together, before work is lost."""
-    unlearning, path = config.unlearning, str(config.training.deepspeed)
-    try_out(terms, unlearning.objective)
-    read = read_by_deepspeed(ds_json, path)
-    on_main(world, lambda: check_monitors(read, path))  # DeepSpeed makes them there alone
-    if terms.needs_start_distribution and unlearning.reference not in ("states", "topk"):
-        frozen_json(ds_json, unlearning.reference)
-    if unlearning.harmonise:
-        check_harmony(ds_json, terms)
-    if unlearning.redraw_steps:
-        check_redraw(unlearning.objective, unlearning.redraw_ema, ds_json, terms)
-    if lm_config.get_text_config() is not lm_config and config.training.weight_decay:
-        raise UserError(
-            f"--weight_decay {config.training.weight_decay}: {lm_config.model_type} models have parts that texts don't "
-            "train, such as a vision tower, and it would shrink them: pass --weight_decay 0"
-        )
-
-
-def _notes(config: Config, terms: Terms, forget: Sequence[ForgetRecord], retain: Sequence[RetainRecord]) -> list[str]:
-    """What a user might not have meant."""
-    notes = []
-    if terms.compares_wanted and (note := contradiction_note(forget)):
-        notes.append(note)
-    reference = config.unlearning.reference
-    if reference != UnlearningConfig.reference and not terms.needs_start_distribution:
-        notes.append(f"--reference {reference} does nothing: no term asks for the starting model's distribution")
-    if terms.retain_weight == 0:
-        reason = "the retain term is off" if retain else "no retain data: the retain term is off"
-        notes.append(f"{reason}, and nothing holds the model to what it knows")
-    return notes
-
-
-def _past(
-    config: Config, identity: TrainerState, path: Path, total_steps: int, source: Source, world: World
-) -> TrainerState:
-    """The state in the checkpoint at ``path``, that the run goes on from.
-
-    Raises:
-        UserError: the checkpoint is of another run.
-    """
-    past = on_main(world, lambda: checkpoint.read_state(path))
-    assert past is not None  # it was chosen because it is whole
-    if identity.model.startswith(BY_FILE) and not past.model.startswith(BY_FILE):
-        same = in_one_digest(source.name_or_path, world) == past.model
-        past = replace(past, model=identity.model) if same else past
-    for note in checkpoint.refuse_other_run(past, identity, path):
-        announce(world, note)
-    if past.step > total_steps:
-        raise UserError(
-            f"--resume_from_checkpoint {path}: {past.step} steps are done, more than the {total_steps} that "
-            "--max_steps or --num_train_epochs ask for"
-        )
-    validation = past.parts.get("validation", {})
-    forgotten = replace(past, parts=past.parts | {"validation": validation | {"best_step": 0, "best": {}}})
-    if config.logging.early_stopping is None:
-        return forgotten
-    best_step = validation.get("best_step", 0)
-    best = checkpoint.path_of(Path(config.training.output_dir or ""), best_step)
-    if best_step and on_main(world, lambda: checkpoint.read_state(best)) is None:
-        announce(world, f"{best}, that of the best evaluation so far, is gone: only later ones count")
-        return forgotten
-    return past
-
-
-def _chat_date(config: Config) -> str:
-    """The day that chat templates write as today's: that of the run that is resumed, or today."""
-    resume = config.logging.resume_from_checkpoint
-    here = checkpoint.complete(Path(config.training.output_dir or "")) if resume == "auto" else []
-    paths = [path for _, path in here] if resume == "auto" else [Path(resume or "")]
-    states = [state for path in paths if (state := checkpoint.read_state(path))]
-    return (states[-1].settings.get("chat_date") if states else None) or today()
-
-
-def _joined(examples: ExampleSet, tokenizer: Any) -> str:
-    """A line on answers that are not read after the tokens of their prompt alone, with the first; empty without any."""
-    found = [segment for segment in examples.segments if segment.joined]
-    if not found:
-        return ""
-    at = found[0].answer_start
-    before, after = tokenizer.decode(found[0].ids[max(0, at - 6) : at]), tokenizer.decode(found[0].ids[at : at + 6])
-    return (
-        f"{len(found)} of {len(examples.segments)} answers are not read after the tokens of their prompt alone, which "
-        f"are what is asked: the tokenizer or its chat template writes both otherwise where the answer begins; the "
-        f"first: {before!r} before {after!r}"
-    )
 
 
 def _layout(config: Config, lm_config: Any, row_length: int, world: World) -> Layout:

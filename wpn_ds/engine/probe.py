@@ -8,7 +8,7 @@ from typing import Any
 
 from wpn_ds.data.records import ForgetRecord, prompt_text
 from wpn_ds.data.tokens import encode_prompt, naming, render_prompt
-from wpn_ds.engine.generation import Generation
+from wpn_ds.engine.reading import Generation
 from wpn_ds.judging.base import Case, Judgement, Verdict
 from wpn_ds.judging.reference import ReferenceJudge
 from wpn_ds.judging.statistics import Rate

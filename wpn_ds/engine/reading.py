@@ -1,4 +1,5 @@
-"""Reading without gradient: what the engine's current weights say of segments that no step is planned for."""
+"""The current weights without gradient, asked by all ranks together: what they say of segments that no step is planned
+for, and what they answer."""
 
 from __future__ import annotations
 
@@ -12,9 +13,9 @@ from torch import Tensor
 from wpn_ds.data.batch import Batch, collate
 from wpn_ds.data.layout import Layout
 from wpn_ds.data.plan import Item, Segment
-from wpn_ds.jobs.distributed import World, fill_from_ranks
+from wpn_ds.jobs.distributed import World, fill_from_ranks, from_all
 from wpn_ds.losses.answers import Pooling, pooled
-from wpn_ds.models.generate import evaluation_mode
+from wpn_ds.models.generate import Sampling, batches, evaluation_mode, generate_ids
 from wpn_ds.models.packed import Output
 from wpn_ds.objectives.terms import Role
 
@@ -70,3 +71,51 @@ def gathered(parts: Sequence[tuple[Tensor, Tensor]], n: int) -> Tensor:
     """``[n, ...]`` fp32 on every rank, from every rank's (values, indices) of its micro-batches."""
     values, index = (torch.cat(column) for column in zip(*parts, strict=True))
     return fill_from_ranks(values.float(), index, n)
+
+
+#: Prompts that are answered together on any number of ranks: so that number changes no answer.
+BATCH = 8
+
+
+@dataclass(frozen=True)
+class Generation:
+    """The model that answers. Every rank must make the same calls.
+
+    Attributes:
+        synced: the weights are partitioned (ZeRO-3), so that every forward needs all ranks.
+        beat: called before every batch, with what for; it may raise to end the work.
+    """
+
+    lm: Any
+    tokenizer: Any
+    world: World
+    synced: bool
+    beat: Callable[[str], None]
+
+    def __call__(
+        self, what: str, prompts: Sequence[Sequence[int]], tokens: int, seeds: Sequence[int] | None = None
+    ) -> list[list[int]]:
+        """The token ids of the answer to every prompt, without EOS, on every rank: greedy, or drawn by a seed each.
+        ``what`` is generated, for the watchdog's message.
+
+        Every rank answers as many batches, since ``beat`` and the forwards of ZeRO-3 need all of them: where none is
+        left for a rank, it repeats the last one.
+        """
+        parts = batches(prompts, BATCH)
+        own: dict[int, list[int]] = {}
+        for first in range(0, len(parts), self.world.size):
+            self.beat(what)
+            part = parts[min(first + self.world.rank, len(parts) - 1)]
+            said = generate_ids(
+                self.lm,
+                self.tokenizer,
+                [prompts[i] for i in part],
+                max_new_tokens=tokens,
+                batch_size=BATCH,
+                sampling=None if seeds is None else Sampling([seeds[i] for i in part]),
+                device=self.world.device,
+                synced=self.synced,
+            )
+            own |= zip(part, said, strict=True)
+        answers = {i: ids for of_rank in from_all(own) for i, ids in of_rank.items()}
+        return [answers[i] for i in range(len(prompts))]

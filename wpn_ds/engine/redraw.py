@@ -19,7 +19,7 @@ from wpn_ds.data.layout import Layout
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.data.tokens import encoded_prompt, end_of, is_chat, naming
-from wpn_ds.engine.generation import Generation
+from wpn_ds.engine.reading import Generation
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, announce
 from wpn_ds.models.load import max_positions

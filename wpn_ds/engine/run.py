@@ -14,15 +14,13 @@ import torch
 
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.engine import checkpoint
-from wpn_ds.engine.description import describe
 from wpn_ds.engine.feed import Feed
 from wpn_ds.engine.finish import choose_weights, leave_done, write_model
-from wpn_ds.engine.generation import Generation
 from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.policy import Policy, load_lm
 from wpn_ds.engine.prepare import Job
-from wpn_ds.engine.progress import Progress, TrainingStopped
-from wpn_ds.engine.reading import Reader
+from wpn_ds.engine.progress import Progress, TrainingStopped, describe
+from wpn_ds.engine.reading import Generation, Reader
 from wpn_ds.engine.redraw import Ema, Redraw
 from wpn_ds.engine.start import FrozenModel
 from wpn_ds.engine.step import Step

@@ -11,9 +11,8 @@ import torch
 from wpn_ds.data.examples import ExampleSet
 from wpn_ds.data.plan import Item
 from wpn_ds.engine.feed import Feed
-from wpn_ds.engine.generation import Generation
 from wpn_ds.engine.probe import HARMLESS, PERPLEXITY, Probe, figures, improves, summary
-from wpn_ds.engine.reading import Reader, pooled_states
+from wpn_ds.engine.reading import Generation, Reader, pooled_states
 from wpn_ds.engine.start import Bank, Start
 from wpn_ds.engine.telemetry import Telemetry
 from wpn_ds.jobs.distributed import on_main, sum_over_ranks

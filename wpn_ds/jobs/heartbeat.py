@@ -3,11 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
-import os
-import sys
-import threading
-import time
 from datetime import timedelta
 from pathlib import Path
 
@@ -16,14 +11,7 @@ import torch.distributed as dist
 
 from wpn_ds.jobs import signals
 from wpn_ds.jobs.distributed import World
-from wpn_ds.system.lock import release_all
-
-HANG_EXIT_CODE = 5
-#: After a rank has written its stack it lives on for so long, since launchers kill the others when one ends.
-_LET_OTHERS_DUMP = 5.0
-#: So long after that, the kernel does it: for a rank whose interpreter itself is stuck.
-_BACKSTOP = 15
-
+from wpn_ds.jobs.watchdog import Watchdog
 
 _NEVER = 30 * 86400
 
@@ -50,7 +38,7 @@ class Heartbeat:
         timeout = timedelta(seconds=after_the_watchdog(hang_timeout) or _NEVER)
         self._group = dist.new_group(backend="gloo", timeout=timeout) if world.size > 1 else None
         self._vote: tuple[dist.Work, torch.Tensor] | None = None
-        self._watchdog = _Watchdog(world.rank, hang_timeout, log) if hang_timeout else None
+        self._watchdog = Watchdog(world.rank, hang_timeout, log) if hang_timeout else None
 
     def beat(self, what: str) -> None:
         """One point; ``what`` the rank is about to do is for the watchdog's message.
@@ -90,38 +78,3 @@ class Heartbeat:
         work.wait()
         if ballot.item():
             raise Stopped(signals.received() or "another rank's signal")
-
-
-class _Watchdog:
-    def __init__(self, rank: int, timeout: float, log: Path | None) -> None:
-        self.rank = rank
-        self.log = log
-        self.timeout = timeout
-        self._seen: tuple[float, str] | None = None  # None: asleep
-        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
-
-    def alive(self, what: str) -> None:
-        self._seen = time.monotonic(), what
-        faulthandler.dump_traceback_later(self.timeout + _BACKSTOP, exit=True)
-
-    def sleep(self) -> None:
-        self._seen = None
-        faulthandler.cancel_dump_traceback_later()
-
-    def _watch(self) -> None:
-        while True:
-            time.sleep(min(1.0, self.timeout / 4))
-            seen = self._seen
-            if seen is not None and time.monotonic() - seen[0] > self.timeout:
-                break
-        with self.log.open("a", encoding="utf-8") if self.log else contextlib.nullcontext() as log:
-            for stream in [sys.stderr, *([log] if log else [])]:
-                stream.write(
-                    f"error: rank {self.rank}: no progress for {self.timeout:g} s (--hang_timeout) in {seen[1]}; "
-                    "its stacks:\n"
-                )
-                stream.flush()
-                faulthandler.dump_traceback(stream, all_threads=True)
-        time.sleep(_LET_OTHERS_DUMP)
-        release_all()
-        os._exit(HANG_EXIT_CODE)

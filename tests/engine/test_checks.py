@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from wpn_ds.engine.deepspeed_check import check_monitors, read_by_deepspeed
+from wpn_ds.engine.checks import check_monitors, read_by_deepspeed
 from wpn_ds.errors import UserError
 
 
