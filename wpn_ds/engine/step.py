@@ -108,6 +108,7 @@ class Step:
         self.predicted, self.scored = terms.predicted, terms.scored
         self.fixed = [term for term in terms.answers if term.fixed]
         self.live = [term for term in terms.answers if not term.fixed]
+        self.coupled = [term for term in terms.answers if term.coupled]
         self.world = world
         self.layout = layout
         self.pad_id = pad_id
@@ -122,7 +123,7 @@ class Step:
         sums = Sums()
         self._data_seconds = 0.0
         said = self.start.of(plan)
-        apart = any(t.pairs != "alone" and not plan.is_local(plan.mask(t.pairs)) for t in self.live)
+        apart = any(not plan.is_local(plan.mask(term.pairs)) for term in self.coupled)
         count = len(plan.micro_batches[self.world.rank])
         retain = next((k for k in range(count) if Role.RETAIN in plan.roles(k)), None) if self.harmony else None
         for k, loss in enumerate((self._gathered_shares if apart else self._shares)(plan, said, sums)):
