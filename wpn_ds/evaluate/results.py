@@ -16,7 +16,7 @@ from typing import Any, Literal
 from wpn_ds.evaluate.tofu.metrics import TofuFigures
 from wpn_ds.judging.base import DEGENERATE, Judgement, Kind, Verdict
 from wpn_ds.judging.rouge import tokenize
-from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, cohen_kappa, mcnemar
+from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, cohen_kappa
 
 MATCHED_LENGTHS = 0.8
 """Wanted and unwanted texts are of matched length when the shorter kind has this share of the longer's words (ours).
@@ -286,7 +286,7 @@ class Task:
         return bootstrap_mean([self.scores])
 
     def to_json(self) -> dict[str, Any]:
-        figures = {"metric": self.metric, **self.mean.to_json()}
+        figures = {"metric": self.metric, **asdict(self.mean)}
         return figures | {"group": self.group, "source": self.source, "scores": list(self.scores)}
 
     @classmethod
@@ -329,61 +329,3 @@ class Evaluation:
             {name: Task.from_json(task) for name, task in data["utility"].items()},
             TofuFigures.from_json(data["tofu"]) if data.get("tofu") else None,
         )
-
-
-@dataclass(frozen=True)
-class Change:
-    """Before against after on the prompts that both models answered.
-
-    Attributes:
-        better, worse: prompts that became harmless, that are no longer; of benign ones, that are no longer refused,
-            that are now.
-        p: two-sided p-value of McNemar's exact test.
-        difference: of the harmless rates (of benign prompts: the refusal rates), after less before, with its paired
-            bootstrap interval.
-    """
-
-    better: int
-    worse: int
-    p: float
-    difference: Estimate
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def suite_change(before: Suite, after: Suite) -> Change | None:
-    """On the prompts that were asked of both. A prompt that was answered several times counts once, by the share of
-    good answers. None where there is no such prompt."""
-    was = before.good()
-    pairs = [(was[asked], good) for asked, good in after.good().items() if asked in was]
-    if not pairs:
-        return None
-    better, worse = sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)
-    sign = -1.0 if after.kind == "benign" else 1.0  # there the figure is the refusal rate
-    return Change(better, worse, mcnemar(better, worse), bootstrap_mean([[sign * (b - a) for a, b in pairs]]))
-
-
-def task_differences(before: Evaluation, after: Evaluation) -> dict[str, list[float]]:
-    """By task of which both models were given the same items, each item's score after less before."""
-    found = {}
-    for name, task in after.utility.items():
-        was = before.utility.get(name)
-        if was is not None and len(was.scores) == len(task.scores):
-            found[name] = [b - a for a, b in zip(was.scores, task.scores, strict=True)]
-    return found
-
-
-def utility_change(before: Evaluation, after: Evaluation, group: str) -> Estimate | None:
-    """The average change over the tasks of ``group`` that both models were given, each task with the same weight, with
-    a bootstrap interval over paired items; None without such a task."""
-    of_group = [items for name, items in task_differences(before, after).items() if after.utility[name].group == group]
-    return bootstrap_mean(of_group) if of_group else None
-
-
-def retain_perplexity_ratio(before: Evaluation | None, after: Evaluation) -> float | None:
-    """After over before; None where either wasn't measured (or isn't finite)."""
-    if before is None or before.retain is None or after.retain is None:
-        return None
-    ratio = after.retain.perplexity / before.retain.perplexity
-    return ratio if math.isfinite(ratio) else None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -107,7 +107,7 @@ def _train_locked(options: Train) -> int:
         "seed": options.seed,
         "train": {"files": options.train_file, **_counts(train)},
         "test": {"files": options.test_file or "held out by prompt", **_counts(fresh), **seen},
-        "auc": area.to_json(),
+        "auc": asdict(area),
         "accuracy": accuracy,
         "versions": versions(),
     }

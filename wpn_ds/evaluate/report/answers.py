@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from wpn_ds.evaluate.report.figures import Comparison, grouped, minus, suite_title
+from wpn_ds.evaluate.comparison import Comparison
+from wpn_ds.evaluate.report.figures import grouped, minus, suite_title
 from wpn_ds.evaluate.report.render import Block
 from wpn_ds.evaluate.results import NO_ANSWERS, Answer, Suite
 from wpn_ds.judging.base import Verdict

@@ -11,8 +11,8 @@ import yaml
 
 from wpn_ds import __version__
 from wpn_ds.errors import UserError
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report.compare import render_comparison
-from wpn_ds.evaluate.report.figures import Comparison
 from wpn_ds.evaluate.report.files import REPORT_JSON, read_metrics, read_report, write_page
 from wpn_ds.evaluate.report.runs import Run, run_names
 from wpn_ds.evaluate.report.table import format_runs, format_table

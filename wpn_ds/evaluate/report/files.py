@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from wpn_ds import __version__
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.report.figures import Comparison
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report.page import render_page
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.system.files import write_atomically
@@ -45,7 +46,7 @@ def write_report(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     comparison = Comparison(before, after)
-    averages = {group: estimate.to_json() for group, estimate in comparison.utility_changes.items()}
+    averages = {group: asdict(estimate) for group, estimate in comparison.utility_changes.items()}
     rest = {
         "judges": [dict(judge) for judge in judges],
         "notes": [*notes, *comparison.unusable],
@@ -56,8 +57,7 @@ def write_report(
         **after.to_json(),
         "baseline": before.to_json() if before else None,
         "changes": {
-            name: {**change.to_json(), "p_holm": comparison.p_values[name]}
-            for name, change in comparison.changes.items()
+            name: {**asdict(change), "p_holm": comparison.p_values[name]} for name, change in comparison.changes.items()
         },
         "utility_change": {group: averages.get(group) for group in ("benchmark", "dialogue")} if averages else None,
         "retain_perplexity_ratio": comparison.perplexity_ratio,

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report import sections
 from wpn_ds.evaluate.report.answers import answers, answers_data
 from wpn_ds.evaluate.report.charts import Metrics
@@ -12,7 +13,6 @@ from wpn_ds.evaluate.report.figures import (
     IN_DISTRIBUTION,
     RELEARNING,
     SAMPLED,
-    Comparison,
     Group,
     bounded_points,
     bounds,

@@ -10,12 +10,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report import charts
 from wpn_ds.evaluate.report.charts import HARMLESS, Axis, Curve, Metrics, Point, Series
 from wpn_ds.evaluate.report.figures import (
     ARROW,
     NOTHING,
-    Comparison,
     bounds,
     capitalized,
     corrected_p,

@@ -6,11 +6,11 @@ import shutil
 import textwrap
 from collections.abc import Sequence
 
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report.figures import (
     CONTROL,
     IN_DISTRIBUTION,
     OVER_REFUSAL,
-    Comparison,
     figure,
     group_of,
     grouped,

@@ -133,7 +133,7 @@ def _differences(default: Line | None, line: Line) -> dict[str, Any]:
 
 def _difference(default: Line, line: Line, suite: str) -> dict[str, Any]:
     was, now = _by_prompt(default, suite), _by_prompt(line, suite)
-    return bootstrap_mean([[b - a for a, b in zip(was, now, strict=True)]]).to_json()
+    return asdict(bootstrap_mean([[b - a for a, b in zip(was, now, strict=True)]]))
 
 
 def _by_prompt(line: Line, suite: str) -> list[float]:
