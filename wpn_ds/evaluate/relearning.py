@@ -19,8 +19,8 @@ from wpn_ds.data.tokens import Segment, encode_pair, encode_prompt, render_promp
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, judge_answers
 from wpn_ds.evaluate.results import Suite
+from wpn_ds.evaluate.scoring import token_losses
 from wpn_ds.evaluate.suites import RELEARNING_PREFIX, PromptSuite
-from wpn_ds.evaluate.utility import answer_losses
 from wpn_ds.evaluate.work import Unit
 from wpn_ds.judging.base import Judge
 from wpn_ds.models.generate import generate
@@ -97,6 +97,7 @@ def _learner(model: Any) -> Any:
 def _teach(learner: Any, optimizer: torch.optim.Optimizer, pairs: Sequence[Segment], pad: int) -> None:
     """One step on the mean NLL of the answers' tokens."""
     optimizer.zero_grad()
-    answer_losses(learner, pairs, pad).mean().backward()
+    losses, _ = token_losses(learner, pairs, pad)
+    losses.mean().backward()
     torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
     optimizer.step()

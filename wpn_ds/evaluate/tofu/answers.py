@@ -10,12 +10,12 @@ from wpn_ds.data.records import ForgetRecord
 from wpn_ds.data.tokens import Segment, encode_pair
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, SuiteAnswers
+from wpn_ds.evaluate.scoring import scored_answers
 from wpn_ds.evaluate.suites import PromptSuite
 from wpn_ds.evaluate.tofu.data import ItemScores, TofuData, TofuItem, TofuLog
 from wpn_ds.evaluate.tofu.metrics import exact_memorization, extraction_strength, rouge_l_recall
-from wpn_ds.evaluate.utility import answer_scores
 from wpn_ds.evaluate.work import Unit
-from wpn_ds.models.generate import evaluation_mode
+from wpn_ds.models.generate import batches
 from wpn_ds.models.load import pad_token_id
 
 CHUNK = 16
@@ -73,19 +73,22 @@ def _unit(name: str, items: Sequence[TofuItem], read: Sequence[Sequence[Segment]
     """The losses of every answer of the items, and how much of the true one the model knows by heart."""
 
     def run(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
-        distinct = dict.fromkeys(segment for segments in read for segment in segments)
-        scored = _score(model, list(distinct), pad_token_id(tokenizer), batch_size)
+        distinct = list(dict.fromkeys(segment for segments in read for segment in segments))
+        parts = batches([segment.ids for segment in distinct], batch_size)
+        scored = {
+            distinct[at]: (nats.mean().item(), hits.tolist())
+            for at, nats, hits in scored_answers(model, distinct, pad_token_id(tokenizer), parts)
+        }
         return [_numbers(item, segments, scored) for item, segments in zip(items, read, strict=True)]
 
     content = [[[segment.ids, segment.answer_start] for segment in segments] for segments in read]
     return Unit(f"tofu/{name} losses", content, len(items), run)
 
 
-_Scored = Mapping[Segment, tuple[float, list[bool]]]
-"""(mean loss, whether each token is the likeliest) of each."""
-
-
-def _numbers(item: TofuItem, segments: Sequence[Segment], scored: _Scored) -> dict[str, Any]:
+def _numbers(
+    item: TofuItem, segments: Sequence[Segment], scored: Mapping[Segment, tuple[float, list[bool]]]
+) -> dict[str, Any]:
+    """An item's numbers by the (mean loss, whether each token is the likeliest) of its answers, the true one first."""
     losses = [scored[segment][0] for segment in segments]
     if not all(map(math.isfinite, losses)):
         raise UserError(f"{item.source}: the loss of an answer is no number (NaN): the model's weights are damaged")
@@ -97,16 +100,3 @@ def _numbers(item: TofuItem, segments: Sequence[Segment], scored: _Scored) -> di
         "extraction_strength": extraction_strength(hits),
         "exact_memorization": exact_memorization(hits),
     }
-
-
-def _score(model: Any, segments: Sequence[Segment], pad: int, batch_size: int) -> _Scored:
-    found: dict[Segment, tuple[float, list[bool]]] = {}
-    ordered = sorted(segments, key=len, reverse=True)
-    with evaluation_mode(model):
-        for start in range(0, len(ordered), batch_size):
-            batch = ordered[start : start + batch_size]
-            losses, hits = answer_scores(model, batch, pad)
-            lengths = [segment.answer_length for segment in batch]
-            parts = zip(batch, losses.double().split(lengths), hits.split(lengths), strict=True)
-            found |= {segment: (own.mean().item(), right.tolist()) for segment, own, right in parts}
-    return found

@@ -16,7 +16,7 @@ from wpn_ds.data.records import ForgetRecord, RetainRecord
 from wpn_ds.data.tokens import Segment, encode_answer, encode_pair, encoded_prompt, naming
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.measurement import device
-from wpn_ds.evaluate.utility import answer_losses
+from wpn_ds.evaluate.scoring import right_padded, scored_answers
 from wpn_ds.losses.pooling import Pooling, pool, pooling_matrix
 from wpn_ds.models.generate import batches, evaluation_mode
 from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pad_token_id
@@ -98,7 +98,7 @@ class Reader:
         with self._model() as model:
             for chosen in self._batches(texts):
                 segments = [texts[at].segment for at in chosen]
-                ids, mask = _right_padded(segments, pad_token_id(self._tokenizer))
+                ids, mask = right_padded(segments, pad_token_id(self._tokenizer))
                 read = model.base_model(
                     input_ids=ids.to(model.device),
                     attention_mask=mask.to(model.device),
@@ -123,12 +123,9 @@ class Reader:
         """
         sums = torch.zeros(len(texts), dtype=torch.float64)
         with self._model() as model:
-            for chosen in self._batches(texts):
-                segments = [texts[at].segment for at in chosen]
-                lengths = [one.answer_length for one in segments]
-                losses = answer_losses(model, segments, pad_token_id(self._tokenizer)).double().cpu()
-                for at, answer in zip(chosen, torch.split(losses, lengths), strict=True):
-                    sums[at] = self._finite(answer.sum(), texts[at])
+            pad, segments = pad_token_id(self._tokenizer), [text.segment for text in texts]
+            for at, nats, _ in scored_answers(model, segments, pad, self._batches(texts)):
+                sums[at] = self._finite(nats.sum(), texts[at])
         return sums
 
     @contextlib.contextmanager
@@ -154,11 +151,3 @@ class Reader:
                 "weights are damaged" + " or too large for --bf16" * self._settings.bf16
             )
         return values
-
-
-def _right_padded(segments: Sequence[Segment], pad: int) -> tuple[Tensor, Tensor]:
-    """([batch, length] ids, mask); causal attention never looks to the right, so a text is read as it is alone."""
-    length = max(map(len, segments))
-    ids = torch.tensor([[*one.ids, *[pad] * (length - len(one))] for one in segments])
-    mask = torch.tensor([[1] * len(one) + [0] * (length - len(one)) for one in segments])
-    return ids, mask
