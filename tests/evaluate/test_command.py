@@ -132,7 +132,7 @@ def test_a_hub_s_model_that_was_updated_is_another_one(hub, folders, tmp_path) -
         part = Measurement("after", Source("org/small", "--model"), Plan(tmp_path / "answers", Asking()))
         addresses.append(part.address)
         places.append(part._folder)
-        assert part._source.revision == commit, "all that is loaded is of this commit"
+        assert part._model.source.revision == commit, "all that is loaded is of this commit"
     assert addresses == [f"org/small@{letter * 40}" for letter in "ab"] and places[0] != places[1]
     local = Measurement("after", Source(str(folders / "opt")), Plan(tmp_path / "answers", Asking()))
     assert local.address == str(folders / "opt")

@@ -17,7 +17,8 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, can_judge
 from wpn_ds.evaluate.command import JUDGES, Options
 from wpn_ds.evaluate.judges import make_judges
-from wpn_ds.evaluate.measurement import Measurement, Plan, device
+from wpn_ds.evaluate.measurement import Measurement, Plan
+from wpn_ds.evaluate.model import device
 from wpn_ds.evaluate.ranks import all_arrived, alone_in, from_rank_0, join_ranks
 from wpn_ds.evaluate.relearning import Lessons
 from wpn_ds.evaluate.report.files import write_report

@@ -19,6 +19,7 @@ from typing import Any
 from tqdm import tqdm
 
 from wpn_ds.data.tokens import today, writes_date
+from wpn_ds.errors import UserError
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import unusable, write_atomically
 
@@ -67,6 +68,16 @@ class Ledger:
                 except ValueError:
                     continue
                 results[key] = result
+        return results
+
+    def results(self, units: Sequence[Unit], flag: str) -> dict[str, Any]:
+        """The same. Raises UserError if one of ``units`` isn't among them; ``flag`` is what names the folder."""
+        results = self.read()
+        if missing := [unit.name for unit in units if unit.key not in results]:
+            raise UserError(
+                f"{self._folder} lacks {len(missing)} results of other ranks, {missing[0]} first: give {flag} a "
+                "folder that all of them share"
+            )
         return results
 
     def run(
