@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
-import yaml
 
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.records import RetainRecord, merged_by_prompt, read_forget, read_retain
@@ -33,6 +32,7 @@ from wpn_ds.evaluate.suites import (
 )
 from wpn_ds.evaluate.tofu.data import write_log
 from wpn_ds.evaluate.tofu.task import tofu_task
+from wpn_ds.evaluate.training import read_settings
 from wpn_ds.evaluate.utility import available_utility
 from wpn_ds.judging.base import Judge
 from wpn_ds.models.folder import check_place
@@ -62,7 +62,7 @@ def evaluate(options: Options) -> int:
     Raises:
         UserError: a model, a file, a suite or a judge is missing or bad, before anything is generated.
     """
-    recorded, revision = _recorded(Path(options.model) / "run.yaml"), None
+    recorded, revision = read_settings(Path(options.model)), None
     if options.baseline == "auto":
         baseline, revision = _started_from(options.model, recorded)
         options = replace(options, baseline=baseline)
@@ -219,19 +219,6 @@ def _judged(
         if name in lost:
             raise UserError(f"--suite {name}: {reason}")
     return kept, [f"left out: {', '.join(lost)}: {reason}"] if lost else []
-
-
-def _recorded(path: Path) -> dict[str, Any]:
-    """The settings that training left beside the model; empty if it left none."""
-    if not path.is_file():
-        return {}
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: mend or remove it") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is damaged: mend or remove it")
-    return settings
 
 
 def _started_from(model: str, recorded: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -14,6 +13,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report.page import render_page
 from wpn_ds.evaluate.results import Evaluation
+from wpn_ds.evaluate.training import read_metrics
 from wpn_ds.system.files import write_atomically
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -106,26 +106,3 @@ def read_report(path: str | Path) -> tuple[Evaluation | None, Evaluation, dict[s
             + ": run wpn-ds evaluate again"
         ) from error
     return before, after, rest
-
-
-def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves in a metrics.jsonl by name, in order of steps; empty if there is no such file.
-
-    Values that aren't finite numbers, and a last line that a kill cut short, are left out; of a step that was run
-    twice (a resumed run), the later record counts.
-    """
-    if not Path(path).is_file():
-        return {}
-    curves: dict[str, dict[int, float]] = {}
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            continue
-        for name, value in record.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if name != "step" and number and math.isfinite(value):
-                curves.setdefault(name, {})[record["step"]] = float(value)
-    return {name: sorted(points.items()) for name, points in curves.items()}

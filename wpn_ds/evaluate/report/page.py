@@ -42,7 +42,7 @@ def render_page(comparison: Comparison, rest: Mapping[str, Any], metrics: Metric
 
     Args:
         rest: of the report, "settings", "judges", "notes" and "wpn_ds_version".
-        metrics: as :func:`wpn_ds.evaluate.report.files.read_metrics` returns them; may be empty.
+        metrics: as :func:`wpn_ds.evaluate.training.read_metrics` returns them; may be empty.
     """
     suites = comparison.after.suites
     groups = grouped(suites.items()).items()
