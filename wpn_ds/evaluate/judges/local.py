@@ -135,8 +135,11 @@ class LocalClassifier(Judge):
         UserError: ``folder`` holds none, or, from a call, a damaged one.
     """
 
-    def __init__(self, folder: str | Path, *, threshold: float = 0.5, name: str | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, *, threshold: float = 0.5, name: str | None = None, flag: str = "--judge"
+    ) -> None:
         self.name = name or f"local:{folder}"
+        self._shown = f"{flag} {self.name}"
         self._threshold, self._path = threshold, Path(folder, _WEIGHTS)
         with self._one_line():
             self._settings = json.loads(Path(folder, _SETTINGS).read_text(encoding="utf-8"))
@@ -161,10 +164,10 @@ class LocalClassifier(Judge):
             yield
         except FileNotFoundError as error:
             raise UserError(
-                f"--judge {self.name}: there is no {Path(error.filename).name} in it: wpn-ds judge train makes one"
+                f"{self._shown}: there is no {Path(error.filename).name} in it: wpn-ds judge train makes one"
             ) from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"--judge {self.name}: it is damaged ({error})") from error
+            raise UserError(f"{self._shown}: it is damaged ({error})") from error
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(self._path.read_bytes()).hexdigest()

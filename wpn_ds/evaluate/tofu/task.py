@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -31,15 +30,6 @@ FLUENCY_HELP = "hf:NAME[,clean=LABEL] (default label: clean), local:DIR (what it
 _FORMS = "hf:NAME, hf:NAME,clean=LABEL or local:DIR"
 
 
-@contextlib.contextmanager
-def _own_flag() -> Iterator[None]:
-    """Errors of a classifier name the judges' flag."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("--judge", "--fluency", 1)) from error
-
-
 class Fluency:
     """P(clean) of an answer alone, whatever the question.
 
@@ -61,22 +51,21 @@ class Fluency:
             raise UserError(f"--fluency {spec}: a local classifier has no labels to choose: give local:DIR")
         self._inverse = kind == "local"
         self._classifier: ClassifierJudge | LocalClassifier
-        with _own_flag():
-            if kind == "local":
-                from wpn_ds.evaluate.judges.local import LocalClassifier
+        if kind == "local":
+            from wpn_ds.evaluate.judges.local import LocalClassifier
 
-                self._classifier = LocalClassifier(name, name=spec)
-            else:
-                from wpn_ds.evaluate.judges.classifier import ClassifierJudge
+            self._classifier = LocalClassifier(name, name=spec, flag="--fluency")
+        else:
+            from wpn_ds.evaluate.judges.classifier import ClassifierJudge
 
-                self._classifier = ClassifierJudge(name, harmful=[label or "clean"], device=device, name=spec)
+            labels = [label or "clean"]
+            self._classifier = ClassifierJudge(name, harmful=labels, device=device, name=spec, flag="--fluency")
         if self._classifier.input == "pair":
             raise UserError(f"--fluency {spec}: it reads the prompt, too: train it with --input answer")
 
     def describe(self) -> dict[str, Any]:
         """Everything that its scores depend on, for the report."""
-        with _own_flag():
-            told = self._classifier.describe()
+        told = self._classifier.describe()
         clean = {} if self._inverse else {"clean": told["harmful"]}
         return clean | {name: value for name, value in told.items() if name not in ("harmful", "threshold", "judge")}
 
@@ -86,8 +75,7 @@ class Fluency:
         Raises:
             UserError: one is no number, or the classifier can't be loaded, which it is when it is first asked.
         """
-        with _own_flag():
-            found = self._classifier.scores([Case(answer, "", answer) for answer in answers])
+        found = self._classifier.scores([Case(answer, "", answer) for answer in answers])
         if not all(map(math.isfinite, found)):
             raise UserError(f"--fluency {self._spec}: gives scores that are no numbers (NaN): its weights are damaged")
         return [1 - score for score in found] if self._inverse else found
