@@ -18,9 +18,8 @@ from wpn_ds.evaluate.model import AskedModel
 from wpn_ds.evaluate.relearning import Lessons, Relearning
 from wpn_ds.evaluate.results import Evaluation, Retain, Suite, Task
 from wpn_ds.evaluate.suites import PromptSuite
-from wpn_ds.evaluate.tofu.answers import TofuAnswers
 from wpn_ds.evaluate.tofu.data import TofuLog
-from wpn_ds.evaluate.tofu.task import TofuTask
+from wpn_ds.evaluate.tofu.task import TofuAnswers, TofuTask
 from wpn_ds.evaluate.utility import perplexity, retain_nll, run_utility
 from wpn_ds.evaluate.work import Ledger, Unit, dated
 from wpn_ds.judging.base import Judge

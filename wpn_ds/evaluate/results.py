@@ -314,7 +314,7 @@ class Evaluation:
             "suites": {name: suite.to_json() for name, suite in self.suites.items()},
             "retain": retain,
             "utility": {name: task.to_json() for name, task in self.utility.items()},
-            "tofu": self.tofu.to_json() if self.tofu else None,
+            "tofu": asdict(self.tofu) if self.tofu else None,
         }
 
     @classmethod

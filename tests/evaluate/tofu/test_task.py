@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -158,7 +159,7 @@ def test_a_model_with_itself_as_retain_only_model_has_forget_quality_1(
     assert "TOFU forget10: forget quality, p 1, model utility" in page and "Real authors" in page
     before, after, rest = read_report(tmp_path / "again" / "report.json")
     assert before and before.tofu and "tofu" not in rest
-    assert after.tofu and json.loads(json.dumps(after.tofu.to_json())) == again["tofu"]
+    assert after.tofu and json.loads(json.dumps(asdict(after.tofu))) == again["tofu"]
 
 
 def test_what_is_finished_is_not_run_again(folders, tofu_dir, tmp_path, monkeypatch) -> None:
