@@ -17,7 +17,7 @@ from wpn_ds.evaluate.report.table import format_runs, format_table
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.evaluate.training import read_metrics, read_settings
 from wpn_ds.settings.parse import option, parse
-from wpn_ds.system.files import unusable, write_atomically
+from wpn_ds.system.files import usable, write_atomically
 
 COMPARE_HTML = "compare.html"
 _METRICS = "metrics.jsonl"
@@ -44,7 +44,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     folders = list(dict.fromkeys(options.runs))
     found = [_read(folder) for folder in folders]
     folder = options.output_dir or (folders[0] if len(folders) == 1 else Path())
-    try:
+    with usable(f"--output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         if len(folders) == 1:
             comparison, rest, metrics, _ = found[0]
@@ -58,8 +58,6 @@ def run(argv: Sequence[str] | None = None) -> int:
             ]
             page = write_atomically(folder / COMPARE_HTML, render_comparison(runs))
             table = format_runs(runs)
-    except OSError as error:
-        raise unusable(f"--output_dir {folder}", error) from error
     print(f"{table}\n\n{page}" if table else page)
     return 0
 

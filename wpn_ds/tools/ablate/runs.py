@@ -22,7 +22,7 @@ from wpn_ds.models.load import Source, load_tokenizer, pinned
 from wpn_ds.models.planted import PLANTED, ensure_planted
 from wpn_ds.settings.run import DONE, Config
 from wpn_ds.settings.style import PromptStyle
-from wpn_ds.system.files import unusable
+from wpn_ds.system.files import usable
 from wpn_ds.system.lock import locked
 from wpn_ds.tools.ablate.command import Options
 from wpn_ds.tools.ablate.grid import Row, checked, chosen_rows, flags, read_grid
@@ -86,10 +86,8 @@ def ablate(options: Options) -> int:
     configs = {run.output_dir: checked(run.row, run.flags) for run in runs}
     for run in runs:
         _read(run.record, run.settings)  # a record of other settings is said before anything is made
-    try:
+    with usable(f"--output_dir {options.output_dir}"):
         options.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unusable(f"--output_dir {options.output_dir}", error) from error
     if options.model is None:
         ensure_planted()
     with locked(options.output_dir / ".ablate.lock", f"--output_dir {options.output_dir}"):
