@@ -14,7 +14,7 @@ from itertools import combinations
 from typing import Any, Literal
 
 from wpn_ds.evaluate.tofu.metrics import TofuFigures
-from wpn_ds.judging.base import DEGENERATE, Judgement, Kind, Verdict
+from wpn_ds.judging.base import DEGENERATE, Judgement, PromptKind, Verdict
 from wpn_ds.judging.rouge import tokenize
 from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, cohen_kappa
 
@@ -73,7 +73,7 @@ class Suite:
     """A model's answers to one set of prompts; empty only where there is nothing to compare with."""
 
     answers: tuple[Answer, ...]
-    kind: Kind = "harm"
+    kind: PromptKind = "harm"
 
     @cached_property
     def judges(self) -> list[str]:

@@ -25,7 +25,7 @@ from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import usable
 from wpn_ds.system.lock import locked
 from wpn_ds.tools.ablate.command import Options
-from wpn_ds.tools.ablate.grid import Row, checked, chosen_rows, flags, read_grid
+from wpn_ds.tools.ablate.grid import GridRow, checked, chosen_rows, flags, read_grid
 from wpn_ds.tools.ablate.measure import Data, Training, measure, read_training
 from wpn_ds.tools.ablate.table import Line, Outcome, markdown, result, write
 
@@ -42,7 +42,7 @@ class Run:
         flags, config: the settings as training's command line, and as training will read it.
     """
 
-    row: Row
+    row: GridRow
     seed: int
     output_dir: Path
     settings: dict[str, Any]
@@ -86,7 +86,7 @@ def ablate(options: Options) -> int:
 
 
 def _carry_on(
-    options: Options, grid: Sequence[Row], chosen: Sequence[Row], runs: Sequence[Run], data: Data, model: str
+    options: Options, grid: Sequence[GridRow], chosen: Sequence[GridRow], runs: Sequence[Run], data: Data, model: str
 ) -> int:
     """What is left of the grid, and the table."""
     outcomes = {run.output_dir: o for run in runs if (o := _read(run.record, run.settings)) is not None}
@@ -127,7 +127,7 @@ def _data(options: Options) -> Data:
     return Data(files["forget"], files["heldout"], files["retain"], suites, read_retain(files["retain"]))
 
 
-def _run(folder: Path, row: Row, seed: int, base: Mapping[str, Any], data: Data) -> Run:
+def _run(folder: Path, row: GridRow, seed: int, base: Mapping[str, Any], data: Data) -> Run:
     """The row's run with ``seed``: ``base``, the files, and what the row changes.
 
     Raises:
@@ -215,7 +215,7 @@ def _reason(log: Path, code: int) -> str:
     return errors[-1].removeprefix("error: ") if errors else f"exit code {code}, see {log}"
 
 
-def _lines(grid: Sequence[Row], runs: Sequence[Run], outcomes: Mapping[Path, Outcome]) -> list[Line]:
+def _lines(grid: Sequence[GridRow], runs: Sequence[Run], outcomes: Mapping[Path, Outcome]) -> list[Line]:
     """The rows of which something is known, in the grid's order."""
     known = [
         Line(row, {run.seed: outcomes[run.output_dir] for run in runs if run.row is row and run.output_dir in outcomes})

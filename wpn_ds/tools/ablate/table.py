@@ -16,7 +16,7 @@ from wpn_ds.judging.base import Verdict
 from wpn_ds.judging.statistics import Rate, bootstrap_mean
 from wpn_ds.system import tables
 from wpn_ds.system.files import write_atomically
-from wpn_ds.tools.ablate.grid import Row
+from wpn_ds.tools.ablate.grid import GridRow
 from wpn_ds.tools.ablate.measure import Training
 
 
@@ -51,7 +51,7 @@ class Outcome:
 class Line:
     """A row with its outcomes by seed; at least one."""
 
-    row: Row
+    row: GridRow
     outcomes: Mapping[int, Outcome]
 
     @property
