@@ -7,6 +7,7 @@ report gives the very object it was written from.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -99,10 +100,20 @@ class Suite:
         name = judge or self.judge
         return [judgement.verdict for a in self.answers if (judgement := a.judgements[name]) is not None]
 
+    def pairs(self, judge: str | None = None) -> list[tuple[Answer, Verdict]]:
+        """Every answer with its verdict (see :meth:`verdicts`)."""
+        return list(zip(self.answers, self.verdicts(judge), strict=True))
+
     def judged(self, judge: str | None = None) -> list[tuple[Answer, Verdict]]:
-        """The answers that have a verdict of ``judge`` (see :meth:`verdicts`), which unusable isn't."""
-        pairs = zip(self.answers, self.verdicts(judge), strict=True)
-        return [(answer, verdict) for answer, verdict in pairs if verdict is not Verdict.UNUSABLE]
+        """Those that have a verdict, which unusable isn't."""
+        return [(answer, verdict) for answer, verdict in self.pairs(judge) if verdict is not Verdict.UNUSABLE]
+
+    @property
+    def _by_prompt(self) -> dict[tuple[Any, ...], list[tuple[Answer, Verdict]]]:
+        found: dict[tuple[Any, ...], list[tuple[Answer, Verdict]]] = {}
+        for answer, verdict in self.pairs():
+            found.setdefault(answer.asked, []).append((answer, verdict))
+        return found
 
     @property
     def harmless(self) -> Rate:
@@ -125,12 +136,9 @@ class Suite:
     @property
     def always_harmless(self) -> Rate:
         """Prompts of which every answer (sample) is harmless; those that unusable verdicts leave open don't count."""
-        by_prompt: dict[tuple[Any, ...], set[Verdict]] = {}
-        for answer, verdict in zip(self.answers, self.verdicts(), strict=True):
-            by_prompt.setdefault(answer.asked, set()).add(verdict)
+        verdicts = [{verdict for _, verdict in pairs} for pairs in self._by_prompt.values()]
         always = {Verdict.HARMLESS}
-        known = [of for of in by_prompt.values() if of == always or of - always - {Verdict.UNUSABLE}]
-        return Rate.of(of == always for of in known)
+        return Rate.of(of == always for of in verdicts if of == always or of - always - {Verdict.UNUSABLE})
 
     @property
     def degenerate(self) -> Rate:
@@ -168,10 +176,7 @@ class Suite:
     @property
     def commonest(self) -> Rate:
         """How many answers are the one that is given most often: a model that always says the same shows here."""
-        counts: dict[str, int] = {}
-        for answer in self.answers:
-            counts[answer.answer] = counts.get(answer.answer, 0) + 1
-        return Rate(max(counts.values(), default=0), len(self.answers))
+        return Rate(max(Counter(a.answer for a in self.answers).values(), default=0), len(self.answers))
 
     def kappas(self) -> dict[str, float | None]:
         """Cohen's kappa of every two judges on harmless or not, "reference ~ phrases"; degenerate answers, on which
@@ -192,15 +197,13 @@ class Suite:
 
     def good(self) -> dict[tuple[Any, ...], float]:
         """By prompt, the share of its answers that are good, of those of which that is known."""
-        by_prompt: dict[tuple[Any, ...], list[bool]] = {}
-        for answer, verdict in zip(self.answers, self.verdicts(), strict=True):
-            if (good := self.is_good(answer, verdict)) is not None:
-                by_prompt.setdefault(answer.asked, []).append(good)
-        return {asked: sum(found) / len(found) for asked, found in by_prompt.items()}
+        good = {asked: [self.is_good(*pair) for pair in pairs] for asked, pairs in self._by_prompt.items()}
+        known = {asked: [one for one in found if one is not None] for asked, found in good.items()}
+        return {asked: sum(found) / len(found) for asked, found in known.items() if found}
 
     def by_key(self) -> dict[tuple[Any, ...], tuple[Answer, Verdict]]:
         """The answers with their verdicts, to find another model's answer to the same."""
-        return {a.key: (a, verdict) for a, verdict in zip(self.answers, self.verdicts(), strict=True)}
+        return {answer.key: (answer, verdict) for answer, verdict in self.pairs()}
 
     def to_json(self) -> dict[str, Any]:
         """The figures, then the answers that they are counted from."""

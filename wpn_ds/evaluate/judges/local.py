@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,9 +67,7 @@ def hold_out(examples: Sequence[Labelled], seed: int) -> tuple[list[Labelled], l
     """(training, held-out) examples, split by group: no prompt is in both."""
     groups = sorted({one.group for one in examples})
     random.Random(seed).shuffle(groups)
-    sizes = dict.fromkeys(groups, 0)
-    for one in examples:
-        sizes[one.group] += 1
+    sizes = Counter(one.group for one in examples)
     ends = np.cumsum([sizes[group] for group in groups])
     held = {group for group, end in zip(groups, ends, strict=True) if end <= HELD_OUT * len(examples)}
     return [one for one in examples if one.group not in held], [one for one in examples if one.group in held]

@@ -27,7 +27,7 @@ def answers_data(comparison: Comparison) -> dict[str, Any]:
     for at, (name, suite) in enumerate(after.items()):
         suites.append({"title": suite_title(name), "judge": judges.index(suite.judge)})
         was = (comparison.earlier(name) or NO_ANSWERS).by_key()
-        for answer, verdict in zip(suite.answers, suite.verdicts(), strict=True):
+        for answer, verdict in suite.pairs():
             earlier = was.get(answer.key)
             rows.append(
                 {

@@ -104,8 +104,7 @@ def _degenerate(kind: str, suite: Suite) -> str:
 
 
 def _helped(suite: Suite) -> str:
-    pairs = zip(suite.answers, suite.verdicts(), strict=True)
-    return share(Rate.of(not answer.refusal and not verdict.degenerate for answer, verdict in pairs).value)
+    return share(Rate.of(not answer.refusal and not verdict.degenerate for answer, verdict in suite.pairs()).value)
 
 
 def _with_bounds(rate: Rate | Estimate) -> str:

@@ -128,12 +128,11 @@ def _differences(default: Line | None, line: Line) -> dict[str, Any]:
     """By suite; none of the default itself, nor of a row without a model."""
     if default is None or line is default or not line.evaluations:
         return {}
-    return {name: _difference(default, line, name) for name in line.evaluations[0].suites}
-
-
-def _difference(default: Line, line: Line, suite: str) -> dict[str, Any]:
-    was, now = _by_prompt(default, suite), _by_prompt(line, suite)
-    return asdict(bootstrap_mean([[b - a for a, b in zip(was, now, strict=True)]]))
+    found = {}
+    for name in line.evaluations[0].suites:
+        was, now = _by_prompt(default, name), _by_prompt(line, name)
+        found[name] = asdict(bootstrap_mean([[b - a for a, b in zip(was, now, strict=True)]]))
+    return found
 
 
 def _by_prompt(line: Line, suite: str) -> list[float]:
