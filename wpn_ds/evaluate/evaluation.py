@@ -22,14 +22,7 @@ from wpn_ds.evaluate.ranks import all_arrived, alone_in, from_rank_0, join_ranks
 from wpn_ds.evaluate.relearning import Lessons
 from wpn_ds.evaluate.report.files import write_report
 from wpn_ds.evaluate.report.table import format_table
-from wpn_ds.evaluate.suites import (
-    PromptSuite,
-    Selection,
-    Sources,
-    build_suites,
-    resolve_suites,
-    take,
-)
+from wpn_ds.evaluate.suites import PromptSuite, Selection, Sources, build_suites, resolve_suites, take
 from wpn_ds.evaluate.tofu.data import write_log
 from wpn_ds.evaluate.tofu.task import tofu_task
 from wpn_ds.evaluate.training import read_settings

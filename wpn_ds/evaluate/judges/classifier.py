@@ -15,15 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from wpn_ds.errors import UserError
 from wpn_ds.judging.base import Case, Input, Judge, Judgement, by_threshold
-from wpn_ds.models.load import (
-    Source,
-    audit,
-    fit_pad,
-    hub_commit,
-    max_positions,
-    pad_token_id,
-    refuse_unknown_ids,
-)
+from wpn_ds.models.load import Source, audit, fit_pad, hub_commit, max_positions, pad_token_id, refuse_unknown_ids
 
 BATCH = 16
 """Answers in one forward pass; of no influence on the verdicts."""
