@@ -121,7 +121,6 @@ def test_judges_load_on_rank_0_alone_after_the_answers_are_there(folders, files,
     for module in (evaluation, meeting):
         monkeypatch.setattr(module, "all_arrived", lambda size: None)
         monkeypatch.setattr(module, "from_rank_0", lambda rank, size, work: work())
-    monkeypatch.setattr(evaluation.dist, "broadcast_object_list", lambda objects: None)
     assert run(arguments) == 0 and events == []
 
 
