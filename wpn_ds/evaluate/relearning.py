@@ -17,7 +17,7 @@ import torch
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.data.tokens import Segment, encode_pair, encode_prompt, render_prompt
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.answering import Asking, judge_answers
+from wpn_ds.evaluate.answering import Asking, Generation, judge_answers
 from wpn_ds.evaluate.results import Suite
 from wpn_ds.evaluate.scoring import token_losses
 from wpn_ds.evaluate.suites import RELEARNING_PREFIX, PromptSuite
@@ -81,7 +81,7 @@ class Relearning:
         suites = {}
         for step, texts in zip(self._steps, result, strict=True):
             named = replace(self._asked, name=f"{RELEARNING_PREFIX}{step}")
-            said = [(read, i, text, None) for i, (read, text) in enumerate(zip(self._read, texts, strict=True))]
+            said = [Generation(read, at, text) for at, (read, text) in enumerate(zip(self._read, texts, strict=True))]
             suites[named.name] = judge_answers(named, said, judges)
         return suites
 

@@ -182,7 +182,7 @@ class TofuAnswers:
         """Every item's numbers from the finished units' ``results``."""
         sets = {}
         for name, items in self._data.items.items():
-            texts = [answer for _, _, answer, _ in self._asked[name].said(results)]
+            texts = [one.answer for one in self._asked[name].said(results)]
             numbers = [one for unit in self._losses[name] for one in results[unit.key]]
             sets[name] = tuple(_scores(*one) for one in zip(items, texts, numbers, strict=True))
         return TofuLog(model, self._data.split, self._asking.max_new_tokens, sets)
