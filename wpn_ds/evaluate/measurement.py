@@ -14,6 +14,7 @@ import torch
 from wpn_ds.data.records import RetainRecord
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, SuiteAnswers
+from wpn_ds.evaluate.items import TaskOptions
 from wpn_ds.evaluate.model import AskedModel
 from wpn_ds.evaluate.relearning import Lessons, Relearning
 from wpn_ds.evaluate.results import Evaluation, Retain, Suite, Task
@@ -146,16 +147,10 @@ def _retain_unit(records: Sequence[RetainRecord], asking: Asking) -> Unit:
 
 
 def _utility_unit(name: str, asking: Asking, plan: Plan) -> Unit:
+    options = TaskOptions(plan.data_dir, plan.limit, asking.batch_size, asking.max_length)
+
     def measure(model: Any, tokenizer: Any) -> dict[str, Any]:
-        return run_utility(
-            name,
-            model,
-            tokenizer,
-            data_dir=plan.data_dir,
-            limit=plan.limit,
-            batch_size=asking.batch_size,
-            max_length=asking.max_length,
-        ).to_json()
+        return run_utility(name, model, tokenizer, options).to_json()
 
     content = [plan.benchmarks[name], plan.limit, asking.max_length, asking.batch_size]
     return Unit(f"utility/{name}", content, plan.limit or 1000, measure)

@@ -12,7 +12,7 @@ from wpn_ds.data.tokens import encode_answer
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.benchmarks import BENCHMARKS, load_benchmark, run_benchmark
 from wpn_ds.evaluate.dialogue import DIALOGUES, load_dialogue_set, run_dialogue
-from wpn_ds.evaluate.items import TaskUnavailable
+from wpn_ds.evaluate.items import TaskOptions, TaskUnavailable
 from wpn_ds.evaluate.results import Task
 from wpn_ds.evaluate.scoring import scored_answers
 from wpn_ds.models.generate import batches
@@ -61,10 +61,9 @@ def available_utility(text: str | None, data_dir: Path | None) -> tuple[dict[str
     return sources, notes
 
 
-def run_utility(name: str, model: Any, tokenizer: Any, **settings: Any) -> Task:
-    """One task on the model; ``settings`` are those of :func:`~wpn_ds.evaluate.benchmarks.run_benchmark` and
-    :func:`~wpn_ds.evaluate.dialogue.run_dialogue`."""
-    return (run_dialogue if name in DIALOGUES else run_benchmark)(name, model, tokenizer, **settings)
+def run_utility(name: str, model: Any, tokenizer: Any, options: TaskOptions) -> Task:
+    """One task on the model."""
+    return (run_dialogue if name in DIALOGUES else run_benchmark)(name, model, tokenizer, options)
 
 
 def retain_nll(
