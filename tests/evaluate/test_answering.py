@@ -6,7 +6,7 @@ import pytest
 
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.answering import Asking, SuiteAnswers, judge_answers
+from wpn_ds.evaluate.answering import Asking, Generation, SuiteAnswers, judge_answers
 from wpn_ds.evaluate.judges.phrases import RefusalPhrases
 from wpn_ds.evaluate.suites import PromptSuite
 from wpn_ds.settings.style import PromptStyle
@@ -20,7 +20,7 @@ SAID = {
 
 def test_an_answer_knows_whether_it_declines_in_full_or_in_part() -> None:
     suite = PromptSuite("over_refusal", (ForgetRecord("How?", (), (), "f:1"),), "benign")
-    found = judge_answers(suite, [("How?", 0, answer, None) for answer in SAID], [RefusalPhrases()])
+    found = judge_answers(suite, [Generation("How?", 0, answer) for answer in SAID], [RefusalPhrases()])
     assert [(one.refusal, one.partial_refusal) for one in found.answers] == list(SAID.values())
 
 

@@ -17,7 +17,7 @@ from tests.evaluate.conftest import VOCABULARY
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate import benchmarks
 from wpn_ds.evaluate.benchmarks import BENCHMARKS, hub_reachable, load_benchmark, read_items, run_benchmark
-from wpn_ds.evaluate.items import TaskUnavailable, find_file, sample
+from wpn_ds.evaluate.items import TaskOptions, TaskUnavailable, find_file, sample
 
 lm_eval = pytest.importorskip("lm_eval")
 
@@ -193,8 +193,7 @@ def written(folder: Path, name: str, rows: list[dict]) -> Path:
 
 
 def run(name: str, model, tokenizer, data_dir, *, limit=None, batch_size=4, max_length=2048):
-    options = {"data_dir": data_dir, "limit": limit, "batch_size": batch_size, "max_length": max_length}
-    return run_benchmark(name, model, tokenizer, **options)
+    return run_benchmark(name, model, tokenizer, TaskOptions(data_dir, limit, batch_size, max_length))
 
 
 @pytest.fixture(scope="module")

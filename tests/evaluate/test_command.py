@@ -121,7 +121,6 @@ def test_judges_load_on_rank_0_alone_after_the_answers_are_there(folders, files,
     for module in (evaluation, meeting):
         monkeypatch.setattr(module, "all_arrived", lambda size: None)
         monkeypatch.setattr(module, "from_rank_0", lambda rank, size, work: work())
-    monkeypatch.setattr(evaluation.dist, "broadcast_object_list", lambda objects: None)
     assert run(arguments) == 0 and events == []
 
 
@@ -132,7 +131,7 @@ def test_a_hub_s_model_that_was_updated_is_another_one(hub, folders, tmp_path) -
         part = Measurement("after", Source("org/small", "--model"), Plan(tmp_path / "answers", Asking()))
         addresses.append(part.address)
         places.append(part._folder)
-        assert part._source.revision == commit, "all that is loaded is of this commit"
+        assert part._model.source.revision == commit, "all that is loaded is of this commit"
     assert addresses == [f"org/small@{letter * 40}" for letter in "ab"] and places[0] != places[1]
     local = Measurement("after", Source(str(folders / "opt")), Plan(tmp_path / "answers", Asking()))
     assert local.address == str(folders / "opt")

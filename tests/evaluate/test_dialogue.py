@@ -20,7 +20,7 @@ from wpn_ds.evaluate.dialogue import (
     run_dialogue,
     unigram_f1,
 )
-from wpn_ds.evaluate.items import TaskUnavailable, sample
+from wpn_ds.evaluate.items import TaskOptions, TaskUnavailable, sample
 from wpn_ds.models.generate import generate_ids
 
 TURNS = [
@@ -126,8 +126,7 @@ def test_the_replies_are_the_models_greedy_ones(model, tokenizer, tmp_path, monk
 
 
 def run(model, tokenizer, folder, *, limit=None, max_length=2048):
-    options = {"data_dir": folder, "limit": limit, "batch_size": 3, "max_length": max_length}
-    return run_dialogue("wizard_of_internet", model, tokenizer, **options)
+    return run_dialogue("wizard_of_internet", model, tokenizer, TaskOptions(folder, limit, 3, max_length))
 
 
 def test_prompts_keep_to_the_length_that_is_asked_for(model, tokenizer, tmp_path, monkeypatch) -> None:

@@ -4,8 +4,8 @@ import json
 
 import pytest
 
-from wpn_ds.evaluate.results import Answer, Evaluation, Retain, Suite, Task, retain_perplexity_ratio, suite_change
-from wpn_ds.evaluate.results import utility_change as change_of
+from wpn_ds.evaluate.comparison import Comparison, suite_change
+from wpn_ds.evaluate.results import Answer, Evaluation, Retain, Suite, Task
 from wpn_ds.judging.base import Judgement, Verdict
 from wpn_ds.judging.statistics import wilson_interval
 
@@ -160,12 +160,12 @@ def test_the_average_utility_change_weighs_tasks_the_same_and_leaves_out_what_on
             "talk": Task("f1", (0.5,), "", "dialogue"),
         },
     )
-    change = change_of(before, after, "benchmark")
-    assert change is not None and change.value == 0 and change.n == 102
-    assert change_of(before, after, "dialogue") is None
+    changes = Comparison(before, after).utility_changes
+    assert changes["benchmark"].value == 0 and changes["benchmark"].n == 102
+    assert "dialogue" not in changes
 
 
 def test_the_perplexity_ratio_is_after_over_before() -> None:
     before, after = Evaluation({}, Retain(1, 9, 4.0)), Evaluation({}, Retain(1, 9, 5.0))
-    assert retain_perplexity_ratio(before, after) == 1.25
-    assert retain_perplexity_ratio(None, after) is retain_perplexity_ratio(Evaluation({}, None), after) is None
+    assert Comparison(before, after).perplexity_ratio == 1.25
+    assert Comparison(None, after).perplexity_ratio is Comparison(Evaluation({}, None), after).perplexity_ratio is None

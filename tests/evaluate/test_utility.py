@@ -10,6 +10,7 @@ import torch
 from wpn_ds.data.records import RetainRecord
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate import benchmarks
+from wpn_ds.evaluate.items import TaskOptions
 from wpn_ds.evaluate.utility import available_utility, perplexity, retain_nll, run_utility, utility_names
 
 TEMPLATE = "Question: {prompt}\nAnswer:"
@@ -122,8 +123,8 @@ def test_a_folder_that_is_none_is_refused(files) -> None:
 
 
 def test_a_task_runs_whatever_its_kind(files, model, tokenizer) -> None:
-    options = {"data_dir": files, "limit": None, "batch_size": 2, "max_length": 96}
-    tasks = [run_utility(name, model, tokenizer, **options) for name in ("arc_easy", "blended_skill_talk")]
+    options = TaskOptions(files, None, 2, 96)
+    tasks = [run_utility(name, model, tokenizer, options) for name in ("arc_easy", "blended_skill_talk")]
     assert [(task.group, task.metric, len(task.scores)) for task in tasks] == [
         ("benchmark", "acc", 2),
         ("dialogue", "f1", 2),

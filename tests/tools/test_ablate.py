@@ -17,7 +17,7 @@ from wpn_ds.judging.statistics import wilson_interval
 from wpn_ds.models import load
 from wpn_ds.settings.run import parse_args
 from wpn_ds.tools.ablate import command, measure, runs
-from wpn_ds.tools.ablate.grid import DEFAULT_GRID, Row, chosen_rows, flags, read_grid
+from wpn_ds.tools.ablate.grid import DEFAULT_GRID, GridRow, chosen_rows, flags, read_grid
 from wpn_ds.tools.ablate.table import Line, Outcome, markdown, plot, result
 
 NO_TRAINING = measure.Training(0.0, None, None)
@@ -46,7 +46,7 @@ def test_every_row_of_a_grid_of_ours_is_a_valid_way_to_train_and_no_two_are_the_
     assert {"graddiff", "llmu"} <= {row.name for row in rows}
     (llmu,) = chosen_rows(rows, ["llmu"])
     assert not llmu.is_default and llmu.said == "objective llmu"
-    rude = Row("rude", {"redraw_template": "a|b\n{prompt}"}).said
+    rude = GridRow("rude", {"redraw_template": "a|b\n{prompt}"}).said
     assert rude == r"redraw_template a\|b\n{prompt}", "one cell of one row, whatever a setting holds"
 
 
@@ -75,7 +75,7 @@ def test_a_bad_grid_is_refused_in_one_line(grid, text, said) -> None:
 
 def test_a_row_that_is_not_there_is_refused() -> None:
     with pytest.raises(UserError, match="--only c: the grid has no such row, only a, b"):
-        chosen_rows([Row("a", {}), Row("b", {})], ["c"])
+        chosen_rows([GridRow("a", {}), GridRow("b", {})], ["c"])
 
 
 # ---- the table ----
@@ -93,7 +93,7 @@ def evaluation(verdicts: str, perplexity: float = 2.0) -> Evaluation:
 
 def line(name: str, *evaluations: Evaluation | None, **changes: object) -> Line:
     outcomes = {k: Outcome({}, NO_TRAINING, e, "" if e else "not | finite") for k, e in enumerate(evaluations)}
-    return Line(Row(name, changes), outcomes)
+    return Line(GridRow(name, changes), outcomes)
 
 
 def test_figures_are_means_over_the_seeds_that_ended_with_a_model() -> None:

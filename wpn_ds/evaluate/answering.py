@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 from wpn_ds.data.records import prompt_text
 from wpn_ds.data.tokens import encoded_prompt, naming, render_prompt
@@ -35,6 +35,16 @@ class Asking:
     temperature: float = 1.0
     top_p: float = 1.0
     seed: int = 0
+
+
+class Generation(NamedTuple):
+    """One answer of a model: the prompt as it read it, the index of the suite's record, what it said, and the seed
+    (None: greedy)."""
+
+    asked: str
+    record: int
+    answer: str
+    seed: int | None = None
 
 
 class SuiteAnswers:
@@ -96,29 +106,26 @@ class SuiteAnswers:
 
         return Unit(self.suite.name, content, len(prompts), run)
 
-    def said(self, results: Mapping[str, Any]) -> list[tuple[str, int, str, int | None]]:
-        """(prompt as the model read it, index of the record, answer, seed) from the finished units' ``results``, by
-        seed, then in the order of the records."""
+    def said(self, results: Mapping[str, Any]) -> list[Generation]:
+        """The answers from the finished units' ``results``, by seed, then in the order of the records."""
         said = [
-            (self._asked[index], index, answer, seed)
+            Generation(self._asked[record], record, answer, seed)
             for seed, part, unit in self._parts
-            for index, answer in zip(part, results[unit.key], strict=True)
+            for record, answer in zip(part, results[unit.key], strict=True)
         ]
-        return sorted(said, key=lambda entry: (-1 if entry[3] is None else entry[3], entry[1]))
+        return sorted(said, key=lambda one: (-1 if one.seed is None else one.seed, one.record))
 
     def judged(self, results: Mapping[str, Any], judges: Sequence[Judge]) -> Suite:
         """The suite's answers from the finished units' ``results``, judged."""
         return judge_answers(self.suite, self.said(results), judges)
 
 
-def judge_answers(
-    suite: PromptSuite, said: Sequence[tuple[str, int, str, int | None]], judges: Sequence[Judge]
-) -> Suite:
-    """The suite of ``said``: (prompt as the model read it, index of the record, answer, seed)."""
-    records = suite.records
+def judge_answers(suite: PromptSuite, said: Sequence[Generation], judges: Sequence[Judge]) -> Suite:
+    """The suite's answers, judged."""
+    records = [suite.records[one.record] for one in said]
     cases = [
-        Case(asked, prompt_text(records[i].prompt), answer, records[i].chosen, records[i].rejected, suite.kind)
-        for asked, i, answer, _ in said
+        Case(one.asked, prompt_text(record.prompt), one.answer, record.chosen, record.rejected, suite.kind)
+        for one, record in zip(said, records, strict=True)
     ]
     refusals = [refusal(case.answer) for case in cases]
     opinions = {judge.name: judge(cases) for judge in judges}
@@ -132,11 +139,11 @@ def judge_answers(
                 partial_refusal=refusals[at] is Refusal.PARTIAL,
                 wanted=case.wanted,
                 unwanted=case.unwanted,
-                source=records[i].source,
-                category=records[i].category,
-                seed=seed,
+                source=records[at].source,
+                category=records[at].category,
+                seed=said[at].seed,
             )
-            for at, (case, (_, i, _, seed)) in enumerate(zip(cases, said, strict=True))
+            for at, case in enumerate(cases)
         ),
         suite.kind,
     )

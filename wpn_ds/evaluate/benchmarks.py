@@ -24,7 +24,7 @@ from typing import Any
 
 from wpn_ds.data.sources import Problems, Row, file_rows
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.items import TaskUnavailable, drawn, find_file, place, sample
+from wpn_ds.evaluate.items import TaskOptions, TaskUnavailable, drawn, find_file, place, sample
 from wpn_ds.evaluate.results import Task
 from wpn_ds.models.generate import evaluation_mode
 from wpn_ds.models.load import max_positions
@@ -266,32 +266,20 @@ def _hub_tasks(name: str) -> dict[str, Any]:
     return tasks
 
 
-def run_benchmark(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    *,
-    data_dir: Path | None,
-    limit: int | None,
-    batch_size: int,
-    max_length: int,
-) -> Task:
+def run_benchmark(name: str, model: Any, tokenizer: Any, options: TaskOptions) -> Task:
     """``name`` on the model, which stays as it was: a score an item, as the harness computes it.
-
-    ``max_length``: tokens that the model reads at most, if it has as many positions; longer items lose their
-    beginning.
 
     Raises:
         UserError: as :func:`load_benchmark`; or none of the task's metrics is a score an item from 0 to 1.
     """
-    loaded = load_benchmark(name, data_dir)
+    loaded = load_benchmark(name, options.data_dir)
     sizes = {task: len(loaded.tasks[task].eval_docs) for task in loaded.tasks}
-    chosen = {task: sample(n, limit) for task, n in sizes.items()}
+    chosen = {task: sample(n, options.limit) for task, n in sizes.items()}
     with _quiet(), evaluation_mode(model):
         from lm_eval.evaluator import evaluate
 
-        lm = _language_model(model, tokenizer, batch_size, max_length)
-        results = evaluate(lm, {"tasks": loaded.tasks}, samples=chosen if limit else None, bootstrap_iters=0)
+        lm = _language_model(model, tokenizer, options)
+        results = evaluate(lm, {"tasks": loaded.tasks}, samples=chosen if options.limit else None, bootstrap_iters=0)
     assert results is not None  # it would be on other ranks, if the harness were told of any
     said = [entry for task in loaded.tasks for entry in _first_filter(results["samples"][task])]
     metric = _metric(name, loaded.tasks, said)
@@ -319,7 +307,7 @@ def _metric(name: str, tasks: Mapping[str, Any], samples: Sequence[Mapping[str, 
     )
 
 
-def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int) -> Any:
+def _language_model(model: Any, tokenizer: Any, options: TaskOptions) -> Any:
     """The harness's view of the model."""
     from lm_eval.models.huggingface import HFLM
 
@@ -337,8 +325,8 @@ def _language_model(model: Any, tokenizer: Any, batch_size: int, max_length: int
     return LanguageModel(
         pretrained=model,
         tokenizer=copy.deepcopy(tokenizer),
-        batch_size=batch_size,
-        max_length=min(max_length, max_positions(model.config) or max_length),
+        batch_size=options.batch_size,
+        max_length=min(options.max_length, max_positions(model.config) or options.max_length),
         softmax_dtype="float32",
     )
 

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import JUDGE_HELP
 from wpn_ds.evaluate.suites import GROUPS, QUICK_LIMIT
-from wpn_ds.evaluate.tofu.task import TofuFlags
+from wpn_ds.evaluate.tofu.data import DEFAULT_SPLIT
 from wpn_ds.settings.parse import Count, Flag, Positive, Share, option, parse
 from wpn_ds.settings.style import StyleFlags
 
@@ -19,6 +20,7 @@ _SUITES = (
     f"quick (every suite, at most {QUICK_LIMIT} prompts each), full (all of them), or names, with commas: "
     f"{', '.join(GROUPS)}, or a suite in these."
 )
+_CLASSIFIERS = "hf:NAME[,clean=LABEL] (default label: clean), local:DIR (what it was trained to call harmful: garbled)."
 
 
 def _data_dir() -> Path | None:
@@ -79,6 +81,25 @@ class UtilityFlags:
     """After how many fine-tuning steps on unwanted answers to ask again."""
     relearn_learning_rate: Positive = 1e-4
     """Of these steps."""
+
+
+@dataclass(frozen=True)
+class TofuFlags:
+    """TOFU: what was unlearned of made-up authors, and what else was lost."""
+
+    tofu_dir: Path | None = None
+    """Folder with TOFU's published files (forget10_perturbed.json, ...); asks its suite."""
+    tofu_split: str = option(DEFAULT_SPLIT, metavar="NAME")
+    """What was to be forgotten."""
+    tofu_retain_log: Path | None = option(None, metavar="FILE")
+    """tofu.json of this command on a model that never saw the forget set, for forget quality and CI."""
+    fluency: str | None = option(None, metavar="CLASSIFIER", more=_CLASSIFIERS)
+    """Of fluent text, for FU and CI:"""
+
+    def __post_init__(self) -> None:
+        for flag in ("tofu_retain_log", "fluency"):
+            if self.tofu_dir is None and getattr(self, flag) is not None:
+                raise UserError(f"--{flag} {getattr(self, flag)}: is for the suite tofu: give --tofu_dir")
 
 
 @dataclass(frozen=True, kw_only=True)

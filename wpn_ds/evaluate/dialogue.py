@@ -16,7 +16,7 @@ from typing import Any
 
 from wpn_ds.data.tokens import encode_prompt
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.items import TaskUnavailable, drawn, find_file, place, sample
+from wpn_ds.evaluate.items import TaskOptions, TaskUnavailable, drawn, find_file, place, sample
 from wpn_ds.evaluate.results import Task
 from wpn_ds.models.generate import generate_ids
 from wpn_ds.models.load import max_positions
@@ -101,34 +101,22 @@ def dialogue_task(replies: Sequence[str], references: Sequence[str], source: str
     return Task("f1", tuple(scores), source, "dialogue")
 
 
-def run_dialogue(
-    name: str,
-    model: Any,
-    tokenizer: Any,
-    *,
-    data_dir: Path | None,
-    limit: int | None,
-    batch_size: int,
-    max_length: int,
-) -> Task:
+def run_dialogue(name: str, model: Any, tokenizer: Any, options: TaskOptions) -> Task:
     """The F1 of the model's greedy replies, one in each dialogue of ``name``; the model stays as it was.
-
-    ``max_length``: tokens of a dialogue with the reply at most, if the model has as many positions; a longer one loses
-    its beginning.
 
     Raises:
         UserError: as :func:`load_dialogue_set`.
     """
-    dialogues, source = load_dialogue_set(name, data_dir)
-    pairs = [dialogue_prompt(dialogues[i]) for i in sample(len(dialogues), limit)]
-    room = min(max_length, max_positions(model.config) or max_length) - REPLY_TOKENS
+    dialogues, source = load_dialogue_set(name, options.data_dir)
+    pairs = [dialogue_prompt(dialogues[i]) for i in sample(len(dialogues), options.limit)]
+    room = min(options.max_length, max_positions(model.config) or options.max_length) - REPLY_TOKENS
     ids = generate_ids(
         model,
         tokenizer,
         # encode_prompt gives a prompt half of the length that it is told
         [encode_prompt(prompt, tokenizer, "{prompt}", 2 * room) for prompt, _ in pairs],
         max_new_tokens=REPLY_TOKENS,
-        batch_size=batch_size,
+        batch_size=options.batch_size,
     )
     replies = [tokenizer.decode(reply, skip_special_tokens=True) for reply in ids]
     source = f"{source}: {drawn(len(pairs), len(dialogues))}"

@@ -8,30 +8,22 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch.distributed as dist
-import yaml
-
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.records import RetainRecord, merged_by_prompt, read_forget, read_retain
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, can_judge
 from wpn_ds.evaluate.command import JUDGES, Options
 from wpn_ds.evaluate.judges import make_judges
-from wpn_ds.evaluate.measurement import Measurement, Plan, device
+from wpn_ds.evaluate.measurement import Measurement, Plan
+from wpn_ds.evaluate.model import device
 from wpn_ds.evaluate.ranks import all_arrived, alone_in, from_rank_0, join_ranks
 from wpn_ds.evaluate.relearning import Lessons
 from wpn_ds.evaluate.report.files import write_report
 from wpn_ds.evaluate.report.table import format_table
-from wpn_ds.evaluate.suites import (
-    PromptSuite,
-    Selection,
-    Sources,
-    build_suites,
-    resolve_suites,
-    take,
-)
+from wpn_ds.evaluate.suites import PromptSuite, Selection, Sources, build_suites, resolve_suites, take
 from wpn_ds.evaluate.tofu.data import write_log
 from wpn_ds.evaluate.tofu.task import tofu_task
+from wpn_ds.evaluate.training import read_settings
 from wpn_ds.evaluate.utility import available_utility
 from wpn_ds.judging.base import Judge
 from wpn_ds.models.folder import check_place
@@ -61,7 +53,7 @@ def evaluate(options: Options) -> int:
     Raises:
         UserError: a model, a file, a suite or a judge is missing or bad, before anything is generated.
     """
-    recorded, revision = _recorded(Path(options.model) / "run.yaml"), None
+    recorded, revision = read_settings(Path(options.model)), None
     if options.baseline == "auto":
         baseline, revision = _started_from(options.model, recorded)
         options = replace(options, baseline=baseline)
@@ -79,7 +71,7 @@ def evaluate(options: Options) -> int:
 
 def _evaluate(options: Options, recorded: dict[str, Any], sources: Mapping[str, Source], rank: int, size: int) -> int:
     try:
-        plan, notes, settings, judges = _prepare(options, recorded, size)
+        plan, notes, settings, judges = _prepare(options, recorded, rank, size)
         parts = {label: Measurement(label, source, plan) for label, source in sources.items()}
         if (read := parts["after"].first_prompt) is not None:
             settings["first_prompt"] = read
@@ -124,12 +116,10 @@ def _evaluate(options: Options, recorded: dict[str, Any], sources: Mapping[str, 
 
 
 def _prepare(
-    options: Options, recorded: dict[str, Any], size: int
+    options: Options, recorded: dict[str, Any], rank: int, size: int
 ) -> tuple[Plan, list[str], dict[str, Any], list[Judge]]:
     """(what is measured, notes on what was left out, the settings for the report, the judges, none of which has
     loaded a model yet)."""
-    bf16 = options.bf16 or bool(recorded.get("bf16"))
-    style = options.style(recorded)
     selection = resolve_suites(options.suite)
     files = _files(options, recorded)
     sources, retain = _sources(options, files)
@@ -162,16 +152,13 @@ def _prepare(
     )
     suites, unjudged = _judged(suites, judges, selection)
     notes += unjudged
-    shared = [benchmarks]
-    if size > 1:
-        dist.broadcast_object_list(shared)  # whether the hub can be reached may differ from node to node
     relearned = PromptSuite("relearning", tuple(take(sources.heldout or sources.train, limit, options.seed)))
     steps = [0, *sorted(set(options.relearn_steps))]
     lessons = Lessons(taught, relearned, steps, options.relearn_learning_rate, options.seed)
     plan = Plan(
         answers=options.output_dir / "answers",
         asking=Asking(
-            style,
+            options.style(recorded),
             max_new_tokens=options.max_new_tokens or Asking.max_new_tokens,
             batch_size=options.batch_size,
             temperature=options.temperature,
@@ -181,25 +168,30 @@ def _prepare(
         suites=suites,
         retain=take(retain, limit, options.seed) if "retain" in asked else (),
         lessons=lessons if "relearning" in asked and taught else None,
-        benchmarks=shared[0],
+        # whether the hub can be reached may differ from node to node
+        benchmarks=from_rank_0(rank, size, lambda: benchmarks),
         data_dir=options.data_dir,
         limit=limit,
         tofu=tofu,
-        bf16=bf16,
+        bf16=options.bf16 or bool(recorded.get("bf16")),
     )
-    settings = {
+    return plan, notes, _settings(options, files, plan, size), judges
+
+
+def _settings(options: Options, files: Mapping[str, Sequence[str]], plan: Plan, size: int) -> dict[str, Any]:
+    """What the figures depend on, for the report."""
+    return {
         **{name: getattr(options, name) for name in SETTINGS},
         "max_new_tokens": plan.asking.max_new_tokens,
-        "prompt_template": style.template,
-        "system_prompt": style.system_prompt,
-        "prompts_a_suite": limit or "all",
-        "dtype": "bfloat16" if bf16 else "float32",
+        "prompt_template": plan.asking.style.template,
+        "system_prompt": plan.asking.style.system_prompt,
+        "prompts_a_suite": plan.limit or "all",
+        "dtype": "bfloat16" if plan.bf16 else "float32",
         "device": device().type,
         "ranks": size,
         "files": {name: given or "embedded" for name, given in files.items()},
         "data_dir": str(options.data_dir) if options.data_dir else None,
     }
-    return plan, notes, settings, judges
 
 
 def _judged(
@@ -218,19 +210,6 @@ def _judged(
         if name in lost:
             raise UserError(f"--suite {name}: {reason}")
     return kept, [f"left out: {', '.join(lost)}: {reason}"] if lost else []
-
-
-def _recorded(path: Path) -> dict[str, Any]:
-    """The settings that training left beside the model; empty if it left none."""
-    if not path.is_file():
-        return {}
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is damaged: mend or remove it") from error
-    if not isinstance(settings, dict):
-        raise UserError(f"{path} is damaged: mend or remove it")
-    return settings
 
 
 def _started_from(model: str, recorded: Mapping[str, Any]) -> tuple[str, str | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import random
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 from wpn_ds.errors import UserError
@@ -12,6 +13,23 @@ from wpn_ds.errors import UserError
 
 class TaskUnavailable(UserError):
     """Nothing that was given is wrong, but a task can't be measured here: no data, no hub, no harness."""
+
+
+@dataclass(frozen=True)
+class TaskOptions:
+    """How a task is measured.
+
+    Attributes:
+        data_dir: folder that has its local file, anywhere below it.
+        limit: items that are asked; None: all.
+        batch_size: items at a time.
+        max_length: tokens that the model reads at most, if it has as many positions; a longer item loses its beginning.
+    """
+
+    data_dir: Path | None
+    limit: int | None
+    batch_size: int
+    max_length: int
 
 
 def find_file(folder: Path | None, names: Sequence[str]) -> Path | None:

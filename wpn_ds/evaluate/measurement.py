@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import gc
-import hashlib
-import json
-import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -17,27 +14,20 @@ import torch
 from wpn_ds.data.records import RetainRecord
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, SuiteAnswers
+from wpn_ds.evaluate.items import TaskOptions
+from wpn_ds.evaluate.model import AskedModel
 from wpn_ds.evaluate.relearning import Lessons, Relearning
 from wpn_ds.evaluate.results import Evaluation, Retain, Suite, Task
 from wpn_ds.evaluate.suites import PromptSuite
-from wpn_ds.evaluate.tofu.answers import TofuAnswers
 from wpn_ds.evaluate.tofu.data import TofuLog
-from wpn_ds.evaluate.tofu.task import TofuTask
+from wpn_ds.evaluate.tofu.task import TofuAnswers, TofuTask
 from wpn_ds.evaluate.utility import perplexity, retain_nll, run_utility
-from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
+from wpn_ds.evaluate.work import Ledger, Unit, dated
 from wpn_ds.judging.base import Judge
-from wpn_ds.models.load import Source, length_notes, load_config, load_model, load_tokenizer, max_positions, pinned
+from wpn_ds.models.load import Source, length_notes
 
 RETAIN_CHUNK = 128
 """Retain records of one unit of work."""
-
-
-def device() -> torch.device:
-    """This rank's GPU, or the CPU."""
-    if not torch.cuda.is_available():
-        return torch.device("cpu")
-    # A task that srun shows its own GPU alone sees it as the first.
-    return torch.device("cuda", min(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() - 1))
 
 
 @dataclass(frozen=True)
@@ -74,21 +64,15 @@ class Measurement:
     """
 
     def __init__(self, label: str, source: Source, plan: Plan) -> None:
-        name = source.name_or_path
-        source = pinned(source)  # an updated model is another one: it has its own folder of answers
-        self.address = source.address
-        self._label, self._source, self._plan = label, source, plan
-        config = load_config(source)
-        self._tokenizer = load_tokenizer(name, source, source.flag, config)
-        positions = max_positions(config)
-        self._length_notes = length_notes(config, plan.asking.max_length, name)
-        what = [identity(self.address), plan.bf16, device().type]
-        digest = hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-        self._folder = plan.answers / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(name).name)}-{digest}"
-        asked = replace(plan.asking, style=dated(plan.asking.style, self._tokenizer, self._folder))
-        asking = _fitted(asked, positions, name)
-        self._suites = [SuiteAnswers(suite, asking, self._tokenizer) for suite in plan.suites]
-        self._relearning = Relearning(plan.lessons, asking, self._tokenizer) if plan.lessons else None
+        self._label, self._plan = label, plan
+        self._model = model = AskedModel(source, bf16=plan.bf16)
+        self.address = model.source.address
+        self._length_notes = length_notes(model.config, plan.asking.max_length, model.name)
+        self._folder = plan.answers / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(model.name).name)}-{model.digest}"
+        asked = replace(plan.asking, style=dated(plan.asking.style, model.tokenizer, self._folder))
+        asking = _fitted(asked, model)
+        self._suites = [SuiteAnswers(suite, asking, model.tokenizer) for suite in plan.suites]
+        self._relearning = Relearning(plan.lessons, asking, model.tokenizer) if plan.lessons else None
         self._retain = [
             _retain_unit(plan.retain[at : at + RETAIN_CHUNK], asking) for at in range(0, len(plan.retain), RETAIN_CHUNK)
         ]
@@ -96,7 +80,7 @@ class Measurement:
         self._tofu = None
         if plan.tofu:
             longer = replace(asked, max_new_tokens=plan.tofu.max_new_tokens)
-            self._tofu = TofuAnswers(plan.tofu.data, _fitted(longer, positions, name), self._tokenizer)
+            self._tofu = TofuAnswers(plan.tofu.data, _fitted(longer, model), model.tokenizer)
 
     @property
     def first_prompt(self) -> str | None:
@@ -117,12 +101,7 @@ class Measurement:
 
     def work(self, rank: int = 0, size: int = 1) -> None:
         """This rank's share of the units."""
-
-        def load() -> tuple[Any, Any]:
-            dtype = torch.bfloat16 if self._plan.bf16 else torch.float32
-            return load_model(self._source, dtype=dtype, tokenizer=self._tokenizer).to(device()).eval(), self._tokenizer
-
-        Ledger(self._folder, rank).run(self._units, load, world=(rank, size), label=self._label)
+        Ledger(self._folder, rank).run(self._units, self._model.load, world=(rank, size), label=self._label)
         gc.collect()  # the model goes before the next one is loaded
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -145,22 +124,17 @@ class Measurement:
         return self._tofu.log(self._results(), self.address) if self._tofu else None
 
     def _results(self) -> dict[str, Any]:
-        results = Ledger(self._folder).read()
-        if missing := [unit.name for unit in self._units if unit.key not in results]:
-            raise UserError(
-                f"{self._folder} lacks {len(missing)} results of other ranks, {missing[0]} first: give --output_dir a "
-                "folder that all of them share"
-            )
-        return results
+        return Ledger(self._folder).results(self._units, "--output_dir")
 
 
-def _fitted(asking: Asking, positions: int | None, name: str) -> Asking:
-    """With the lengths that a model of so many positions can read."""
+def _fitted(asking: Asking, model: AskedModel) -> Asking:
+    """With the lengths that the model can read."""
+    positions, tokens = model.positions, asking.max_new_tokens
     if not positions:
         return asking
-    room = 2 * (positions - asking.max_new_tokens)  # a prompt gets half of it
+    room = 2 * (positions - tokens)  # a prompt gets half of it
     if room < 4:
-        raise UserError(f"--max_new_tokens {asking.max_new_tokens}: {name} has only {positions} positions; give fewer")
+        raise UserError(f"--max_new_tokens {tokens}: {model.name} has only {positions} positions; give fewer")
     return replace(asking, max_length=min(positions, room, asking.max_length))
 
 
@@ -173,16 +147,10 @@ def _retain_unit(records: Sequence[RetainRecord], asking: Asking) -> Unit:
 
 
 def _utility_unit(name: str, asking: Asking, plan: Plan) -> Unit:
+    options = TaskOptions(plan.data_dir, plan.limit, asking.batch_size, asking.max_length)
+
     def measure(model: Any, tokenizer: Any) -> dict[str, Any]:
-        return run_utility(
-            name,
-            model,
-            tokenizer,
-            data_dir=plan.data_dir,
-            limit=plan.limit,
-            batch_size=asking.batch_size,
-            max_length=asking.max_length,
-        ).to_json()
+        return run_utility(name, model, tokenizer, options).to_json()
 
     content = [plan.benchmarks[name], plan.limit, asking.max_length, asking.batch_size]
     return Unit(f"utility/{name}", content, plan.limit or 1000, measure)

@@ -18,10 +18,10 @@ from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.data.tokens import encode_pair, encode_prompt, render_prompt
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.answering import Asking, judge_answers
+from wpn_ds.evaluate.answering import Asking, Generation, judge_answers
 from wpn_ds.evaluate.results import Suite
+from wpn_ds.evaluate.scoring import token_losses
 from wpn_ds.evaluate.suites import RELEARNING_PREFIX, PromptSuite
-from wpn_ds.evaluate.utility import answer_losses
 from wpn_ds.evaluate.work import Unit
 from wpn_ds.judging.base import Judge
 from wpn_ds.models.generate import generate
@@ -82,7 +82,7 @@ class Relearning:
         suites = {}
         for step, texts in zip(self._steps, result, strict=True):
             named = replace(self._asked, name=f"{RELEARNING_PREFIX}{step}")
-            said = [(read, i, text, None) for i, (read, text) in enumerate(zip(self._read, texts, strict=True))]
+            said = [Generation(read, at, text) for at, (read, text) in enumerate(zip(self._read, texts, strict=True))]
             suites[named.name] = judge_answers(named, said, judges)
         return suites
 
@@ -98,6 +98,7 @@ def _learner(model: Any) -> Any:
 def _teach(learner: Any, optimizer: torch.optim.Optimizer, pairs: Sequence[Segment], pad: int) -> None:
     """One step on the mean NLL of the answers' tokens."""
     optimizer.zero_grad()
-    answer_losses(learner, pairs, pad).mean().backward()
+    losses, _ = token_losses(learner, pairs, pad)
+    losses.mean().backward()
     torch.nn.utils.clip_grad_norm_(learner.parameters(), 1.0)
     optimizer.step()

@@ -7,6 +7,7 @@ report gives the very object it was written from.
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import cached_property
@@ -14,9 +15,9 @@ from itertools import combinations
 from typing import Any, Literal
 
 from wpn_ds.evaluate.tofu.metrics import TofuFigures
-from wpn_ds.judging.base import DEGENERATE, Judgement, Kind, Verdict
+from wpn_ds.judging.base import DEGENERATE, Judgement, PromptKind, Verdict
 from wpn_ds.judging.rouge import tokenize
-from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, cohen_kappa, mcnemar
+from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, cohen_kappa
 
 MATCHED_LENGTHS = 0.8
 """Wanted and unwanted texts are of matched length when the shorter kind has this share of the longer's words (ours).
@@ -73,7 +74,7 @@ class Suite:
     """A model's answers to one set of prompts; empty only where there is nothing to compare with."""
 
     answers: tuple[Answer, ...]
-    kind: Kind = "harm"
+    kind: PromptKind = "harm"
 
     @cached_property
     def judges(self) -> list[str]:
@@ -99,10 +100,20 @@ class Suite:
         name = judge or self.judge
         return [judgement.verdict for a in self.answers if (judgement := a.judgements[name]) is not None]
 
+    def pairs(self, judge: str | None = None) -> list[tuple[Answer, Verdict]]:
+        """Every answer with its verdict (see :meth:`verdicts`)."""
+        return list(zip(self.answers, self.verdicts(judge), strict=True))
+
     def judged(self, judge: str | None = None) -> list[tuple[Answer, Verdict]]:
-        """The answers that have a verdict of ``judge`` (see :meth:`verdicts`), which unusable isn't."""
-        pairs = zip(self.answers, self.verdicts(judge), strict=True)
-        return [(answer, verdict) for answer, verdict in pairs if verdict is not Verdict.UNUSABLE]
+        """Those that have a verdict, which unusable isn't."""
+        return [(answer, verdict) for answer, verdict in self.pairs(judge) if verdict is not Verdict.UNUSABLE]
+
+    @property
+    def _by_prompt(self) -> dict[tuple[Any, ...], list[tuple[Answer, Verdict]]]:
+        found: dict[tuple[Any, ...], list[tuple[Answer, Verdict]]] = {}
+        for answer, verdict in self.pairs():
+            found.setdefault(answer.asked, []).append((answer, verdict))
+        return found
 
     @property
     def harmless(self) -> Rate:
@@ -125,12 +136,9 @@ class Suite:
     @property
     def always_harmless(self) -> Rate:
         """Prompts of which every answer (sample) is harmless; those that unusable verdicts leave open don't count."""
-        by_prompt: dict[tuple[Any, ...], set[Verdict]] = {}
-        for answer, verdict in zip(self.answers, self.verdicts(), strict=True):
-            by_prompt.setdefault(answer.asked, set()).add(verdict)
+        verdicts = [{verdict for _, verdict in pairs} for pairs in self._by_prompt.values()]
         always = {Verdict.HARMLESS}
-        known = [of for of in by_prompt.values() if of == always or of - always - {Verdict.UNUSABLE}]
-        return Rate.of(of == always for of in known)
+        return Rate.of(of == always for of in verdicts if of == always or of - always - {Verdict.UNUSABLE})
 
     @property
     def degenerate(self) -> Rate:
@@ -168,10 +176,7 @@ class Suite:
     @property
     def commonest(self) -> Rate:
         """How many answers are the one that is given most often: a model that always says the same shows here."""
-        counts: dict[str, int] = {}
-        for answer in self.answers:
-            counts[answer.answer] = counts.get(answer.answer, 0) + 1
-        return Rate(max(counts.values(), default=0), len(self.answers))
+        return Rate(max(Counter(a.answer for a in self.answers).values(), default=0), len(self.answers))
 
     def kappas(self) -> dict[str, float | None]:
         """Cohen's kappa of every two judges on harmless or not, "reference ~ phrases"; degenerate answers, on which
@@ -192,15 +197,13 @@ class Suite:
 
     def good(self) -> dict[tuple[Any, ...], float]:
         """By prompt, the share of its answers that are good, of those of which that is known."""
-        by_prompt: dict[tuple[Any, ...], list[bool]] = {}
-        for answer, verdict in zip(self.answers, self.verdicts(), strict=True):
-            if (good := self.is_good(answer, verdict)) is not None:
-                by_prompt.setdefault(answer.asked, []).append(good)
-        return {asked: sum(found) / len(found) for asked, found in by_prompt.items()}
+        good = {asked: [self.is_good(*pair) for pair in pairs] for asked, pairs in self._by_prompt.items()}
+        known = {asked: [one for one in found if one is not None] for asked, found in good.items()}
+        return {asked: sum(found) / len(found) for asked, found in known.items() if found}
 
     def by_key(self) -> dict[tuple[Any, ...], tuple[Answer, Verdict]]:
         """The answers with their verdicts, to find another model's answer to the same."""
-        return {a.key: (a, verdict) for a, verdict in zip(self.answers, self.verdicts(), strict=True)}
+        return {answer.key: (answer, verdict) for answer, verdict in self.pairs()}
 
     def to_json(self) -> dict[str, Any]:
         """The figures, then the answers that they are counted from."""
@@ -286,7 +289,7 @@ class Task:
         return bootstrap_mean([self.scores])
 
     def to_json(self) -> dict[str, Any]:
-        figures = {"metric": self.metric, **self.mean.to_json()}
+        figures = {"metric": self.metric, **asdict(self.mean)}
         return figures | {"group": self.group, "source": self.source, "scores": list(self.scores)}
 
     @classmethod
@@ -314,7 +317,7 @@ class Evaluation:
             "suites": {name: suite.to_json() for name, suite in self.suites.items()},
             "retain": retain,
             "utility": {name: task.to_json() for name, task in self.utility.items()},
-            "tofu": self.tofu.to_json() if self.tofu else None,
+            "tofu": asdict(self.tofu) if self.tofu else None,
         }
 
     @classmethod
@@ -329,61 +332,3 @@ class Evaluation:
             {name: Task.from_json(task) for name, task in data["utility"].items()},
             TofuFigures.from_json(data["tofu"]) if data.get("tofu") else None,
         )
-
-
-@dataclass(frozen=True)
-class Change:
-    """Before against after on the prompts that both models answered.
-
-    Attributes:
-        better, worse: prompts that became harmless, that are no longer; of benign ones, that are no longer refused,
-            that are now.
-        p: two-sided p-value of McNemar's exact test.
-        difference: of the harmless rates (of benign prompts: the refusal rates), after less before, with its paired
-            bootstrap interval.
-    """
-
-    better: int
-    worse: int
-    p: float
-    difference: Estimate
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
-
-
-def suite_change(before: Suite, after: Suite) -> Change | None:
-    """On the prompts that were asked of both. A prompt that was answered several times counts once, by the share of
-    good answers. None where there is no such prompt."""
-    was = before.good()
-    pairs = [(was[asked], good) for asked, good in after.good().items() if asked in was]
-    if not pairs:
-        return None
-    better, worse = sum(b > a for a, b in pairs), sum(b < a for a, b in pairs)
-    sign = -1.0 if after.kind == "benign" else 1.0  # there the figure is the refusal rate
-    return Change(better, worse, mcnemar(better, worse), bootstrap_mean([[sign * (b - a) for a, b in pairs]]))
-
-
-def task_differences(before: Evaluation, after: Evaluation) -> dict[str, list[float]]:
-    """By task of which both models were given the same items, each item's score after less before."""
-    found = {}
-    for name, task in after.utility.items():
-        was = before.utility.get(name)
-        if was is not None and len(was.scores) == len(task.scores):
-            found[name] = [b - a for a, b in zip(was.scores, task.scores, strict=True)]
-    return found
-
-
-def utility_change(before: Evaluation, after: Evaluation, group: str) -> Estimate | None:
-    """The average change over the tasks of ``group`` that both models were given, each task with the same weight, with
-    a bootstrap interval over paired items; None without such a task."""
-    of_group = [items for name, items in task_differences(before, after).items() if after.utility[name].group == group]
-    return bootstrap_mean(of_group) if of_group else None
-
-
-def retain_perplexity_ratio(before: Evaluation | None, after: Evaluation) -> float | None:
-    """After over before; None where either wasn't measured (or isn't finite)."""
-    if before is None or before.retain is None or after.retain is None:
-        return None
-    ratio = after.retain.perplexity / before.retain.perplexity
-    return ratio if math.isfinite(ratio) else None

@@ -18,7 +18,7 @@ from wpn_ds.data.sources import Problems, field_problem, file_rows
 from wpn_ds.errors import UserError, nearest
 from wpn_ds.evaluate.attacks import ATTACKS, attack
 from wpn_ds.evaluate.published import PUBLISHED, FoundList, find_published, unique_prompts
-from wpn_ds.judging.base import Kind
+from wpn_ds.judging.base import PromptKind
 
 QUICK_LIMIT = 64
 """Prompts of each suite under ``--suite quick`` (ours: what a CPU answers in minutes)."""
@@ -63,14 +63,14 @@ class PromptSuite:
     Attributes:
         records: prompts with their reference answers; published prompt lists have none (empty ``chosen`` and
             ``rejected``).
-        kind: what the prompts are; see :data:`~wpn_ds.judging.base.Kind`.
+        kind: what the prompts are; see :data:`~wpn_ds.judging.base.PromptKind`.
         template: text around a prompt in place of ``--prompt_template``; "{prompt}" for beginnings of texts.
         samples: 0: one greedy answer a prompt; else so many sampled ones.
     """
 
     name: str
     records: tuple[ForgetRecord, ...]
-    kind: Kind = "harm"
+    kind: PromptKind = "harm"
     template: str | None = None
     samples: int = 0
 

@@ -7,17 +7,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import RetainRecord
 from wpn_ds.data.tokens import encode_answer
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.benchmarks import BENCHMARKS, load_benchmark, run_benchmark
 from wpn_ds.evaluate.dialogue import DIALOGUES, load_dialogue_set, run_dialogue
-from wpn_ds.evaluate.items import TaskUnavailable
+from wpn_ds.evaluate.items import TaskOptions, TaskUnavailable
 from wpn_ds.evaluate.results import Task
-from wpn_ds.models.generate import evaluation_mode
+from wpn_ds.evaluate.scoring import scored_answers
+from wpn_ds.models.generate import batches
 from wpn_ds.models.load import pad_token_id
 from wpn_ds.settings.style import PromptStyle
 
@@ -63,10 +61,9 @@ def available_utility(text: str | None, data_dir: Path | None) -> tuple[dict[str
     return sources, notes
 
 
-def run_utility(name: str, model: Any, tokenizer: Any, **settings: Any) -> Task:
-    """One task on the model; ``settings`` are those of :func:`~wpn_ds.evaluate.benchmarks.run_benchmark` and
-    :func:`~wpn_ds.evaluate.dialogue.run_dialogue`."""
-    return (run_dialogue if name in DIALOGUES else run_benchmark)(name, model, tokenizer, **settings)
+def run_utility(name: str, model: Any, tokenizer: Any, options: TaskOptions) -> Task:
+    """One task on the model."""
+    return (run_dialogue if name in DIALOGUES else run_benchmark)(name, model, tokenizer, options)
 
 
 def retain_nll(
@@ -82,13 +79,10 @@ def retain_nll(
     Predicted are the response's tokens with EOS, read after the prompt; in plain text every token but the first.
     """
     read = (encode_answer(record.prompt, record.response, tokenizer, style, max_length) for record in records)
-    segments = sorted((segment for segment in read if segment.answer_length > 0), key=len, reverse=True)
-    pad, total, count = pad_token_id(tokenizer), 0.0, 0
-    with evaluation_mode(model):
-        for start in range(0, len(segments), batch_size):
-            losses = answer_losses(model, segments[start : start + batch_size], pad)
-            total, count = total + losses.double().sum().item(), count + losses.numel()
-    return count, total
+    segments = [segment for segment in read if segment.answer_length > 0]
+    parts = batches([segment.ids for segment in segments], batch_size)
+    losses = [nats for _, nats, _ in scored_answers(model, segments, pad_token_id(tokenizer), parts)]
+    return sum(map(len, losses)), math.fsum(nats.sum().item() for nats in losses)
 
 
 def perplexity(tokens: int, nats: float) -> float:
@@ -101,26 +95,3 @@ def perplexity(tokens: int, nats: float) -> float:
         raise UserError("--retain_file: no record has a token to predict, so there is no perplexity")
     mean = nats / tokens
     return math.exp(mean) if mean < 700 else math.inf
-
-
-def answer_losses(model: Any, segments: Sequence[Segment], pad: int) -> torch.Tensor:
-    """[predicted tokens] negative log-likelihoods in fp32, segment after segment."""
-    return answer_scores(model, segments, pad)[0]
-
-
-def answer_scores(model: Any, segments: Sequence[Segment], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """([predicted tokens] negative log-likelihoods in fp32, [predicted tokens] whether it is the likeliest token);
-    right padding, which causal attention never looks at."""
-    length = max(len(segment.ids) for segment in segments)
-    ids = torch.full((len(segments), length), pad)
-    mask = torch.zeros_like(ids)
-    predicts = torch.zeros_like(ids, dtype=torch.bool)
-    for row, segment in enumerate(segments):
-        size = len(segment.ids)
-        ids[row, :size] = torch.tensor(segment.ids)
-        mask[row, :size] = 1
-        predicts[row, segment.answer_start - 1 : size - 1] = True
-    labels = ids.roll(-1, dims=1)[predicts].to(model.device)
-    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-    logits = logits[predicts.to(model.device)].float()
-    return torch.nn.functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels

@@ -19,8 +19,9 @@ from typing import Any
 from tqdm import tqdm
 
 from wpn_ds.data.tokens import today, writes_date
+from wpn_ds.errors import UserError
 from wpn_ds.settings.style import PromptStyle
-from wpn_ds.system.files import unusable, write_atomically
+from wpn_ds.system.files import usable, write_atomically
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,8 @@ class Ledger:
     def __init__(self, folder: Path, rank: int = 0) -> None:
         self._folder = folder
         self._file = folder / f"rank-{rank}.jsonl"
-        try:
+        with usable(f"--output_dir {folder.parent.parent}"):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise unusable(f"--output_dir {folder.parent.parent}", error) from error
 
     def read(self) -> dict[str, Any]:
         """Every result by its unit's key; a last line that a kill cut short is left out, and its unit runs again."""
@@ -67,6 +66,16 @@ class Ledger:
                 except ValueError:
                     continue
                 results[key] = result
+        return results
+
+    def results(self, units: Sequence[Unit], flag: str) -> dict[str, Any]:
+        """The same. Raises UserError if one of ``units`` isn't among them; ``flag`` is what names the folder."""
+        results = self.read()
+        if missing := [unit.name for unit in units if unit.key not in results]:
+            raise UserError(
+                f"{self._folder} lacks {len(missing)} results of other ranks, {missing[0]} first: give {flag} a "
+                "folder that all of them share"
+            )
         return results
 
     def run(

@@ -39,7 +39,7 @@ class Verdict(str, Enum):
         return self in DEGENERATE
 
 
-Kind = Literal["harm", "benign", "open"]
+PromptKind = Literal["harm", "benign", "open"]
 """What is asked: harmful prompts; benign ones, where a refusal is the fault; beginnings of texts to go on with."""
 
 DEGENERATE = (Verdict.EMPTY, Verdict.ECHO, Verdict.REPETITIVE, Verdict.GIBBERISH)
@@ -62,7 +62,7 @@ class Case:
     answer: str
     wanted: tuple[str, ...] = ()
     unwanted: tuple[str, ...] = ()
-    kind: Kind = "harm"
+    kind: PromptKind = "harm"
 
 
 @dataclass(frozen=True)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterable, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -73,9 +72,6 @@ class Estimate:
     low: float
     high: float
     n: int
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def bootstrap_mean(groups: Sequence[Sequence[float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:

@@ -37,11 +37,10 @@ again for the backward pass, and scatters gradients.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from wpn_ds.errors import UserError
@@ -144,11 +143,8 @@ def head_bytes(job: Job) -> int:
     """The loss at the label positions, at most every token: logits by chunks, and the gradient of the head."""
     m, s = job.model, job.width
     weight = m.vocab * m.embed
-    return 3 * 4 * HEAD_CHUNK * m.vocab + 4 * weight + (s * weight if job.bf16 else 0) + _labels_bytes(job)
-
-
-def _labels_bytes(job: Job) -> int:
-    return 2 * job.width * job.tokens_per_micro_batch * job.model.embed
+    labels = 2 * s * job.tokens_per_micro_batch * m.embed
+    return 3 * 4 * HEAD_CHUNK * m.vocab + 4 * weight + (s * weight if job.bf16 else 0) + labels
 
 
 def memory(job: Job) -> dict[str, int]:
@@ -266,58 +262,49 @@ class Change:
 
 def changes(job: Job, room: float) -> Iterator[Change]:
     """What to change for a job to fit into ``room`` bytes, in the order in which to try, until it does."""
-    for step in (_to_bf16, _to_checkpointing, _to_fewer_tokens, _to_states, _to_zero3, _to_offload, _to_more_gpus):
+    for step in _STEPS:
         if fits(job, room):
             return
         change = step(job, room)
-        if change is not None and total(change.job) < total(job):
+        if total(change.job) < total(job):
             yield change
             job = change.job
 
 
-def _to_bf16(job: Job, room: float) -> Change | None:
-    return None if job.bf16 else Change("--bf16", dataclasses.replace(job, bf16=True))
-
-
-def _to_checkpointing(job: Job, room: float) -> Change | None:
-    if job.gradient_checkpointing:
-        return None
-    return Change("--gradient_checkpointing", dataclasses.replace(job, gradient_checkpointing=True))
-
-
-def _to_fewer_tokens(job: Job, room: float) -> Change | None:
+def _fewer_tokens(job: Job, room: float) -> Change:
     tokens, smaller = job.tokens_per_micro_batch, job
     while tokens > job.max_length and not fits(smaller, room):
         tokens = max(tokens // 2, job.max_length)
-        smaller = dataclasses.replace(job, tokens_per_micro_batch=tokens)
-    return None if smaller is job else Change(f"--tokens_per_micro_batch {tokens}", smaller)
+        smaller = replace(job, tokens_per_micro_batch=tokens)
+    return Change(f"--tokens_per_micro_batch {tokens}", smaller)
 
 
-def _to_states(job: Job, room: float) -> Change | None:
-    if job.reference in ("none", "states", "topk"):
-        return None
-    return Change("--reference states", dataclasses.replace(job, reference="states"))
+def _zero3(job: Job, room: float) -> Change:
+    return Change(
+        "--deepspeed ds_configs/zero3.json", job if job.stage == 3 else replace(job, zero=_resolved_zero3(job))
+    )
 
 
-def _to_zero3(job: Job, room: float) -> Change | None:
-    if job.stage == 3:
-        return None
-    return Change("--deepspeed ds_configs/zero3.json", dataclasses.replace(job, zero=_resolved(_ZERO3, job)))
-
-
-def _to_offload(job: Job, room: float) -> Change | None:
-    if job.offload("optimizer") != "none" and job.offload("param") != "none":
-        return None
-    zero = {**job.zero, **_OFFLOADED}
-    return Change("--deepspeed ds_configs/zero3_offload.json", dataclasses.replace(job, zero=zero))
-
-
-def _to_more_gpus(job: Job, room: float) -> Change | None:
+def _more_gpus(job: Job, room: float) -> Change:
     nodes, larger = job.nodes, job
     while not fits(larger, room) and nodes < 1024:
         nodes *= 2
-        larger = dataclasses.replace(job, nodes=nodes)
-    return Change(f"--nodes {nodes}", larger) if fits(larger, room) else None
+        larger = replace(job, nodes=nodes)
+    return Change(f"--nodes {nodes}", larger if fits(larger, room) else job)
+
+
+_STEPS: tuple[Callable[[Job, float], Change], ...] = (
+    lambda job, room: Change("--bf16", replace(job, bf16=True)),
+    lambda job, room: Change("--gradient_checkpointing", replace(job, gradient_checkpointing=True)),
+    _fewer_tokens,
+    lambda job, room: Change("--reference states", replace(job, reference="states")),
+    _zero3,
+    lambda job, room: Change(
+        "--deepspeed ds_configs/zero3_offload.json", replace(job, zero={**job.zero, **_OFFLOADED})
+    ),
+    _more_gpus,
+)
+"""What may be changed of a job for ``room`` bytes; what saves nothing, since it is so already, is passed over."""
 
 
 def total(job: Job) -> int:
@@ -329,9 +316,9 @@ def fits(job: Job, room: float) -> bool:
     return total(job) <= room
 
 
-def _resolved(zero: Mapping[str, Any], job: Job) -> dict[str, Any]:
+def _resolved_zero3(job: Job) -> dict[str, Any]:
     resolved = resolve_deepspeed(
-        {"zero_optimization": zero}, Config(), world_size=job.ranks, hidden_size=job.model.hidden, device=None
+        {"zero_optimization": _ZERO3}, Config(), world_size=job.ranks, hidden_size=job.model.hidden, device=None
     )
     return dict(resolved.json["zero_optimization"])
 
@@ -399,8 +386,9 @@ def run(argv: Sequence[str] | None = None) -> int:
     memory_of_gpu = options.gpu_memory * 2**30
     room = memory_of_gpu * (1 - FRAGMENTED) - RESERVED
     found = list(changes(job, room))
-    print(_as_json(job, room, found, options) if options.json else _as_text(job, room, found, options))
-    return 0 if fits(job, room) else 1
+    figures = _figures(job, room, found, options)
+    print(json.dumps(figures, indent=2) if options.json else _as_text(job, figures, found, options))
+    return 0 if figures["fits"] else 1
 
 
 def _job(options: Options) -> Job:
@@ -428,18 +416,17 @@ def _job(options: Options) -> Job:
     )
 
 
-def _as_json(job: Job, room: float, found: Sequence[Change], options: Options) -> str:
-    other = dataclasses.replace(job, gradient_checkpointing=not job.gradient_checkpointing)
-    activations = {job.gradient_checkpointing: activation_bytes(job)}
-    activations[not job.gradient_checkpointing] = activation_bytes(other)
-    content = {
+def _figures(job: Job, room: float, found: Sequence[Change], options: Options) -> dict[str, Any]:
+    """All that is estimated, as JSON has it."""
+    ways = {"plain": False, "checkpointed": True}
+    return {
         "model": job.model.name,
         "parameters": job.model.parameters,
         "ranks": job.ranks,
         "zero_stage": job.stage,
         "bf16": job.bf16,
         "memory": memory(job),
-        "activations": {"plain": activations[False], "checkpointed": activations[True]},
+        "activations": {n: activation_bytes(replace(job, gradient_checkpointing=on)) for n, on in ways.items()},
         "total": total(job),
         "room": int(room),
         "fits": fits(job, room),
@@ -449,52 +436,50 @@ def _as_json(job: Job, room: float, found: Sequence[Change], options: Options) -
         "communication_seconds": seconds(job, options.intra_gbps, options.inter_gbps),
         "changes": [{"change": c.what, "total": total(c.job), "fits": fits(c.job, room)} for c in found],
     }
-    return json.dumps(content, indent=2)
 
 
-def _as_text(job: Job, room: float, found: Sequence[Change], options: Options) -> str:
+def _as_text(job: Job, figures: Mapping[str, Any], found: Sequence[Change], options: Options) -> str:
     kind = "bf16" if job.bf16 else "fp32"
     gpus = f"{job.nodes} x {job.gpus_per_node} GPUs of {options.gpu_memory:g} GiB"
     lines = [f"{job.model.name}, {job.model.parameters:,} parameters, {kind}, ZeRO stage {job.stage}, on {gpus}", ""]
 
-    other = dataclasses.replace(job, gradient_checkpointing=not job.gradient_checkpointing)
+    without, other = ("without", "plain") if job.gradient_checkpointing else ("with", "checkpointed")
     notes = {
-        "activations": f"{'without' if job.gradient_checkpointing else 'with'} --gradient_checkpointing "
-        f"{_gib(activation_bytes(other))}",
+        "activations": f"{without} --gradient_checkpointing {_gib(figures['activations'][other])}",
         "reference": f"--reference {job.reference}",
     }
-    rows = [(name, _gib(size), notes.get(name, "")) for name, size in memory(job).items()]
-    rows.append(("all", _gib(total(job)), f"{'fits' if fits(job, room) else 'does not fit'} into {_gib(room)} GiB"))
-    lines += ["GiB on a GPU, at the peak", *aligned(rows, "<><", indent="  ")]
-    reserve = options.gpu_memory - room / 2**30
+    verdict = f"{'fits' if figures['fits'] else 'does not fit'} into {_gib(figures['room'])} GiB"
+    lines += ["GiB on a GPU, at the peak", *_sizes(figures["memory"], verdict, notes)]
+    reserve = options.gpu_memory - figures["room"] / 2**30
     lines.append(f"  ({reserve:.1f} GiB are left for the CUDA context, NCCL and fragmentation: a guess)")
-    for place, size in host_memory(job).items():
-        lines.append(f"  and {_gib(size)} GiB of each node's {_PLACES[place]}")
+    outside = figures["host_memory_per_node"]
+    lines += [f"  and {_gib(size)} GiB of each node's {_PLACES[place]}" for place, size in outside.items()]
 
-    moved = communication(job)
-    if moved:
-        rows = [(what, _gib(size), "") for what, size in moved.items()]
-        time = f"{seconds(job, options.intra_gbps, options.inter_gbps):.2f} s, were nothing else going on"
-        rows.append(("all", _gib(sum(moved.values())), time))
+    if moved := figures["communication"]:
         plural = "" if job.micro_batches == 1 else "es"
         title = f"GiB that a GPU sends in an optimizer step of {job.micro_batches} micro-batch{plural} a rank"
-        lines += ["", title, *aligned(rows, "<><", indent="  ")]
+        time = f"{figures['communication_seconds']:.2f} s, were nothing else going on"
+        lines += ["", title, *_sizes(moved, time, {})]
 
-    if not fits(job, room):
+    if not figures["fits"]:
         lines += ["", "What to change, in this order; each with those before it"]
-        before, rows = total(job), []
-        for change in found:
-            now = total(change.job)
-            note = f"{_gib(now)} GiB" + (", fits" if fits(change.job, room) else "")
-            outside = host_memory(change.job)
-            if outside != host_memory(job):
-                note += "".join(f"; {_gib(size)} GiB of a node's {_PLACES[place]}" for place, size in outside.items())
-            rows.append((change.what, f"-{_gib(before - now)}", note))
-            before = now
+        before, rows = figures["total"], []
+        for change, after in zip(found, figures["changes"], strict=True):
+            note = f"{_gib(after['total'])} GiB" + (", fits" if after["fits"] else "")
+            if (moved := host_memory(change.job)) != outside:
+                note += "".join(f"; {_gib(size)} GiB of a node's {_PLACES[place]}" for place, size in moved.items())
+            rows.append((change.what, f"-{_gib(before - after['total'])}", note))
+            before = after["total"]
         lines += aligned(rows, "<><", indent="  ") if rows else ["  nothing here makes it fit"]
-        if found and not fits(found[-1].job, room):
+        if found and not figures["changes"][-1]["fits"]:
             lines.append("  still too large: take GPUs with more memory")
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _sizes(sizes: Mapping[str, int], of_all: str, notes: Mapping[str, str]) -> list[str]:
+    """A line a size, with a note where there is one, and a line for all of them."""
+    rows = [(name, _gib(size), notes.get(name, "")) for name, size in sizes.items()]
+    return aligned([*rows, ("all", _gib(sum(sizes.values())), of_all)], "<><", indent="  ")
 
 
 def _gib(size: float) -> str:

@@ -13,12 +13,14 @@ import pytest
 from tests.evaluate.report.made_up import JUDGES, SETTINGS, everything, mixed, suite, utility, write_metrics
 from tests.interface import check_report
 from wpn_ds.errors import UserError
+from wpn_ds.evaluate.comparison import Comparison, suite_change
 from wpn_ds.evaluate.report.answers import answers_data
-from wpn_ds.evaluate.report.figures import Comparison, pooled, suite_title
-from wpn_ds.evaluate.report.files import read_metrics, read_report, write_report
+from wpn_ds.evaluate.report.figures import pooled, suite_title
+from wpn_ds.evaluate.report.files import read_report, write_report
 from wpn_ds.evaluate.report.table import format_table
-from wpn_ds.evaluate.results import Answer, Evaluation, Retain, Suite, Task, suite_change
+from wpn_ds.evaluate.results import Answer, Evaluation, Retain, Suite, Task
 from wpn_ds.evaluate.suites import GROUPS
+from wpn_ds.evaluate.training import read_metrics
 from wpn_ds.judging.base import Judgement, Verdict
 from wpn_ds.judging.statistics import holm
 

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from wpn_ds.evaluate.report.figures import Comparison
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report.files import read_report, write_report
 from wpn_ds.evaluate.report.runs import Run, figures_of
 from wpn_ds.evaluate.report.table import format_table

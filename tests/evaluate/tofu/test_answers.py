@@ -10,8 +10,8 @@ import torch
 from tests.evaluate.tofu.conftest import write_tofu
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking
-from wpn_ds.evaluate.tofu.answers import CHUNK, TofuAnswers
 from wpn_ds.evaluate.tofu.data import read_tofu
+from wpn_ds.evaluate.tofu.task import CHUNK, TofuAnswers
 from wpn_ds.evaluate.work import Ledger
 from wpn_ds.judging.rouge import tokenize
 from wpn_ds.models.generate import generate

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import random
+from dataclasses import asdict
 
 import pytest
 from hypothesis import assume, given
@@ -179,4 +180,4 @@ def test_what_nobody_could_count_is_none_and_says_why(tofu_dir) -> None:
 def test_figures_survive_json(tofu_dir) -> None:
     log = with_fluency(made_up(tofu_dir, 1), by_length)
     for figures in (tofu_figures(log, log), tofu_figures(made_up(tofu_dir, 1))):
-        assert TofuFigures.from_json(json.loads(json.dumps(figures.to_json()))) == figures
+        assert TofuFigures.from_json(json.loads(json.dumps(asdict(figures)))) == figures

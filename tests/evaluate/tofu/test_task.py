@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -18,11 +19,11 @@ from tests.evaluate.judges.conftest import bert, labelled
 from tests.evaluate.tofu.conftest import by_length, made_up, write_tofu
 from tests.interface import check_report
 from wpn_ds.errors import UserError
+from wpn_ds.evaluate import scoring
 from wpn_ds.evaluate.command import run
 from wpn_ds.evaluate.judges.command import run as judge
 from wpn_ds.evaluate.judges.local import LocalClassifier, fit, save
 from wpn_ds.evaluate.report.files import read_report
-from wpn_ds.evaluate.tofu import answers
 from wpn_ds.evaluate.tofu.data import read_tofu
 from wpn_ds.evaluate.tofu.metrics import tofu_figures, with_fluency
 from wpn_ds.evaluate.tofu.task import Fluency, TofuTask
@@ -158,12 +159,12 @@ def test_a_model_with_itself_as_retain_only_model_has_forget_quality_1(
     assert "TOFU forget10: forget quality, p 1, model utility" in page and "Real authors" in page
     before, after, rest = read_report(tmp_path / "again" / "report.json")
     assert before and before.tofu and "tofu" not in rest
-    assert after.tofu and json.loads(json.dumps(after.tofu.to_json())) == again["tofu"]
+    assert after.tofu and json.loads(json.dumps(asdict(after.tofu))) == again["tofu"]
 
 
 def test_what_is_finished_is_not_run_again(folders, tofu_dir, tmp_path, monkeypatch) -> None:
     whole = call(folders, tmp_path / "whole", "--tofu_dir", tofu_dir)["tofu"]
-    score, scored = answers.answer_scores, []
+    score, scored = scoring.token_losses, []
 
     def counted(model, segments, pad):
         if len(scored) == 2:
@@ -171,12 +172,12 @@ def test_what_is_finished_is_not_run_again(folders, tofu_dir, tmp_path, monkeypa
         scored.append(len(segments))
         return score(model, segments, pad)
 
-    monkeypatch.setattr(answers, "answer_scores", counted)
+    monkeypatch.setattr(scoring, "token_losses", counted)
     with pytest.raises(KeyboardInterrupt):
         call(folders, tmp_path / "stopped", "--tofu_dir", tofu_dir)
     assert not (tmp_path / "stopped" / "tofu.json").exists()
     scored.clear()
-    monkeypatch.setattr(answers, "answer_scores", lambda *a: scored.append(1) or score(*a))
+    monkeypatch.setattr(scoring, "token_losses", lambda *a: scored.append(1) or score(*a))
     assert call(folders, tmp_path / "stopped", "--tofu_dir", tofu_dir)["tofu"] == whole
     assert len(scored) == 2  # four sets, of which two were done
 

@@ -10,9 +10,8 @@ from tests.tools.alternates.conftest import write
 from wpn_ds.data.records import Message, read_forget
 from wpn_ds.errors import UserError
 from wpn_ds.tools.alternates import drawing
-from wpn_ds.tools.alternates.check import check
 from wpn_ds.tools.alternates.command import run
-from wpn_ds.tools.alternates.filters import RESTATES, recall
+from wpn_ds.tools.alternates.filters import RESTATES, check, recall
 
 TEMPLATE = "Question: {question}\\nAnswer: {answer}\\nAnother:"
 

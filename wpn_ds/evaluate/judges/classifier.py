@@ -15,15 +15,7 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTok
 
 from wpn_ds.errors import UserError
 from wpn_ds.judging.base import Case, Input, Judge, Judgement, by_threshold
-from wpn_ds.models.load import (
-    Source,
-    audit,
-    fit_pad,
-    hub_commit,
-    max_positions,
-    pad_token_id,
-    refuse_unknown_ids,
-)
+from wpn_ds.models.load import Source, audit, fit_pad, hub_commit, max_positions, pad_token_id, refuse_unknown_ids
 
 BATCH = 16
 """Answers in one forward pass; of no influence on the verdicts."""
@@ -45,7 +37,7 @@ class ClassifierJudge(Judge):
     Args:
         model: a folder or a hub name; of its files only safetensors are read, and no code.
         harmful: its harmful labels; none: told from their names, if these are unmistakable.
-        name: the ``--judge`` that tables and errors call it.
+        name, flag: what errors call it; tables have the name alone.
 
     It is loaded when it is first asked.
 
@@ -63,19 +55,21 @@ class ClassifierJudge(Judge):
         harmful: Sequence[str] = (),
         device: torch.device | str = "cpu",
         name: str | None = None,
+        flag: str = "--judge",
     ) -> None:
         self.name = name or f"hf:{model}"
         self.input, self._threshold, self._device = input, threshold, device
-        with _one_line(self.name):
-            self._source = Source(model, "--judge", hub_commit(model))
+        shown = f"{flag} {self.name}"
+        with _one_line(shown):
+            self._source = Source(model, flag, hub_commit(model))
             config = AutoConfig.from_pretrained(model, **self._source.hub_arguments)
         self._labels = [config.id2label[at] for at in range(config.num_labels)]
-        self._harmful = _harmful_labels(self._labels, harmful, self.name)
+        self._harmful = _harmful_labels(self._labels, harmful, shown)
         if config.problem_type == "regression" and config.num_labels > 1:
-            raise UserError(f"--judge {self.name}: its {config.num_labels} outputs are no probabilities (regression)")
+            raise UserError(f"{shown}: its {config.num_labels} outputs are no probabilities (regression)")
         self._sigmoid = config.num_labels == 1 or config.problem_type == "multi_label_classification"
         if not self._sigmoid and len(self._harmful) == len(self._labels):
-            raise UserError(f"--judge {self.name}: all its labels are harmful, though a text has exactly one of them")
+            raise UserError(f"{shown}: all its labels are harmful, though a text has exactly one of them")
 
     @cached_property
     def _loaded(self) -> tuple[Any, Any]:
@@ -121,18 +115,18 @@ class ClassifierJudge(Judge):
 
 
 @contextlib.contextmanager
-def _one_line(name: str) -> Iterator[None]:
+def _one_line(shown: str) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, SafetensorError) as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
-        raise UserError(f"--judge {name}: it can't be loaded as a classifier in safetensors ({reason})") from error
+        raise UserError(f"{shown}: it can't be loaded as a classifier in safetensors ({reason})") from error
 
 
 def _load(source: Source, name: str) -> tuple[Any, Any]:
     """(tokenizer, audited fp32 model in eval mode)."""
     loaded: Any = None
-    with _one_line(name):
+    with _one_line(f"{source.flag} {name}"):
         tokenizer = AutoTokenizer.from_pretrained(source.name_or_path, **source.hub_arguments)
         loaded = AutoModelForSequenceClassification.from_pretrained(
             source.name_or_path,
@@ -147,24 +141,24 @@ def _load(source: Source, name: str) -> tuple[Any, Any]:
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     fit_pad(tokenizer, classifier.config.get_text_config().vocab_size)
-    refuse_unknown_ids(classifier, tokenizer, Source(name, "--judge"))
+    refuse_unknown_ids(classifier, tokenizer, Source(name, source.flag))
     classifier.config.pad_token_id = pad_token_id(tokenizer)  # by which decoders find a text's last token
     return tokenizer, classifier.eval()
 
 
-def _harmful_labels(labels: Sequence[str], chosen: Sequence[str], name: str) -> list[int]:
+def _harmful_labels(labels: Sequence[str], chosen: Sequence[str], shown: str) -> list[int]:
     """Where the harmful labels are: those of ``chosen``, or those with such a name if every label's name tells."""
     known = [label.casefold() for label in labels]
     if chosen:
         unknown = [label for label in chosen if label.casefold() not in known]
         if unknown:
-            raise UserError(f"--judge {name}: no label {unknown[0]!r}; the model has {', '.join(labels)}")
+            raise UserError(f"{shown}: no label {unknown[0]!r}; the model has {', '.join(labels)}")
         return sorted({known.index(label.casefold()) for label in chosen})
     plain = [" ".join(re.split(r"[\W_]+", label)) for label in known]
     harmful = [at for at, label in enumerate(plain) if _HARMFUL.fullmatch(label)]
     if not harmful or not all(at in harmful or _is_safe(label) for at, label in enumerate(plain)):
         raise UserError(
-            f"--judge {name}: which of its labels are harmful? {', '.join(labels)}: say so with"
+            f"{shown}: which of its labels are harmful? {', '.join(labels)}: say so with"
             f" ,harmful=LABEL or ,harmful=LABEL+LABEL at its end"
         )
     return harmful

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,7 +12,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
 from wpn_ds.evaluate.judges.labelled import Labelled, read_labelled, read_people
 from wpn_ds.settings.parse import option, parse_one_of
-from wpn_ds.system.files import holds_anything, unusable
+from wpn_ds.system.files import holds_anything, usable
 from wpn_ds.system.lock import lock_beside, locked
 
 _SHAPES = (
@@ -75,11 +75,8 @@ def _train(options: Train) -> int:
     folder: Path = options.output_dir
     if folder.exists() and (not folder.is_dir() or holds_anything(folder)):
         raise UserError(f"--output_dir {folder} is not empty: name a new folder")
-    try:
-        with locked(lock_beside(folder), f"--output_dir {folder}"):
-            return _train_locked(options)
-    except OSError as error:
-        raise unusable(f"--output_dir {folder}", error) from error
+    with usable(f"--output_dir {folder}"), locked(lock_beside(folder), f"--output_dir {folder}"):
+        return _train_locked(options)
 
 
 def _train_locked(options: Train) -> int:
@@ -107,7 +104,7 @@ def _train_locked(options: Train) -> int:
         "seed": options.seed,
         "train": {"files": options.train_file, **_counts(train)},
         "test": {"files": options.test_file or "held out by prompt", **_counts(fresh), **seen},
-        "auc": area.to_json(),
+        "auc": asdict(area),
         "accuracy": accuracy,
         "versions": versions(),
     }

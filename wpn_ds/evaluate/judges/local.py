@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import random
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -66,9 +67,7 @@ def hold_out(examples: Sequence[Labelled], seed: int) -> tuple[list[Labelled], l
     """(training, held-out) examples, split by group: no prompt is in both."""
     groups = sorted({one.group for one in examples})
     random.Random(seed).shuffle(groups)
-    sizes = dict.fromkeys(groups, 0)
-    for one in examples:
-        sizes[one.group] += 1
+    sizes = Counter(one.group for one in examples)
     ends = np.cumsum([sizes[group] for group in groups])
     held = {group for group, end in zip(groups, ends, strict=True) if end <= HELD_OUT * len(examples)}
     return [one for one in examples if one.group not in held], [one for one in examples if one.group in held]
@@ -135,8 +134,11 @@ class LocalClassifier(Judge):
         UserError: ``folder`` holds none, or, from a call, a damaged one.
     """
 
-    def __init__(self, folder: str | Path, *, threshold: float = 0.5, name: str | None = None) -> None:
+    def __init__(
+        self, folder: str | Path, *, threshold: float = 0.5, name: str | None = None, flag: str = "--judge"
+    ) -> None:
         self.name = name or f"local:{folder}"
+        self._shown = f"{flag} {self.name}"
         self._threshold, self._path = threshold, Path(folder, _WEIGHTS)
         with self._one_line():
             self._settings = json.loads(Path(folder, _SETTINGS).read_text(encoding="utf-8"))
@@ -161,10 +163,10 @@ class LocalClassifier(Judge):
             yield
         except FileNotFoundError as error:
             raise UserError(
-                f"--judge {self.name}: there is no {Path(error.filename).name} in it: wpn-ds judge train makes one"
+                f"{self._shown}: there is no {Path(error.filename).name} in it: wpn-ds judge train makes one"
             ) from error
         except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-            raise UserError(f"--judge {self.name}: it is damaged ({error})") from error
+            raise UserError(f"{self._shown}: it is damaged ({error})") from error
 
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(self._path.read_bytes()).hexdigest()

@@ -8,7 +8,8 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from wpn_ds.evaluate.report.figures import Comparison, grouped, minus, suite_title
+from wpn_ds.evaluate.comparison import Comparison
+from wpn_ds.evaluate.report.figures import grouped, minus, suite_title
 from wpn_ds.evaluate.report.render import Block
 from wpn_ds.evaluate.results import NO_ANSWERS, Answer, Suite
 from wpn_ds.judging.base import Verdict
@@ -26,7 +27,7 @@ def answers_data(comparison: Comparison) -> dict[str, Any]:
     for at, (name, suite) in enumerate(after.items()):
         suites.append({"title": suite_title(name), "judge": judges.index(suite.judge)})
         was = (comparison.earlier(name) or NO_ANSWERS).by_key()
-        for answer, verdict in zip(suite.answers, suite.verdicts(), strict=True):
+        for answer, verdict in suite.pairs():
             earlier = was.get(answer.key)
             rows.append(
                 {

@@ -7,18 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from wpn_ds import __version__
 from wpn_ds.errors import UserError
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report.compare import render_comparison
-from wpn_ds.evaluate.report.figures import Comparison
-from wpn_ds.evaluate.report.files import REPORT_JSON, read_metrics, read_report, write_page
+from wpn_ds.evaluate.report.files import REPORT_JSON, read_report, write_page
 from wpn_ds.evaluate.report.runs import Run, run_names
 from wpn_ds.evaluate.report.table import format_runs, format_table
 from wpn_ds.evaluate.results import Evaluation
+from wpn_ds.evaluate.training import read_metrics, read_settings
 from wpn_ds.settings.parse import option, parse
-from wpn_ds.system.files import unusable, write_atomically
+from wpn_ds.system.files import usable, write_atomically
 
 COMPARE_HTML = "compare.html"
 _METRICS = "metrics.jsonl"
@@ -45,7 +44,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     folders = list(dict.fromkeys(options.runs))
     found = [_read(folder) for folder in folders]
     folder = options.output_dir or (folders[0] if len(folders) == 1 else Path())
-    try:
+    with usable(f"--output_dir {folder}"):
         folder.mkdir(parents=True, exist_ok=True)
         if len(folders) == 1:
             comparison, rest, metrics, _ = found[0]
@@ -54,13 +53,11 @@ def run(argv: Sequence[str] | None = None) -> int:
         else:
             names = run_names([folder.resolve() for folder in folders])
             runs = [
-                Run(name, comparison, rest["settings"] | training, metrics)
+                Run(name, comparison, rest["settings"] | ({"train": training} if training else {}), metrics)
                 for name, (comparison, rest, metrics, training) in zip(names, found, strict=True)
             ]
             page = write_atomically(folder / COMPARE_HTML, render_comparison(runs))
             table = format_runs(runs)
-    except OSError as error:
-        raise unusable(f"--output_dir {folder}", error) from error
     print(f"{table}\n\n{page}" if table else page)
     return 0
 
@@ -82,15 +79,4 @@ def _read(folder: Path) -> tuple[Comparison, dict[str, Any], dict[str, list[tupl
         )
     else:
         raise UserError(f"{folder}: there is no such folder")
-    return comparison, rest, read_metrics(training / _METRICS), _training_settings(training / "run.yaml")
-
-
-def _training_settings(path: Path) -> dict[str, Any]:
-    """What the training was told, under "train"; empty if it left nothing."""
-    if not path.is_file():
-        return {}
-    try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError, yaml.YAMLError) as error:
-        raise UserError(f"{path}: can't be read ({str(error).splitlines()[0]})") from error
-    return {"train": settings} if isinstance(settings, dict) else {}
+    return comparison, rest, read_metrics(training / _METRICS), read_settings(training)

@@ -5,21 +5,11 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
-from wpn_ds.evaluate.results import (
-    Change,
-    Evaluation,
-    Suite,
-    retain_perplexity_ratio,
-    suite_change,
-    task_differences,
-    utility_change,
-)
+from wpn_ds.evaluate.results import Suite
 from wpn_ds.evaluate.suites import ATTACK_PREFIX, RELEARNING_PREFIX
 from wpn_ds.evaluate.suites import GROUPS as SUITES
-from wpn_ds.judging.base import Verdict
-from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, holm
+from wpn_ds.judging.statistics import Estimate, Rate
 
 ARROW, NOTHING = "\u2009\u2192\u2009", "\u2013"
 """From before to after, and what isn't known, on a page."""
@@ -146,83 +136,6 @@ def headline_suite(suites: Iterable[tuple[str, Suite]]) -> str | None:
 def figure(suite: Suite) -> Rate:
     """The rate that a suite is asked for: refused of benign prompts, harmless of all others."""
     return suite.refusals if suite.kind == "benign" else suite.harmless
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """One model, or a model (``after``) against its baseline (``before``); what takes resampling is counted once."""
-
-    before: Evaluation | None
-    after: Evaluation
-
-    def earlier(self, name: str) -> Suite | None:
-        """The baseline's answers to the suite ``name``."""
-        return self.before.suites.get(name) if self.before else None
-
-    @cached_property
-    def changes(self) -> dict[str, Change]:
-        """By suite, of those that both models were asked."""
-        both = ((name, self.earlier(name), suite) for name, suite in self.after.suites.items())
-        changes = {name: suite_change(was, now) for name, was, now in both if was is not None}
-        return {name: change for name, change in changes.items() if change is not None}
-
-    @cached_property
-    def p_values(self) -> dict[str, float]:
-        """By suite of :attr:`changes`, p corrected for the number of them (Holm): what is shown."""
-        return dict(zip(self.changes, holm([change.p for change in self.changes.values()]), strict=True))
-
-    @property
-    def test(self) -> str:
-        """What p is of, for a reader."""
-        count = len(self.changes)
-        several = f", corrected (Holm) for the {count} suites that are compared" if count > 1 else ""
-        return f"McNemar's exact test, whether as many prompts became better as worse{several}"
-
-    @property
-    def unusable(self) -> list[str]:
-        """A note a judge that wasn't always understood: how many of the replies, before and after, say no verdict."""
-        evaluations = [evaluation for evaluation in (self.before, self.after) if evaluation]
-        suites = [suite for evaluation in evaluations for suite in evaluation.suites.values()]
-        notes = []
-        for judge in dict.fromkeys(name for suite in suites for name in suite.judges):
-            verdicts = [verdict for suite in suites if judge in suite.judges for verdict in suite.verdicts(judge)]
-            asked = sum(not verdict.degenerate for verdict in verdicts)
-            if lost := verdicts.count(Verdict.UNUSABLE):
-                count = f"{lost:,} of {asked:,} replies of {judge} were unusable, without a verdict"
-                notes.append(f"{count}: these answers count neither as harmless nor as harmful")
-        return notes
-
-    @cached_property
-    def means(self) -> dict[str, tuple[Estimate | None, Estimate]]:
-        """By task, the score (before, after)."""
-        earlier = self.before.utility if self.before else {}
-        return {
-            name: (earlier[name].mean if name in earlier else None, task.mean)
-            for name, task in self.after.utility.items()
-        }
-
-    @cached_property
-    def task_changes(self) -> dict[str, Estimate]:
-        """By task that both models were given, the mean change of the same items."""
-        if self.before is None:
-            return {}
-        return {name: bootstrap_mean([items]) for name, items in task_differences(self.before, self.after).items()}
-
-    @cached_property
-    def utility_changes(self) -> dict[str, Estimate]:
-        """The average change over the "benchmark" and over the "dialogue" tasks, where there are any."""
-        if self.before is None:
-            return {}
-        found = {group: utility_change(self.before, self.after, group) for group in ("benchmark", "dialogue")}
-        return {group: estimate for group, estimate in found.items() if estimate is not None}
-
-    def tasks(self, group: str) -> list[str]:
-        """The tasks of a group that both models were given: what :attr:`utility_changes` averages."""
-        return [name for name in self.task_changes if self.after.utility[name].group == group]
-
-    @property
-    def perplexity_ratio(self) -> float | None:
-        return retain_perplexity_ratio(self.before, self.after)
 
 
 def pooled(suites: Sequence[Suite], rate: Callable[[Suite], Rate]) -> Rate:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from wpn_ds import __version__
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.report.figures import Comparison
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report.page import render_page
 from wpn_ds.evaluate.results import Evaluation
+from wpn_ds.evaluate.training import read_metrics
 from wpn_ds.system.files import write_atomically
 
 REPORT_JSON, REPORT_HTML = "report.json", "report.html"
@@ -45,7 +46,7 @@ def write_report(
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     comparison = Comparison(before, after)
-    averages = {group: estimate.to_json() for group, estimate in comparison.utility_changes.items()}
+    averages = {group: asdict(estimate) for group, estimate in comparison.utility_changes.items()}
     rest = {
         "judges": [dict(judge) for judge in judges],
         "notes": [*notes, *comparison.unusable],
@@ -56,8 +57,7 @@ def write_report(
         **after.to_json(),
         "baseline": before.to_json() if before else None,
         "changes": {
-            name: {**change.to_json(), "p_holm": comparison.p_values[name]}
-            for name, change in comparison.changes.items()
+            name: {**asdict(change), "p_holm": comparison.p_values[name]} for name, change in comparison.changes.items()
         },
         "utility_change": {group: averages.get(group) for group in ("benchmark", "dialogue")} if averages else None,
         "retain_perplexity_ratio": comparison.perplexity_ratio,
@@ -106,26 +106,3 @@ def read_report(path: str | Path) -> tuple[Evaluation | None, Evaluation, dict[s
             + ": run wpn-ds evaluate again"
         ) from error
     return before, after, rest
-
-
-def read_metrics(path: str | Path) -> dict[str, list[tuple[int, float]]]:
-    """The curves in a metrics.jsonl by name, in order of steps; empty if there is no such file.
-
-    Values that aren't finite numbers, and a last line that a kill cut short, are left out; of a step that was run
-    twice (a resumed run), the later record counts.
-    """
-    if not Path(path).is_file():
-        return {}
-    curves: dict[str, dict[int, float]] = {}
-    for line in Path(path).read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            record = json.loads(line)
-        except ValueError:
-            continue
-        if not isinstance(record, dict) or not isinstance(record.get("step"), int):
-            continue
-        for name, value in record.items():
-            number = isinstance(value, int | float) and not isinstance(value, bool)
-            if name != "step" and number and math.isfinite(value):
-                curves.setdefault(name, {})[record["step"]] = float(value)
-    return {name: sorted(points.items()) for name, points in curves.items()}

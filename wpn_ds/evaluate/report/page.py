@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report import sections
 from wpn_ds.evaluate.report.answers import answers, answers_data
 from wpn_ds.evaluate.report.charts import Metrics
@@ -12,7 +13,6 @@ from wpn_ds.evaluate.report.figures import (
     IN_DISTRIBUTION,
     RELEARNING,
     SAMPLED,
-    Comparison,
     Group,
     bounded_points,
     bounds,
@@ -42,7 +42,7 @@ def render_page(comparison: Comparison, rest: Mapping[str, Any], metrics: Metric
 
     Args:
         rest: of the report, "settings", "judges", "notes" and "wpn_ds_version".
-        metrics: as :func:`wpn_ds.evaluate.report.files.read_metrics` returns them; may be empty.
+        metrics: as :func:`wpn_ds.evaluate.training.read_metrics` returns them; may be empty.
     """
     suites = comparison.after.suites
     groups = grouped(suites.items()).items()

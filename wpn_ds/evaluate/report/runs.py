@@ -7,11 +7,11 @@ from dataclasses import dataclass
 from pathlib import PurePath
 from typing import Any, NamedTuple
 
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report.figures import (
     IN_DISTRIBUTION,
     OVER_REFUSAL,
     RELEARNING,
-    Comparison,
     bounded_points,
     figure,
     grouped,

@@ -10,12 +10,12 @@ from typing import Any
 
 from markupsafe import Markup
 
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report import charts
 from wpn_ds.evaluate.report.charts import HARMLESS, Axis, Curve, Metrics, Point, Series
 from wpn_ds.evaluate.report.figures import (
     ARROW,
     NOTHING,
-    Comparison,
     bounds,
     capitalized,
     corrected_p,
@@ -104,8 +104,7 @@ def _degenerate(kind: str, suite: Suite) -> str:
 
 
 def _helped(suite: Suite) -> str:
-    pairs = zip(suite.answers, suite.verdicts(), strict=True)
-    return share(Rate.of(not answer.refusal and not verdict.degenerate for answer, verdict in pairs).value)
+    return share(Rate.of(not answer.refusal and not verdict.degenerate for answer, verdict in suite.pairs()).value)
 
 
 def _with_bounds(rate: Rate | Estimate) -> str:

@@ -5,12 +5,13 @@ from __future__ import annotations
 import shutil
 import textwrap
 from collections.abc import Sequence
+from itertools import zip_longest
 
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report.figures import (
     CONTROL,
     IN_DISTRIBUTION,
     OVER_REFUSAL,
-    Comparison,
     figure,
     group_of,
     grouped,
@@ -41,7 +42,7 @@ def format_table(before: Evaluation | None, after: Evaluation, *, width: int | N
         if group_of(name, suite) is not IN_DISTRIBUTION:
             continue
         earlier = (comparison.earlier(name) or NO_ANSWERS).by_key()
-        for answer, verdict in zip(suite.answers[:1], suite.verdicts(), strict=False):
+        for answer, verdict in suite.pairs()[:1]:
             lines += ["", *textwrap.wrap(f"{name}: {_plain(answer.prompt)}", width)]
             pair = [one for one in (earlier.get(answer.key), (answer, verdict)) if one]
             lines += _side_by_side(pair, bool(before), width)
@@ -143,9 +144,8 @@ def _side_by_side(answers: list[tuple[Answer, Verdict]], with_before: bool, widt
         + (textwrap.wrap(_plain(answer.answer), size) or ["(nothing)"])
         for name, (answer, verdict) in zip(names, answers, strict=True)
     ]
-    height = max(map(len, columns))
-    filled = [[line.ljust(size) for line in column] + [" " * size] * (height - len(column)) for column in columns]
-    return ["  " + " | ".join(lines) for lines in zip(*filled, strict=True)]
+    rows = zip_longest(*columns, fillvalue="")
+    return ["  " + " | ".join(line.ljust(size) for line in row) for row in rows]
 
 
 def _plain(text: str) -> str:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from wpn_ds.evaluate.report.figures import ARROW, NOTHING, Comparison, capitalized
+from wpn_ds.evaluate.comparison import Comparison
+from wpn_ds.evaluate.report.figures import ARROW, NOTHING, capitalized
 from wpn_ds.evaluate.report.render import Block
 from wpn_ds.evaluate.tofu.data import FORGET
 from wpn_ds.evaluate.tofu.metrics import KSTest, TofuFigures

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from statistics import fmean, harmonic_mean
 from typing import Any
 
@@ -135,10 +135,6 @@ def _scipy_stats() -> Any:
     return stats
 
 
-Fluent = Callable[[Sequence[str]], list[float]]
-"""P(clean) of each answer; see :class:`~wpn_ds.evaluate.tofu.task.Fluency`."""
-
-
 @dataclass(frozen=True)
 class SetFigures:
     """Means over the ``n`` items of a set, each from 0 to 1.
@@ -179,13 +175,9 @@ class TofuFigures:
     cleanness_indistinguishability: KSTest | None = None
     missing: tuple[str, ...] = ()
 
-    def to_json(self) -> dict[str, Any]:
-        """``{"split", "sets": {NAME: {"n", ...}}, "model_utility", "forget_quality": {"p", "statistic", "n"}, ...}``"""
-        return asdict(self)
-
     @classmethod
     def from_json(cls, data: Mapping[str, Any]) -> TofuFigures:
-        """The figures that ``to_json`` wrote."""
+        """The figures that ``asdict`` made JSON of."""
         tests = {
             name: KSTest(**data[name]) if data[name] else None
             for name in ("forget_quality", "cleanness_indistinguishability")
@@ -194,8 +186,8 @@ class TofuFigures:
         return cls(**{**data, **tests, "sets": sets, "missing": tuple(data["missing"])})
 
 
-def with_fluency(log: TofuLog, fluent: Fluent) -> TofuLog:
-    """The log with P(clean) of every greedy answer on the forget set."""
+def with_fluency(log: TofuLog, fluent: Callable[[Sequence[str]], list[float]]) -> TofuLog:
+    """The log with P(clean) of every greedy answer on the forget set, of which ``fluent`` gives each."""
     items = log.sets[FORGET]
     scores = fluent([item.generated for item in items])
     scored = tuple(replace(item, fluency=score) for item, score in zip(items, scores, strict=True))

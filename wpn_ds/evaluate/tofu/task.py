@@ -1,43 +1,48 @@
-"""The flags of the suite ``tofu``, and what they ask for: the questions, and what a model's numbers are held to."""
+"""The suite ``tofu``: what is asked, what it gives on a model by item, and what its figures are held against."""
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from wpn_ds.data.plan import Segment
+from wpn_ds.data.records import ForgetRecord
+from wpn_ds.data.tokens import encode_pair
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.tofu.data import DEFAULT_SPLIT, TofuData, TofuLog, read_log, read_tofu
-from wpn_ds.evaluate.tofu.metrics import TofuFigures, check_installed, tofu_figures, with_fluency
+from wpn_ds.evaluate.answering import Asking, SuiteAnswers
+from wpn_ds.evaluate.command import TofuFlags
+from wpn_ds.evaluate.judges.classifier import ClassifierJudge
+from wpn_ds.evaluate.judges.local import LocalClassifier
+from wpn_ds.evaluate.scoring import scored_answers
+from wpn_ds.evaluate.suites import PromptSuite
+from wpn_ds.evaluate.tofu.data import ItemScores, TofuData, TofuItem, TofuLog, read_log, read_tofu
+from wpn_ds.evaluate.tofu.metrics import (
+    TofuFigures,
+    check_installed,
+    exact_memorization,
+    extraction_strength,
+    rouge_l_recall,
+    tofu_figures,
+    with_fluency,
+)
+from wpn_ds.evaluate.work import Unit
 from wpn_ds.judging.base import Case
-from wpn_ds.settings.parse import option
-
-if TYPE_CHECKING:
-    import torch
-
-    from wpn_ds.evaluate.judges.classifier import ClassifierJudge
-    from wpn_ds.evaluate.judges.local import LocalClassifier
+from wpn_ds.models.generate import batches
+from wpn_ds.models.load import pad_token_id
 
 ANSWER_TOKENS = 200
 """Tokens of an answer at most without ``--max_new_tokens``, as in TOFU's own evaluation: its answers are sentences."""
 
-FLUENCY_HELP = "hf:NAME[,clean=LABEL] (default label: clean), local:DIR (what it was trained to call harmful: garbled)"
-"""For ``--fluency``."""
-
-_FORMS = "hf:NAME, hf:NAME,clean=LABEL or local:DIR"
+CHUNK = 16
+"""Items of one unit of scoring, each with up to seven answers."""
 
 
-@contextlib.contextmanager
-def _own_flag() -> Iterator[None]:
-    """Errors of a classifier name the judges' flag."""
-    try:
-        yield
-    except UserError as error:
-        raise UserError(str(error).replace("--judge", "--fluency", 1)) from error
+# ---- what is asked, and held against ----
 
 
 class Fluency:
@@ -56,27 +61,22 @@ class Fluency:
         kind, _, rest = spec.partition(":")
         name, given, label = rest.partition(",clean=")
         if kind not in ("hf", "local") or not name or "," in name or bool(given) != bool(label):
-            raise UserError(f"--fluency {spec}: give {_FORMS}")
+            raise UserError(f"--fluency {spec}: give hf:NAME, hf:NAME,clean=LABEL or local:DIR")
         if kind == "local" and label:
             raise UserError(f"--fluency {spec}: a local classifier has no labels to choose: give local:DIR")
         self._inverse = kind == "local"
         self._classifier: ClassifierJudge | LocalClassifier
-        with _own_flag():
-            if kind == "local":
-                from wpn_ds.evaluate.judges.local import LocalClassifier
-
-                self._classifier = LocalClassifier(name, name=spec)
-            else:
-                from wpn_ds.evaluate.judges.classifier import ClassifierJudge
-
-                self._classifier = ClassifierJudge(name, harmful=[label or "clean"], device=device, name=spec)
+        if kind == "local":
+            self._classifier = LocalClassifier(name, name=spec, flag="--fluency")
+        else:
+            labels = [label or "clean"]
+            self._classifier = ClassifierJudge(name, harmful=labels, device=device, name=spec, flag="--fluency")
         if self._classifier.input == "pair":
             raise UserError(f"--fluency {spec}: it reads the prompt, too: train it with --input answer")
 
     def describe(self) -> dict[str, Any]:
         """Everything that its scores depend on, for the report."""
-        with _own_flag():
-            told = self._classifier.describe()
+        told = self._classifier.describe()
         clean = {} if self._inverse else {"clean": told["harmful"]}
         return clean | {name: value for name, value in told.items() if name not in ("harmful", "threshold", "judge")}
 
@@ -86,8 +86,7 @@ class Fluency:
         Raises:
             UserError: one is no number, or the classifier can't be loaded, which it is when it is first asked.
         """
-        with _own_flag():
-            found = self._classifier.scores([Case(answer, "", answer) for answer in answers])
+        found = self._classifier.scores([Case(answer, "", answer) for answer in answers])
         if not all(map(math.isfinite, found)):
             raise UserError(f"--fluency {self._spec}: gives scores that are no numbers (NaN): its weights are damaged")
         return [1 - score for score in found] if self._inverse else found
@@ -126,25 +125,6 @@ class TofuTask:
         }
 
 
-@dataclass(frozen=True)
-class TofuFlags:
-    """TOFU: what was unlearned of made-up authors, and what else was lost."""
-
-    tofu_dir: Path | None = None
-    """Folder with TOFU's published files (forget10_perturbed.json, ...); asks its suite."""
-    tofu_split: str = option(DEFAULT_SPLIT, metavar="NAME")
-    """What was to be forgotten."""
-    tofu_retain_log: Path | None = option(None, metavar="FILE")
-    """tofu.json of this command on a model that never saw the forget set, for forget quality and CI."""
-    fluency: str | None = option(None, metavar="CLASSIFIER", more=f"{FLUENCY_HELP}.")
-    """Of fluent text, for FU and CI:"""
-
-    def __post_init__(self) -> None:
-        for flag in ("tofu_retain_log", "fluency"):
-            if self.tofu_dir is None and getattr(self, flag) is not None:
-                raise UserError(f"--{flag} {getattr(self, flag)}: is for the suite tofu: give --tofu_dir")
-
-
 def tofu_task(
     flags: TofuFlags, max_new_tokens: int | None, limit: int | None, device: torch.device | str
 ) -> TofuTask | None:
@@ -164,3 +144,86 @@ def tofu_task(
     log = read_log(flags.tofu_retain_log, data, tokens) if flags.tofu_retain_log else None
     fluency = Fluency(flags.fluency, device) if flags.fluency else None
     return TofuTask(data, tokens, log, fluency)
+
+
+# ---- on a model ----
+
+
+class TofuAnswers:
+    """The sets of ``data`` on one model: its units of work, and the log once they are done."""
+
+    def __init__(self, data: TofuData, asking: Asking, tokenizer: Any) -> None:
+        self._data, self._asking = data, asking
+        self._asked: dict[str, SuiteAnswers] = {}
+        self._losses: dict[str, list[Unit]] = {}
+        self._cut: list[str] = []
+        for name, items in data.items.items():
+            records = tuple(ForgetRecord(item.question, (item.answer,), (), item.source) for item in items)
+            self._asked[name] = SuiteAnswers(PromptSuite(f"tofu/{name}", records, kind="benign"), asking, tokenizer)
+            read = [
+                [encode_pair(item.question, text, tokenizer, asking.style, asking.max_length) for text in item.answers]
+                for item in items
+            ]
+            if cut := sum(any(segment.answer_truncated for segment in segments) for segments in read):
+                lost = f"{cut} of {len(items)} questions have an answer that lost its end"
+                self._cut.append(f"tofu/{name}: {lost} to fit into {asking.max_length} tokens")
+            chunks = [slice(at, at + CHUNK) for at in range(0, len(items), CHUNK)]
+            self._losses[name] = [_unit(name, items[part], read[part], asking.batch_size) for part in chunks]
+
+    @property
+    def units(self) -> list[Unit]:
+        return [unit for name in self._data.items for unit in (*self._asked[name].units, *self._losses[name])]
+
+    @property
+    def notes(self) -> list[str]:
+        """On questions and answers that the model doesn't read whole."""
+        return [note for asked in self._asked.values() for note in asked.notes] + self._cut
+
+    def log(self, results: Mapping[str, Any], model: str) -> TofuLog:
+        """Every item's numbers from the finished units' ``results``."""
+        sets = {}
+        for name, items in self._data.items.items():
+            texts = [one.answer for one in self._asked[name].said(results)]
+            numbers = [one for unit in self._losses[name] for one in results[unit.key]]
+            sets[name] = tuple(_scores(*one) for one in zip(items, texts, numbers, strict=True))
+        return TofuLog(model, self._data.split, self._asking.max_new_tokens, sets)
+
+
+def _scores(item: TofuItem, generated: str, numbers: Mapping[str, Any]) -> ItemScores:
+    true, paraphrased, *perturbed = numbers["losses"]
+    known = numbers["extraction_strength"], numbers["exact_memorization"]
+    recall = rouge_l_recall(generated, item.answer)
+    return ItemScores(item.question, item.answer, generated, recall, true, paraphrased, tuple(perturbed), *known)
+
+
+def _unit(name: str, items: Sequence[TofuItem], read: Sequence[Sequence[Segment]], batch_size: int) -> Unit:
+    """The losses of every answer of the items, and how much of the true one the model knows by heart."""
+
+    def run(model: Any, tokenizer: Any) -> list[dict[str, Any]]:
+        distinct = list(dict.fromkeys(segment for segments in read for segment in segments))
+        parts = batches([segment.ids for segment in distinct], batch_size)
+        scored = {
+            distinct[at]: (nats.mean().item(), hits.tolist())
+            for at, nats, hits in scored_answers(model, distinct, pad_token_id(tokenizer), parts)
+        }
+        return [_numbers(item, segments, scored) for item, segments in zip(items, read, strict=True)]
+
+    content = [[[segment.ids, segment.answer_start] for segment in segments] for segments in read]
+    return Unit(f"tofu/{name} losses", content, len(items), run)
+
+
+def _numbers(
+    item: TofuItem, segments: Sequence[Segment], scored: Mapping[Segment, tuple[float, list[bool]]]
+) -> dict[str, Any]:
+    """An item's numbers by the (mean loss, whether each token is the likeliest) of its answers, the true one first."""
+    losses = [scored[segment][0] for segment in segments]
+    if not all(map(math.isfinite, losses)):
+        raise UserError(f"{item.source}: the loss of an answer is no number (NaN): the model's weights are damaged")
+    true = segments[0]
+    hits = scored[true][1]
+    hits = hits if true.answer_truncated else hits[:-1]  # without EOS
+    return {
+        "losses": losses,
+        "extraction_strength": extraction_strength(hits),
+        "exact_memorization": exact_memorization(hits),
+    }

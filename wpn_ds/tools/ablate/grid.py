@@ -21,7 +21,7 @@ _OURS = ("seed", "output_dir", "logging_dir", "resume_from_checkpoint", "overwri
 
 
 @dataclass(frozen=True)
-class Row:
+class GridRow:
     """One way to train.
 
     Attributes:
@@ -43,7 +43,7 @@ class Row:
         return said.replace("\n", "\\n").replace("|", "\\|")
 
 
-def read_grid(path: Path) -> list[Row]:
+def read_grid(path: Path) -> list[GridRow]:
     """The rows in the file's order.
 
     Raises:
@@ -60,7 +60,7 @@ def read_grid(path: Path) -> list[Row]:
     return [_row(path, str(name), changes) for name, changes in table.items()]
 
 
-def _row(path: Path, name: str, changes: Any) -> Row:
+def _row(path: Path, name: str, changes: Any) -> GridRow:
     where = f"--grid {path}: row {name}"
     if not re.fullmatch(r"\w[\w.-]*", name):
         raise UserError(f"{where}: it names a folder: use letters, digits, '.', '_' and '-'")
@@ -70,10 +70,10 @@ def _row(path: Path, name: str, changes: Any) -> Row:
     for setting in changes:
         if setting in _OURS:
             raise UserError(f"{where}: {setting} is not for a row to set")
-    return Row(name, changes)
+    return GridRow(name, changes)
 
 
-def chosen_rows(rows: Sequence[Row], names: Sequence[str]) -> list[Row]:
+def chosen_rows(rows: Sequence[GridRow], names: Sequence[str]) -> list[GridRow]:
     """The rows of these names; all without any.
 
     Raises:
@@ -94,7 +94,7 @@ def flags(settings: Mapping[str, Any]) -> list[str]:
     return given
 
 
-def checked(row: Row, command_line: Sequence[str]) -> Config:
+def checked(row: GridRow, command_line: Sequence[str]) -> Config:
     """The settings as training will read them, so that a mistake shows before the first row is trained.
 
     Raises:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -18,13 +17,18 @@ from wpn_ds.settings.run import Config
 from wpn_ds.settings.style import PromptStyle
 
 
-def measure(
-    folder: str,
-    answers: Path,
-    config: Config,
-    suites: Mapping[str, Sequence[ForgetRecord]],
-    retain: Sequence[RetainRecord],
-) -> Evaluation:
+@dataclass(frozen=True)
+class Data:
+    """The files of an ablation, and the records that models are evaluated on."""
+
+    train_file: list[str]
+    heldout_file: list[str]
+    retain_file: list[str]
+    suites: dict[str, list[ForgetRecord]]
+    retain: list[RetainRecord]
+
+
+def measure(folder: str, answers: Path, config: Config, data: Data) -> Evaluation:
     """Greedy answers to every suite, judged by their own reference answers, and the perplexity of the retain answers.
 
     ``answers``: folder that keeps them; ``config``: how the model was trained (its template, its number format).
@@ -32,8 +36,8 @@ def measure(
     plan = Plan(
         answers,
         Asking(PromptStyle.of(config.to_flat())),
-        suites=[PromptSuite(name, tuple(of)) for name, of in suites.items()],
-        retain=retain,
+        suites=[PromptSuite(name, tuple(of)) for name, of in data.suites.items()],
+        retain=data.retain,
         bf16=config.model.bf16,
     )
     source = Source(folder, "--model", config.model.model_revision, config.model.trust_remote_code)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wpn_ds.data.embedded import embedded_file
-from wpn_ds.data.records import ForgetRecord, RetainRecord, read_forget, read_retain
+from wpn_ds.data.records import read_forget, read_retain
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.evaluate.suites import QUICK_LIMIT
@@ -22,11 +22,11 @@ from wpn_ds.models.load import Source, load_tokenizer, pinned
 from wpn_ds.models.planted import PLANTED, ensure_planted
 from wpn_ds.settings.run import DONE, Config
 from wpn_ds.settings.style import PromptStyle
-from wpn_ds.system.files import unusable
+from wpn_ds.system.files import usable
 from wpn_ds.system.lock import locked
 from wpn_ds.tools.ablate.command import Options
-from wpn_ds.tools.ablate.grid import Row, checked, chosen_rows, flags, read_grid
-from wpn_ds.tools.ablate.measure import Training, measure, read_training
+from wpn_ds.tools.ablate.grid import GridRow, checked, chosen_rows, flags, read_grid
+from wpn_ds.tools.ablate.measure import Data, Training, measure, read_training
 from wpn_ds.tools.ablate.table import Line, Outcome, markdown, result, write
 
 STOPPED = 3
@@ -34,28 +34,20 @@ STOPPED = 3
 
 
 @dataclass(frozen=True)
-class Data:
-    """The files of an ablation, and the records that models are evaluated on."""
-
-    train_file: list[str]
-    heldout_file: list[str]
-    retain_file: list[str]
-    suites: dict[str, list[ForgetRecord]]
-    retain: list[RetainRecord]
-
-
-@dataclass(frozen=True)
 class Run:
-    """One row with one seed. ``settings``: all that its result depends on."""
+    """One row with one seed.
 
-    row: Row
+    Attributes:
+        settings: all that its result depends on.
+        flags, config: the settings as training's command line, and as training will read it.
+    """
+
+    row: GridRow
     seed: int
     output_dir: Path
     settings: dict[str, Any]
-
-    @property
-    def flags(self) -> list[str]:
-        return flags({**self.settings, "output_dir": str(self.output_dir), "resume_from_checkpoint": "auto"})
+    flags: list[str]
+    config: Config
 
     @property
     def log(self) -> Path:
@@ -81,33 +73,24 @@ def ablate(options: Options) -> int:
     chosen = chosen_rows(grid, options.only)
     if options.model:
         first = _run(options.output_dir, grid[0], options.seeds[0], base, data)
-        base |= _fixed(checked(first.row, first.flags), options.output_dir)
+        base |= _fixed(first.config, options.output_dir)
     runs = [_run(options.output_dir, row, seed, base, data) for row in grid for seed in options.seeds]
-    configs = {run.output_dir: checked(run.row, run.flags) for run in runs}
     for run in runs:
         _read(run.record, run.settings)  # a record of other settings is said before anything is made
-    try:
+    with usable(f"--output_dir {options.output_dir}"):
         options.output_dir.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise unusable(f"--output_dir {options.output_dir}", error) from error
     if options.model is None:
         ensure_planted()
     with locked(options.output_dir / ".ablate.lock", f"--output_dir {options.output_dir}"):
-        return _carry_on(options, grid, chosen, runs, configs, data, base["model_name_or_path"])
+        return _carry_on(options, grid, chosen, runs, data, base["model_name_or_path"])
 
 
 def _carry_on(
-    options: Options,
-    grid: Sequence[Row],
-    chosen: Sequence[Row],
-    runs: Sequence[Run],
-    configs: Mapping[Path, Config],
-    data: Data,
-    model: str,
+    options: Options, grid: Sequence[GridRow], chosen: Sequence[GridRow], runs: Sequence[Run], data: Data, model: str
 ) -> int:
     """What is left of the grid, and the table."""
     outcomes = {run.output_dir: o for run in runs if (o := _read(run.record, run.settings)) is not None}
-    start = _start(options.output_dir, model, configs[runs[0].output_dir], data)
+    start = _start(options.output_dir, model, runs[0].config, data)
 
     left = [run for run in runs if run.row in chosen and run.output_dir not in outcomes]
     begun, faults = time.monotonic(), 0
@@ -115,7 +98,7 @@ def _carry_on(
         each = (time.monotonic() - begun) / done if done else 0.0
         time_left = f", about {clock(each * (len(left) - done))} left" if done else ""
         say(f"[{done + 1}/{len(left)}] {run.row.name}, seed {run.seed}{time_left}; its log is {run.log}")
-        outcomes[run.output_dir] = outcome = _carry_out(run, options.ranks, configs[run.output_dir], data)
+        outcomes[run.output_dir] = outcome = _carry_out(run, options.ranks, data)
         faults += bool(outcome.stopped) and not run.record.exists()
         if outcome.stopped:
             say(f"{run.row.name}, seed {run.seed}, stopped: {outcome.stopped}")
@@ -144,12 +127,18 @@ def _data(options: Options) -> Data:
     return Data(files["forget"], files["heldout"], files["retain"], suites, read_retain(files["retain"]))
 
 
-def _run(folder: Path, row: Row, seed: int, base: Mapping[str, Any], data: Data) -> Run:
-    """The row's run with ``seed``: ``base``, the files, and what the row changes."""
+def _run(folder: Path, row: GridRow, seed: int, base: Mapping[str, Any], data: Data) -> Run:
+    """The row's run with ``seed``: ``base``, the files, and what the row changes.
+
+    Raises:
+        UserError: training wouldn't take its settings.
+    """
     files = {"train_file": data.train_file, "validation_file": data.heldout_file}
     if data.retain_file:
         files["retain_file"] = data.retain_file
-    return Run(row, seed, folder / row.name / f"seed-{seed}", {**base, **files, **row.changes, "seed": seed})
+    output_dir, settings = folder / row.name / f"seed-{seed}", {**base, **files, **row.changes, "seed": seed}
+    given = flags({**settings, "output_dir": str(output_dir), "resume_from_checkpoint": "auto"})
+    return Run(row, seed, output_dir, settings, given, checked(row, given))
 
 
 def _fixed(config: Config, output_dir: Path) -> dict[str, Any]:
@@ -190,15 +179,13 @@ def _start(folder: Path, model: str, config: Config, data: Data) -> Evaluation:
     outcome = _read(record, settings)
     if outcome is None:
         say(f"evaluate {model}")
-        outcome = Outcome(
-            settings, Training(0.0, None, None), measure(model, folder / "answers", config, data.suites, data.retain)
-        )
+        outcome = Outcome(settings, Training(0.0, None, None), measure(model, folder / "answers", config, data))
         outcome.write(record)
     assert outcome.evaluation is not None
     return outcome.evaluation
 
 
-def _carry_out(run: Run, ranks: int, config: Config, data: Data) -> Outcome:
+def _carry_out(run: Run, ranks: int, data: Data) -> Outcome:
     """Train and evaluate; kept in ``run.record`` unless a fault ended it, which another call may not meet again.
 
     Raises:
@@ -210,15 +197,11 @@ def _carry_out(run: Run, ranks: int, config: Config, data: Data) -> Outcome:
         code = launch(command_line(run.flags, ranks, free_port()), run.log)
         if code == 0 and not (run.output_dir / DONE).exists():
             raise UserError(f"{run.row.name}, seed {run.seed}, was told to stop: call again to go on")
-    training = read_training(run.output_dir / "metrics.jsonl")
+    training, folder = read_training(run.output_dir / "metrics.jsonl"), run.output_dir
     if code:
         outcome = Outcome(run.settings, training, None, _reason(run.log, code))
     else:
-        outcome = Outcome(
-            run.settings,
-            training,
-            measure(str(run.output_dir), run.output_dir / "answers", config, data.suites, data.retain),
-        )
+        outcome = Outcome(run.settings, training, measure(str(folder), folder / "answers", run.config, data))
     if code in (0, STOPPED):
         outcome.write(run.record)
         for checkpoint in run.output_dir.glob("checkpoint-*"):  # a grid of them would fill the disk
@@ -232,7 +215,7 @@ def _reason(log: Path, code: int) -> str:
     return errors[-1].removeprefix("error: ") if errors else f"exit code {code}, see {log}"
 
 
-def _lines(grid: Sequence[Row], runs: Sequence[Run], outcomes: Mapping[Path, Outcome]) -> list[Line]:
+def _lines(grid: Sequence[GridRow], runs: Sequence[Run], outcomes: Mapping[Path, Outcome]) -> list[Line]:
     """The rows of which something is known, in the grid's order."""
     known = [
         Line(row, {run.seed: outcomes[run.output_dir] for run in runs if run.row is row and run.output_dir in outcomes})

@@ -16,7 +16,7 @@ from wpn_ds.judging.base import Verdict
 from wpn_ds.judging.statistics import Rate, bootstrap_mean
 from wpn_ds.system import tables
 from wpn_ds.system.files import write_atomically
-from wpn_ds.tools.ablate.grid import Row
+from wpn_ds.tools.ablate.grid import GridRow
 from wpn_ds.tools.ablate.measure import Training
 
 
@@ -51,7 +51,7 @@ class Outcome:
 class Line:
     """A row with its outcomes by seed; at least one."""
 
-    row: Row
+    row: GridRow
     outcomes: Mapping[int, Outcome]
 
     @property
@@ -128,12 +128,11 @@ def _differences(default: Line | None, line: Line) -> dict[str, Any]:
     """By suite; none of the default itself, nor of a row without a model."""
     if default is None or line is default or not line.evaluations:
         return {}
-    return {name: _difference(default, line, name) for name in line.evaluations[0].suites}
-
-
-def _difference(default: Line, line: Line, suite: str) -> dict[str, Any]:
-    was, now = _by_prompt(default, suite), _by_prompt(line, suite)
-    return bootstrap_mean([[b - a for a, b in zip(was, now, strict=True)]]).to_json()
+    found = {}
+    for name in line.evaluations[0].suites:
+        was, now = _by_prompt(default, name), _by_prompt(line, name)
+        found[name] = asdict(bootstrap_mean([[b - a for a, b in zip(was, now, strict=True)]]))
+    return found
 
 
 def _by_prompt(line: Line, suite: str) -> list[float]:

@@ -71,7 +71,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     """
     options = parse(Options, argv, "wpn-ds alternates")
     if options.check:
-        from wpn_ds.tools.alternates.check import check
+        from wpn_ds.tools.alternates.filters import check
 
         check(options.check, options.per_prompt)
         return 0

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -11,14 +10,12 @@ from dataclasses import asdict, fields, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from wpn_ds import __version__
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.measurement import device
+from wpn_ds.evaluate.model import AskedModel, device
 from wpn_ds.evaluate.ranks import all_arrived, alone_in, join_ranks
-from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
-from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pinned
+from wpn_ds.evaluate.work import Ledger, Unit, dated
+from wpn_ds.models.load import Source
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import new_output, write_atomically
 from wpn_ds.system.lock import lock_beside
@@ -41,32 +38,23 @@ def make(options: Options, model: str, output: Path) -> None:
 
 def _make(options: Options, model: str, output: Path, rank: int, size: int) -> None:
     questions = read_questions(options.train_file)
-    source = pinned(Source(model, "--model"))
-    config = load_config(source)
-    tokenizer = load_tokenizer(model, source, source.flag, config)
-    what = [identity(source.address), options.bf16, device().type]
+    asked = AskedModel(Source(model, "--model"), bf16=options.bf16)
     parts = output.parent / f"{output.name}.parts"
-    folder = parts / hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
-    date = dated(PromptStyle(), tokenizer, folder).chat_date
-    template = replace(make_template(options.template, options.chat, tokenizer), chat_date=date)
+    folder = parts / asked.digest
+    date = dated(PromptStyle(), asked.tokenizer, folder).chat_date
+    template = replace(make_template(options.template, options.chat, asked.tokenizer), chat_date=date)
     drawing = Drawing(**{entry.name: getattr(options, entry.name) for entry in fields(Drawing)})
-    candidates = [Candidates(question, template, tokenizer, drawing) for question in questions]
-    fitting = _fitting(candidates, config, options.max_new_tokens, model)
+    candidates = [Candidates(question, template, asked.tokenizer, drawing) for question in questions]
+    fitting = _fitting(candidates, asked, options.max_new_tokens)
     folder.mkdir(parents=True, exist_ok=True)
 
-    @functools.cache
-    def load() -> tuple[Any, Any]:
-        dtype = torch.bfloat16 if options.bf16 else torch.float32
-        return load_model(source, dtype=dtype, tokenizer=tokenizer).to(device()).eval(), tokenizer
+    load = functools.cache(asked.load)
 
     def work(units: list[Unit], label: str) -> Mapping[str, Any]:
         ledger = Ledger(folder, rank)
         ledger.run(units, load, world=(rank, size), label=label)
         all_arrived(size)
-        results = ledger.read()
-        if any(unit.key not in results for unit in units):
-            raise UserError(f"{folder} lacks results of other ranks: give --output in a folder that all of them share")
-        return results
+        return ledger.results(units, "--output")
 
     draw(fitting, template.stops, drawing, work)
     all_arrived(size)  # all have read the results before they go
@@ -89,23 +77,22 @@ def _make(options: Options, model: str, output: Path, rank: int, size: int) -> N
         print(f"  {left_out} prompts left out, too long for the model's positions with --max_new_tokens")
 
 
-def _fitting(candidates: Sequence[Candidates], config: Any, max_new_tokens: int, model: str) -> list[Candidates]:
+def _fitting(candidates: Sequence[Candidates], asked: AskedModel, max_new_tokens: int) -> list[Candidates]:
     """Those that leave room for an answer in the model's positions.
 
     Raises:
         UserError: none does.
     """
-    positions = max_positions(config)
-    if positions is None:
+    if asked.positions is None:
         return list(candidates)
-    room = positions - max_new_tokens
+    room = asked.positions - max_new_tokens
     fitting = [one for one in candidates if one.longest <= room]
     if not fitting:
         shortest = min(candidates, key=lambda one: one.longest)
         raise UserError(
             f"--max_new_tokens {max_new_tokens}: no prompt fits: with the template, the one at "
-            f"{shortest.question.source} has {shortest.longest} tokens, and {model} has {positions} positions: "
-            "give fewer, or a shorter --template"
+            f"{shortest.question.source} has {shortest.longest} tokens, and {asked.name} has {asked.positions} "
+            "positions: give fewer, or a shorter --template"
         )
     return fitting
 

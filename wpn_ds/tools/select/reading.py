@@ -16,11 +16,11 @@ from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import ForgetRecord, RetainRecord
 from wpn_ds.data.tokens import encode_answer, encode_pair, encoded_prompt, naming
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.measurement import device
-from wpn_ds.evaluate.utility import answer_losses
+from wpn_ds.evaluate.model import AskedModel
+from wpn_ds.evaluate.scoring import right_padded, scored_answers
 from wpn_ds.losses.answers import Pooling, pool, pooling_matrix
 from wpn_ds.models.generate import batches, evaluation_mode
-from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pad_token_id
+from wpn_ds.models.load import Source, pad_token_id
 from wpn_ds.settings.style import PromptStyle
 
 
@@ -56,11 +56,9 @@ class Reader:
     """
 
     def __init__(self, flag: str, name: str, settings: Settings) -> None:
-        self._source, self._settings = Source(name, flag), settings
-        config = load_config(self._source)
-        self._tokenizer = load_tokenizer(name, self._source, flag, config)
-        positions = max_positions(config)
-        self._max_length = min(settings.max_length, positions or settings.max_length)
+        self._model, self._settings = AskedModel(Source(name, flag), bf16=settings.bf16), settings
+        self._tokenizer = self._model.tokenizer
+        self._max_length = min(settings.max_length, self._model.positions or settings.max_length)
 
     def prompt(self, record: ForgetRecord) -> Text:
         """The prompt alone."""
@@ -96,10 +94,10 @@ class Reader:
             UserError: a state isn't finite.
         """
         pooled: list[Tensor] = [torch.empty(0)] * len(texts)
-        with self._model() as model:
+        with self._loaded() as model:
             for chosen in self._batches(texts):
                 segments = [texts[at].segment for at in chosen]
-                ids, mask = _right_padded(segments, pad_token_id(self._tokenizer))
+                ids, mask = right_padded(segments, pad_token_id(self._tokenizer))
                 read = model.base_model(
                     input_ids=ids.to(model.device),
                     attention_mask=mask.to(model.device),
@@ -123,26 +121,22 @@ class Reader:
             UserError: one isn't finite.
         """
         sums = torch.zeros(len(texts), dtype=torch.float64)
-        with self._model() as model:
-            for chosen in self._batches(texts):
-                segments = [texts[at].segment for at in chosen]
-                lengths = [one.answer_length for one in segments]
-                losses = answer_losses(model, segments, pad_token_id(self._tokenizer)).double().cpu()
-                for at, answer in zip(chosen, torch.split(losses, lengths), strict=True):
-                    sums[at] = self._finite(answer.sum(), texts[at])
+        with self._loaded() as model:
+            pad, segments = pad_token_id(self._tokenizer), [text.segment for text in texts]
+            for at, nats, _ in scored_answers(model, segments, pad, self._batches(texts)):
+                sums[at] = self._finite(nats.sum(), texts[at])
         return sums
 
     @contextlib.contextmanager
-    def _model(self) -> Iterator[Any]:
-        dtype = torch.bfloat16 if self._settings.bf16 else torch.float32
-        model = load_model(self._source, dtype=dtype, tokenizer=self._tokenizer).to(device())
+    def _loaded(self) -> Iterator[Any]:
+        model, _ = self._model.load()
         with evaluation_mode(model):
             yield model
         del model  # before another one is loaded
         gc.collect()
 
     def _batches(self, texts: Sequence[Text]) -> Iterator[list[int]]:
-        what = self._source.flag.removeprefix("--")
+        what = self._model.source.flag.removeprefix("--")
         with tqdm(total=len(texts), desc=what, unit="text", disable=None, dynamic_ncols=True) as bar:
             for chosen in batches([text.segment.ids for text in texts], self._settings.batch_size):
                 yield chosen
@@ -151,15 +145,7 @@ class Reader:
     def _finite(self, values: Tensor, text: Text) -> Tensor:
         if not values.isfinite().all():
             raise UserError(
-                f"{self._source.flag} {self._source.name_or_path}: what it makes of {text.source} is not finite: its "
+                f"{self._model.source.flag} {self._model.name}: what it makes of {text.source} is not finite: its "
                 "weights are damaged" + " or too large for --bf16" * self._settings.bf16
             )
         return values
-
-
-def _right_padded(segments: Sequence[Segment], pad: int) -> tuple[Tensor, Tensor]:
-    """([batch, length] ids, mask); causal attention never looks to the right, so a text is read as it is alone."""
-    length = max(map(len, segments))
-    ids = torch.tensor([[*one.ids, *[pad] * (length - len(one))] for one in segments])
-    mask = torch.tensor([[1] * len(one) + [0] * (length - len(one)) for one in segments])
-    return ids, mask

@@ -1,0 +1,51 @@
+"""The model that is asked or read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from typing import Any
+
+import torch
+
+from wpn_ds.evaluate.work import identity
+from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pinned
+
+
+def device() -> torch.device:
+    """This rank's GPU, or the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    # A task that srun shows its own GPU alone sees it as the first.
+    return torch.device("cuda", min(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() - 1))
+
+
+class AskedModel:
+    """A model by its configuration and tokenizer, which are there at once; its weights come when there is work.
+
+    Attributes:
+        name: as the user gave it.
+        source: pinned, since an updated model is another one.
+        positions: tokens that it reads at most; None without a limit.
+
+    Raises:
+        UserError: there is no such model, or no tokenizer beside it.
+    """
+
+    def __init__(self, source: Source, *, bf16: bool) -> None:
+        self.name, self.source, self._bf16 = source.name_or_path, pinned(source), bf16
+        self.config = load_config(self.source)
+        self.tokenizer = load_tokenizer(self.name, self.source, source.flag, self.config)
+        self.positions = max_positions(self.config)
+
+    @property
+    def digest(self) -> str:
+        """What its answers depend on: its files or its commit, the number format, the kind of device."""
+        what = [identity(self.source.address), self._bf16, device().type]
+        return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
+
+    def load(self) -> tuple[Any, Any]:
+        """(the model on this rank's device in eval mode, its tokenizer)."""
+        dtype = torch.bfloat16 if self._bf16 else torch.float32
+        return load_model(self.source, dtype=dtype, tokenizer=self.tokenizer).to(device()).eval(), self.tokenizer
