@@ -32,11 +32,10 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)
 	@$(IN_VENV) wpn-ds demo
 
-# Side by side what starts no ranks, then what does.
+# Two files side by side, in the order of tests/conftest.py: those first whose tests start ranks.
 test: $(STAMP)
 	@date +%s > .venv/.test-begun
-	@$(IN_VENV) python -m pytest -n 2 -m 'not (distributed or slurm or browser)'
-	@$(IN_VENV) python -m pytest -m 'distributed and not (slurm or browser)'
+	@$(IN_VENV) python -m pytest -n 2 --dist loadfile --no-loadscope-reorder -m 'not (slurm or browser)'
 	@echo $$(($$(date +%s) - $$(cat .venv/.test-begun))) > .venv/.test-seconds
 
 system: $(STAMP)

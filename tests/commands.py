@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import os
+import resource
 import runpy
 import sys
+import time
 from pathlib import Path
+from unittest import mock
 
 from tests.launching import ROOT
 
@@ -20,3 +23,22 @@ def script_in(folder: Path, path: str, *argv: str) -> None:
     """As :func:`script`, in another working folder."""
     os.chdir(folder)
     script(str(ROOT / path), *argv)
+
+
+def script_limited(most: int, path: str, *argv: str) -> None:
+    """As :func:`script`, on a disk that takes ``most`` bytes a file."""
+    resource.setrlimit(resource.RLIMIT_FSIZE, (most, most))
+    script(path, *argv)
+
+
+def script_stuck(name: str, path: str, *argv: str) -> None:
+    """As :func:`script`, on a disk that hangs when something is to be called ``name``."""
+    replace = os.replace
+
+    def stuck(source: Path, target: Path) -> None:
+        if Path(target).name == name:
+            time.sleep(600)
+        replace(source, target)
+
+    with mock.patch("os.replace", stuck):
+        script(path, *argv)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -16,10 +18,23 @@ ROOT = Path(__file__).parent.parent
 _OWN = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT", "PYTHONHASHSEED"}
 
 
+#: Ports for ranks to meet at, none soon again: below those that the system gives to whoever asks, so that nobody has it
+#: before its ranks listen, and others in each of the processes that run tests side by side.
+_FIRST = 10_000 + 4_000 * (int(os.environ.get("PYTEST_XDIST_WORKER", "gw0").removeprefix("gw")) % 5)
+_PORTS = itertools.cycle(random.sample(range(_FIRST, _FIRST + 4_000), 4_000))
+
+
 def free_port() -> int:
+    return next(filter(_is_free, _PORTS))
+
+
+def _is_free(port: int) -> bool:
     with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return s.getsockname()[1]
+        try:
+            s.bind(("", port))
+        except OSError:
+            return False
+    return True
 
 
 def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:

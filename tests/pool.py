@@ -31,6 +31,19 @@ from tests.launching import ROOT, environment, free_port
 #: Seconds between a rank's failure, at which the others get SIGTERM as from a launcher, and their end by force.
 PATIENCE = 10.0
 
+#: What else a training run imports: by the first engine, the first step, TensorBoard.
+_BY_A_RUN = (
+    "deepspeed.module_inject.auto_ep_layer",
+    "deepspeed.ops.op_builder.all_ops",
+    "deepspeed.runtime.superoffload.superoffload_stage3",
+    "functorch.compile",
+    "setuptools",
+    "torch._inductor.compile_fx",
+    "torch.utils.cpp_extension",
+    "torch.utils.tensorboard",
+    "tensorboard.plugins.hparams.api_pb2",
+)
+
 
 class RankFailed(AssertionError):
     """A rank died, exited with an error or hung; the message has the end of what each one wrote."""
@@ -265,8 +278,9 @@ def _import_all() -> None:
 
     for module in pkgutil.walk_packages(wpn_ds.__path__, "wpn_ds."):
         importlib.import_module(module.name)
-    for name in ("functorch.compile", "torch._inductor.compile_fx", "torch.utils.tensorboard"):  # by the first step
+    for name in _BY_A_RUN:
         importlib.import_module(name)
+    transformers.conversion_mapping.get_checkpoint_conversion_mapping("")  # of all models, kept
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "OPTForCausalLM", "GPTNeoForCausalLM", "GPT2Tokenizer"):
         getattr(transformers, name)
     assert len(list(Path("/proc/self/task").glob("*"))) <= 1, "a fork of a process with threads may hang"

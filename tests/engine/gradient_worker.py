@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from dataclasses import fields
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -66,39 +67,58 @@ def objective_of(case: dict) -> Objective:
     return kind(**{name: value for name, value in settings.items() if name in own})
 
 
+def layout_of(case: dict, world: World) -> Layout:
+    budget = (24 if "flat" in FORMS[case["layout"]] else 48) if case["several"] else 10_000
+    return Layout(row_length=48, tokens_per_micro_batch=budget, world_size=world.size, **FORMS[case["layout"]])
+
+
+def load(folder: Path, config: dict, flat: bool, **settings: Any) -> Any:
+    stage3 = config["zero_optimization"]["stage"] == 3
+    return load_model(
+        Source(str(folder)),
+        dtype=torch.float32,
+        attention="wpn_packed" if flat else "auto",
+        zero3={k: v for k, v in config.items() if k != "train_batch_size"} if stage3 else None,
+        **settings,
+    )
+
+
+@cache
+def starting_engine(folder: Path, stage: int, flat: bool, packed: bool, world: World) -> Any:
+    """Of the starting model, which no case changes: an engine takes as long as a step."""
+    config = ds_json(stage, world.size)
+    return build_engine(PackedLM(load(folder, config, flat), packed=packed), config, None)
+
+
+@cache
+def frozen_model(folder: Path, stage: int, flat: bool, packed: bool, kind: str, world: World) -> FrozenModel:
+    config = ds_json(stage, world.size)
+    return FrozenModel(load(folder, config, flat), packed, frozen_json(config, kind), world)
+
+
 def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict, dict | None]:
     """One step of the product's own parts. The starting model is another one than the policy's, or the gradient of KL
     would be zero."""
+    layout = layout_of(case, world)
+    start_of = (models / "reference", case["stage"], layout.flat, layout.packed)
     config = ds_json(case["stage"], world.size)
-    zero3 = {k: v for k, v in config.items() if k != "train_batch_size"} if case["stage"] == 3 else None
-    budget = (24 if "flat" in FORMS[case["layout"]] else 48) if case["several"] else 10_000
-    layout = Layout(row_length=48, tokens_per_micro_batch=budget, world_size=world.size, **FORMS[case["layout"]])
-
-    def load(folder: str) -> Any:
-        return load_model(
-            Source(str(models / folder)),
-            dtype=torch.float32,
-            gradient_checkpointing=case["checkpointing"] and folder == "start",
-            dropout=case["dropout"] if folder == "start" else 0.0,
-            attention="wpn_packed" if layout.flat else "auto",
-            zero3=zero3,
-        )
-
-    def reader_of(folder: str) -> Reader:
-        return Reader(build_engine(PackedLM(load(folder), packed=layout.packed), config, None), layout, 0, world)
-
-    def frozen() -> FrozenModel:
-        return FrozenModel(load("reference"), layout.packed, frozen_json(config, case["reference"]), world)
-
+    lm = load(
+        models / "start",
+        config,
+        layout.flat,
+        gradient_checkpointing=case["checkpointing"],
+        dropout=case["dropout"],
+    )
+    policy = Reader(build_engine(PackedLM(lm, packed=layout.packed), config, None), layout, 0, world)
     terms, examples, tables = Terms.of(objective_of(case)), make_examples(), Tables(cache, {"case": str(case)})
     from_tables = terms.needs_start_distribution and case["reference"] in ("states", "topk")
-    policy = reader_of("start")
-    # An engine more takes as long as the step; most cases ask the starting model nothing that goes into a table.
-    starting = reader_of("reference") if terms.keeps_answers or from_tables else policy
-    lm = policy.engine.module.lm
+    starting = policy
+    if terms.keeps_answers or from_tables:
+        starting = Reader(starting_engine(*start_of, world), layout, 0, world)
     # With all tokens but one, topk is exact.
     settings = UnlearningConfig(reference=case["reference"], reference_topk=VOCABULARY - 1)
     tabulator = Tabulator(starting, tables, silent)
+    frozen = partial(frozen_model, *start_of, case["reference"], world)
     start = tabulator.start(terms, examples, partial(tabulator.reference, settings, examples.retain, frozen))
     start.reader = policy
     training = TrainingConfig(global_batch_size=len(examples.forget))
@@ -136,8 +156,7 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
     parts = {name: total / result.sums.counts[name] for name, total in totals.items()}
     weights = full_weights(lm, world)
     parts["grad_norm"] = float(result.grad_norm)
-    for reader in {id(reader): reader for reader in (policy, starting)}.values():
-        reader.engine.destroy()
+    policy.engine.destroy()
     return parts, weights
 
 
@@ -148,3 +167,4 @@ def run_cases(cases: list[dict], models: Path, out: Path) -> None:
         parts, weights = run_case(case, models, out / "cache", world)
         if weights is not None:
             save_file(weights, out / f"{k}.safetensors", metadata={"parts": json.dumps(parts)})
+        gc.freeze()  # what DeepSpeed keeps of each engine, or its collections would look at all of them again

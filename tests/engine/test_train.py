@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import shlex
+import os
 import shutil
 import signal
 import subprocess
@@ -21,7 +21,7 @@ import wpn_ds.cli
 from tests.engine import runs
 from tests.engine.runs import MEASURED, PEAK, REFERENCE_WPN, cached, flags, losses, metrics, same_weights
 from tests.interface import FROZEN, check_files, check_metrics, check_tensorboard, metric_names
-from tests.launching import ROOT, begin, deepspeed, environment, free_port, launch
+from tests.launching import ROOT, begin, free_port, launch
 from tests.pool import Running
 from wpn_ds.engine import checkpoint
 from wpn_ds.models.planted import MARK, PLANTED
@@ -153,14 +153,12 @@ def ranks_of(process: subprocess.Popen) -> list[psutil.Process]:
     return [found[rank] for rank in sorted(found)]
 
 
-def wait_for(
-    condition: Callable[[], bool], job: subprocess.Popen | Running, seconds: float = 120, pause: float = 0.01
-) -> None:
+def wait_for(condition: Callable[[], bool], job: subprocess.Popen | Running, seconds: float = 120) -> None:
     end = time.monotonic() + seconds
     while not condition():
         assert job.poll() is None, "the run ended before it could be killed"
         assert time.monotonic() < end, "the moment to kill never came"
-        time.sleep(pause)
+        time.sleep(0.01)
 
 
 @pytest.mark.distributed
@@ -184,11 +182,11 @@ def test_a_run_whose_rank_was_killed_resumes_bit_for_bit_dropout_included(train,
 def test_a_run_killed_during_a_save_falls_back_to_the_checkpoint_before(pool, train, tiny, unbroken, tmp_path):
     out = tmp_path / "out"
     line = flags(tiny, out, "--save_steps", "2")
-    job = pool.start(2, "tests.commands:script", *line, env=cached(tiny))
-    wait_for(lambda: (out / "checkpoint-4.tmp").exists(), job, pause=0)
+    job = pool.start(2, "tests.commands:script_stuck", "checkpoint-4", *line, env=cached(tiny))
+    wait_for(lambda: (out / "checkpoint-4.tmp").exists(), job)
     job.kill()
     job.wait(timeout=60)
-    assert (out / "checkpoint-4.tmp").exists() and not (out / "checkpoint-4").exists(), "the save was over already"
+    assert (out / "checkpoint-4.tmp").exists() and not (out / "checkpoint-4").exists()
     text = train(out, "--save_steps", "2", "--resume_from_checkpoint", "auto")
     assert "checkpoint-2 after step 2" in text
     assert losses(out) == losses(unbroken)
@@ -250,14 +248,12 @@ def test_a_checkpoint_becomes_the_model_it_is(unbroken, tmp_path):
     AutoTokenizer.from_pretrained(tmp_path / "m")
 
 
-@pytest.mark.distributed
-def test_a_signal_ends_a_run_in_good_order_and_it_goes_on(train, tiny, unbroken, tmp_path):
+def test_a_signal_ends_a_run_in_good_order_and_it_goes_on(pool, train, tiny, unbroken, tmp_path):
     out = tmp_path / "out"
-    line = flags(tiny, out, "--save_steps", "0")
-    process = begin(2, line, port=free_port(), env=cached(tiny))
-    wait_for(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) >= 2, process)
-    ranks_of(process)[1].send_signal(signal.SIGUSR1)  # one rank alone
-    assert process.wait(timeout=60) == 0
+    job = pool.start(2, "tests.commands:script", *flags(tiny, out, "--save_steps", "0"), env=cached(tiny))
+    wait_for(lambda: (out / "metrics.jsonl").exists() and len(losses(out)) >= 1, job)
+    os.kill(job.pids[1], signal.SIGUSR1)  # one rank alone
+    assert job.wait(timeout=60) == 0, job.shown()
     assert (out / "REQUEUE").read_text().strip() in ("SIGUSR1", "another rank's signal")
     assert checkpoint.complete(out)[-1][0] < 6 and not (out / "DONE").exists()
     train(out, "--resume_from_checkpoint", "auto")
@@ -277,22 +273,17 @@ def test_a_folder_that_is_no_run_of_ours_is_never_cleared(pool, tiny, tmp_path):
         assert (folder / "README.md").read_text() == "mine" and (folder / "model.safetensors").exists()
 
 
-@pytest.mark.parametrize(("change", "shell"), [("data", False), ("seed", True)])
-def test_resuming_another_run_is_refused_in_one_line(pool, unbroken, tiny, tmp_path, change, shell):
-    extra = ["--save_steps", "2", "--resume_from_checkpoint", str(unbroken / "checkpoint-4")]
-    if change == "data":
-        extra += ["--prompt_template", "Q: {prompt} A:"]
-    else:
-        extra += ["--seed", "7"]
-    if shell:
-        run = launch(2, flags(tiny, tmp_path / "out", *extra), port=free_port())
-        assert run.returncode != 0
-        said = run.stdout
-    else:
-        said = runs.train(pool, flags(tiny, tmp_path / "out", *extra), {}, code=2)
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [(("--prompt_template", "Q: {prompt} A:"), "the training data"), (("--seed", "7"), "seed is 7")],
+    ids=["data", "seed"],
+)
+def test_resuming_another_run_is_refused_in_one_line(pool, unbroken, tiny, tmp_path, change, named):
+    extra = ["--save_steps", "2", "--resume_from_checkpoint", str(unbroken / "checkpoint-4"), *change]
+    said = runs.train(pool, flags(tiny, tmp_path / "out", *extra), {}, code=2)
     errors = [line for line in said.splitlines() if line.startswith("error: ")]
     assert len(errors) == 1 and "Traceback" not in said, said[-3000:]
-    assert {"data": "the training data", "seed": "seed is 7"}[change] in errors[0]
+    assert named in errors[0]
     assert not (tmp_path / "out" / "model.safetensors").exists()
     assert (unbroken / "DONE").exists()
 
@@ -350,19 +341,14 @@ def test_a_gradient_that_is_never_finite_stops_the_run(train, tmp_path, stage):
     assert not (tmp_path / "out" / "DONE").exists()
 
 
-@pytest.mark.distributed
-def test_a_disk_that_is_full_during_a_save_is_one_line_and_leaves_the_checkpoint_before(train, tiny, tmp_path):
+def test_a_disk_that_is_full_during_a_save_is_one_line_and_leaves_the_checkpoint_before(pool, train, tiny, tmp_path):
     out = tmp_path / "out"
     train(out, "--max_steps", "2", "--save_steps", "2")
     line = flags(tiny, out, "--save_steps", "2", "--resume_from_checkpoint", "auto")
-    command = deepspeed(2, line, port=free_port())
-    limited = f"ulimit -f 150; exec {shlex.join(command)}"  # in KiB: the optimizer's file is larger
-    run = subprocess.run(
-        ["bash", "-c", limited], cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=200
-    )
-    errors = [line for line in (run.stdout + run.stderr).splitlines() if line.startswith("error: ")]
-    assert run.returncode != 0 and errors, run.stderr[-3000:]
+    run = pool.run(2, "tests.commands:script_limited", 150 * 1024, *line)  # the optimizer's file is larger
+    errors = [line for line in run.output.splitlines() if line.startswith("error: ")]
+    assert run.returncode != 0 and errors, run.shown()
     assert "can't write" in errors[0] and "1 whole checkpoints" in errors[0]
-    assert "Traceback" not in run.stdout + run.stderr
+    assert "Traceback" not in run.output
     assert [step for step, _ in checkpoint.complete(out)] == [2]
     assert "can't write" in (out / "FAILED").read_text()

@@ -5,13 +5,14 @@ from __future__ import annotations
 import deepspeed
 import torch
 
+from wpn_ds.jobs.distributed import init
 from wpn_ds.settings.deepspeed import resolve_deepspeed
 from wpn_ds.settings.run import Config
 
 
 def losses(path: str) -> list[float]:
     """Of three steps, with no parameter left in memory where ``path`` offloads them."""
-    deepspeed.init_distributed("gloo")
+    init(timeout_minutes=2)
     torch.manual_seed(0)
     config = Config.from_flat({"bf16": True}, explicit={})
     ds = resolve_deepspeed(path, config, world_size=1, hidden_size=1024, device="cpu").json

@@ -10,6 +10,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+from wpn_ds.jobs.distributed import init
 from wpn_ds.settings.deepspeed import resolve_deepspeed
 from wpn_ds.settings.run import Config
 
@@ -86,6 +87,6 @@ def measure(stage: int, bf16: bool, moved: Counter[str], **zero: int) -> dict[st
 def measured() -> list[dict[str, Any]]:
     moved: Counter[str] = Counter()
     counting(moved)  # before DeepSpeed looks the collectives up
-    deepspeed.init_distributed("gloo")
+    init(timeout_minutes=2)
     cases = [measure(stage, bf16, moved) for stage in (0, 1, 2, 3) for bf16 in (False, True)]
     return [*cases, measure(3, True, moved, stage3_max_live_parameters=40_000, stage3_max_reuse_distance=1)]
