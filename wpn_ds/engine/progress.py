@@ -140,12 +140,19 @@ class Progress:
         self.skipped_steps: int = past.get("skipped_steps", 0)  # whose gradient was not finite
         self.tokens: int = past.get("tokens", 0)
         self.train_seconds: float = past.get("train_seconds", 0.0)
+        # An earlier version didn't count them: all steps so far are taken to be of the ranks that wrote the checkpoint.
+        self.device_seconds: float = past.get("device_seconds", self.train_seconds * job.past.world_size)
         self._in_a_row = 0  # of the skipped steps
         self._shape = ModelShape.of(lm)
         self._window = Window(job.world, self.peak_flops)
 
     def state(self) -> dict[str, Any]:
-        return {"skipped_steps": self.skipped_steps, "tokens": self.tokens, "train_seconds": self.train_seconds}
+        return {
+            "skipped_steps": self.skipped_steps,
+            "tokens": self.tokens,
+            "train_seconds": self.train_seconds,
+            "device_seconds": self.device_seconds,
+        }
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         return self._window.paused()
@@ -169,6 +176,7 @@ class Progress:
         self.skipped_steps += result.skipped
         self.tokens += plan.tokens
         self.train_seconds += seconds
+        self.device_seconds += seconds * job.world.size
         self._window.add(
             result,
             plan,

@@ -174,4 +174,4 @@ class Run:
         after = after if exported == self.step else validation.best
         joules = sum_over_ranks({"joules": energy(self.world.device) - self.joules}, self.world.device)["joules"]
         write_model(job, self.policy, self.telemetry, exported, outcome, self.telemetry.last_losses, after)
-        leave_done(job, self.telemetry, self.starts, self.progress.tokens, self.progress.train_seconds, joules)
+        leave_done(job, self.telemetry, self.starts, self.progress, joules)
