@@ -20,3 +20,8 @@ def script_in(folder: Path, path: str, *argv: str) -> None:
     """As :func:`script`, in another working folder."""
     os.chdir(folder)
     script(str(ROOT / path), *argv)
+
+
+def script_with_a_mistake(wrong: list[int], path: str, *argv: str) -> None:
+    """As :func:`script`; the ranks ``wrong`` have a flag that none can take."""
+    script(path, *argv, *(["--seed", "x"] if int(os.environ["RANK"]) in wrong else []))
