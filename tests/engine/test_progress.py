@@ -66,3 +66,15 @@ def test_device_seconds_are_those_of_the_ranks_that_each_start_had(world, old) -
     assert (second.train_seconds, second.device_seconds) == (110.0, 410.0)
     third = progress_of(World(0, 2, 0, world.device), second.state(), wrote=1)
     assert third.state()["device_seconds"] == 410.0
+
+
+def test_a_run_that_ends_between_two_lines_of_metrics_leaves_a_line_of_its_last_steps(world) -> None:
+    progress, told = progress_of(world, logging_steps=4), Told()
+    for step in range(1, 7):
+        add(progress, step, told, loss=float(step))
+    assert list(told.lines) == [4]
+    progress.end(6, told)  # type: ignore[arg-type]
+    assert list(told.lines) == [4, 6] and told.last_losses == told.lines[6]
+    assert (told.lines[6]["loss/nll"], told.lines[6]["loss/total"], told.lines[6]["lr"]) == (5.5, 11.0, 1e-3)
+    progress.end(6, told)  # type: ignore[arg-type]
+    assert list(told.lines) == [4, 6], "nothing is left to be said"

@@ -118,6 +118,9 @@ class Run:
                 with self.progress.paused():
                     if not self.validation.done:
                         self._evaluate()
+                if self.over:  # perhaps early, between two lines of metrics
+                    self.progress.end(self.step, telemetry)
+                with self.progress.paused():
                     self._save_if_due()
             self._finish()
         except Stopped:
