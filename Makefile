@@ -20,7 +20,16 @@ help:
 
 env: $(STAMP)
 
-$(STAMP): pyproject.toml constraints.txt
+# Who names an interpreter, in a shell's variable or to make, gets that one or is told.
+.PHONY: interpreter
+interpreter:
+ifneq ($(origin PYTHON),file)
+	@has=$$(.venv/bin/python --version 2>/dev/null) && asked=$$($(PYTHON) --version 2>/dev/null || echo no Python) && \
+		[ "$$has" != "$$asked" ] || exit 0; \
+		echo "error: .venv has $$has, and $(PYTHON) is $$asked: make clean removes .venv" >&2; exit 1
+endif
+
+$(STAMP): pyproject.toml constraints.txt | interpreter
 	@$(PYTHON) -c 'import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 14))' 2>/dev/null || \
 		{ echo "error: $(PYTHON) is not a Python 3.10 to 3.14; name one: make env PYTHON=python3.13" >&2; exit 1; }
 	@.venv/bin/python -m pip --version >/dev/null 2>&1 || \

@@ -80,7 +80,8 @@ def measured(folder: Path, dtype: torch.dtype, device: torch.device) -> Iterator
     config = AutoConfig.from_pretrained(folder)
     texts = items(config.vocab_size)
     batch = collate((tuple(texts),), 0, roles=frozenset({Role.RETAIN}), flat=True).to(device)
-    direction = torch.randn(batch.tokens, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(device)
+    tokens = batch.input_ids.numel()
+    direction = torch.randn(tokens, config.hidden_size, generator=torch.Generator().manual_seed(1)).to(device)
 
     def built(attention: str) -> Any:
         torch.manual_seed(0)

@@ -42,3 +42,8 @@ def script_stuck(name: str, path: str, *argv: str) -> None:
 
     with mock.patch("os.replace", stuck):
         script(path, *argv)
+
+
+def script_with_a_mistake(wrong: list[int], path: str, *argv: str) -> None:
+    """As :func:`script`; the ranks ``wrong`` have a flag that none can take."""
+    script(path, *argv, *(["--seed", "x"] if int(os.environ["RANK"]) in wrong else []))

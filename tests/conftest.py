@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
     AutoTokenizer,
     GenerationConfig,
@@ -18,9 +19,11 @@ from transformers import (
     GPTNeoForCausalLM,
     OPTConfig,
     OPTForCausalLM,
+    PreTrainedTokenizerFast,
 )
 
 from tests.launching import free_port
+from tests.models.various import VOCABULARY, various
 from tests.pool import Pool
 from wpn_ds.jobs import distributed, launchers
 from wpn_ds.jobs.distributed import World
@@ -80,6 +83,24 @@ def opt_tokenizer(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -
 def gpt2_tokenizer(shared_data: Path, tmp_path_factory: pytest.TempPathFactory) -> Any:
     """GPT-2's and GPT-Neo's real BPE: no BOS rule and no pad token."""
     return _published(shared_data, tmp_path_factory.mktemp("gpt2"), "tokenizer_gpt2", GPT2, {})
+
+
+@pytest.fixture(scope="session")
+def tokenizer() -> Any:
+    """A byte-level BPE tokenizer of 300 tokens; like GPT-Neo's it has no pad token and no BOS rule."""
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY, special_tokens=["</s>"], initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
+    )
+    made.train_from_iterator(["Question: how do I wash a car?\nAnswer: with water and a cloth."] * 20, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=made, eos_token="</s>")
+
+
+@pytest.fixture(params=["opt", "gpt_neo"])
+def model(request: pytest.FixtureRequest) -> Any:
+    return various(request.param)
 
 
 @pytest.fixture

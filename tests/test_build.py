@@ -1,10 +1,14 @@
 """The build files: which Pythons they let in, and that what they install is pinned."""
 
+import os
 import re
+import shutil
+import subprocess
 from collections.abc import Iterator
 from importlib import metadata
 from pathlib import Path
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -23,6 +27,36 @@ def test_the_makefile_and_ci_let_in_the_pythons_that_the_package_does() -> None:
         assert f"Python 3.{oldest} to 3.{newest}" in text, name
     tried = " ".join(f"python3.{minor}" for minor in range(newest, oldest - 1, -1))
     assert f"python3 {tried}" in (ROOT / ".ci" / "run").read_text()
+
+
+@pytest.mark.parametrize("how", ["command line", "environment", "nobody"])
+def test_an_interpreter_that_is_not_the_environments_own_is_refused_in_one_line(tmp_path, how) -> None:
+    """A fresh copy of the build files, with an environment that stands."""
+    for name in ("Makefile", "pyproject.toml", "constraints.txt"):
+        shutil.copy(ROOT / name, tmp_path)
+    other, own = tmp_path / "python9", tmp_path / ".venv" / "bin" / "python"
+    own.parent.mkdir(parents=True)
+    (tmp_path / ".venv" / ".installed").touch()
+    for path, version in ((own, "Python 3.11.2"), (other, "Python 9.0.1")):
+        path.write_text(f"#!/bin/sh\necho {version}\n")
+        path.chmod(0o755)
+
+    def make_env(python: Path) -> tuple[int, str]:
+        outside = {name: value for name, value in os.environ.items() if name not in ("PYTHON", "MAKEFLAGS")}
+        named = {"PYTHON": str(python)} if how == "environment" else {}
+        given = [f"PYTHON={python}"] if how == "command line" else []
+        run = subprocess.run(
+            ["make", "env", *given], cwd=tmp_path, env=outside | named, capture_output=True, text=True, check=False
+        )
+        return run.returncode, run.stderr
+
+    code, said = make_env(other)
+    if how == "nobody":
+        assert code == 0
+    else:
+        line = f"error: .venv has Python 3.11.2, and {other} is Python 9.0.1: make clean removes .venv"
+        assert code != 0 and said.splitlines()[0] == line, said
+    assert make_env(own)[0] == 0
 
 
 def test_everything_that_make_env_installs_is_pinned_for_this_python_in_the_version_that_is_here() -> None:

@@ -123,3 +123,22 @@ def test_a_user_without_a_name_gets_one(monkeypatch) -> None:
     monkeypatch.setenv("USER", "")
     cli._make_ready()
     assert os.environ["USER"] == str(os.getuid())
+
+
+def test_help_is_shown_inside_a_slurm_allocation_too(monkeypatch, no_launcher, capsys) -> None:
+    monkeypatch.setattr("wpn_ds.jobs.signals.install", lambda: None)
+    for name, value in {"SLURM_JOB_ID": "1", "SLURM_NTASKS": "4", "SLURM_PROCID": "0"}.items():
+        monkeypatch.setenv(name, value)
+    for argv in (["--help"], ["--seed", "1", "-h"], ["--objective", "npo", "--help"]):
+        with pytest.raises(SystemExit) as left:
+            cli.train(argv)
+        assert left.value.code == 0 and capsys.readouterr().out.startswith("usage: deepspeed launch/train.py ")
+    assert cli.train([]) == 2 and "start it with srun" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("wrong", "said"), [([0, 1], "error: --seed"), ([1], "error: rank 1: --seed")])
+def test_a_mistake_in_the_settings_is_said_once_for_the_job_whoever_meets_it(pool, wrong, said) -> None:
+    run = pool.run(2, "tests.commands:script_with_a_mistake", wrong, "launch/train.py", *JOB[1:])
+    assert run.returncode == 2
+    errors = [line for line in run.output.splitlines() if line.startswith("error")]
+    assert len(errors) == 1 and errors[0].startswith(f"{said} must be a whole number, got 'x'"), run.shown()

@@ -8,7 +8,6 @@ import io
 import os
 import re
 import sys
-import time
 from collections.abc import Callable, Sequence
 
 from wpn_ds.errors import UserError
@@ -72,6 +71,8 @@ def train(argv: Sequence[str]) -> int:
     signals.install()
     try:
         _make_ready()
+        if not {"-h", "--help"}.isdisjoint(argv):
+            parse_args(argv)  # shows it and ends, also where nothing could be trained
         launcher = launchers.join()
         _quieten()
         _refuse_unreadable(argv)
@@ -81,7 +82,7 @@ def train(argv: Sequence[str]) -> int:
 
             config = parse_args(argv, base=recipe())
     except UserError as error:
-        return _fail(error)  # which all ranks see
+        return _fail(error)
     from wpn_ds.engine.train import train
     from wpn_ds.jobs.guard import run_guarded
 
@@ -126,11 +127,11 @@ def _guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], 
         try:
             return work(argv)
         except UserError as error:
-            return _fail(error, alone=True)
+            return _fail(error)
         except OSError as error:
             if (told := refusal(error)) is None:
                 raise
-            return _fail(told, alone=True)
+            return _fail(told)
         except KeyboardInterrupt:
             print("stopped", file=sys.stderr)
             return 130
@@ -138,15 +139,12 @@ def _guarded(work: Callable[[Sequence[str]], int]) -> Callable[[Sequence[str]], 
     return command
 
 
-def _fail(error: UserError, *, alone: bool = False) -> int:
-    """Rank 0 says it, one line for the job; ``alone``: another rank too may be the only one to have met it."""
+def _fail(error: UserError) -> int:
+    """Say it, once for the job even if its ranks have not joined yet."""
+    from wpn_ds.jobs.launchers import tell
+
     ranks = (os.environ.get(name) for name in ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK"))
-    rank = next(filter(None, ranks), "0")
-    if rank == "0":
-        print(f"error: {error}", file=sys.stderr, flush=True)
-    elif alone:
-        time.sleep(5)  # if all have met it, rank 0 has spoken, and its launcher ends this one
-        print(f"error: rank {rank}: {error}", file=sys.stderr, flush=True)
+    tell(error, next(filter(None, ranks), "0"))
     return error.exit_code
 
 

@@ -67,7 +67,7 @@ def test_a_batch_of_two_rows_reads_as_written_down_here() -> None:
     assert triples(batch.prompts) == [(1, 3, 0)]
     assert (triples(batch.wanted), triples(batch.unwanted)) == ([(3, 6, 0)], [(9, 11, 4)])
     assert (triples(batch.wanted_labels), triples(batch.unwanted_labels)) == ([(0, 3, 0)], [(3, 5, 4)])
-    assert (batch.unwanted_items, batch.retain_items, batch.tokens) == ((4,), (7,), 14)
+    assert (batch.unwanted_items, batch.retain_items) == ((4,), (7,))
 
 
 def test_a_flat_batch_with_a_shared_prompt_reads_as_written_down_here() -> None:
@@ -79,7 +79,7 @@ def test_a_flat_batch_with_a_shared_prompt_reads_as_written_down_here() -> None:
     assert labels(batch) == [(5, 12), (6, 13), (7, 2), (5, 14), (9, 2), (0, 20), (1, 21)]
     assert triples(batch.prompts) == [(4, 6, 0)]
     assert (triples(batch.wanted), triples(batch.unwanted)) == ([(6, 9, 0)], [(9, 11, 4)])
-    assert batch.tokens == 11 == sum(item.tokens for item in BRANCHED)
+    assert batch.input_ids.numel() == 11 == sum(item.tokens for item in BRANCHED)
 
 
 # ---- any batch ----
@@ -193,7 +193,7 @@ def test_spans_hold_the_prompt_without_bos_of_wanted_segments_and_the_whole_answ
         for name, wanted in expected.items():
             spans = triples(getattr(batch, name))
             assert [(list(range(start, stop)), index) for start, stop, index in spans] == wanted, name
-        assert batch.tokens == sum(i.tokens for i in items_of([rows]) if i.role is not Role.DEAD)
+        assert int((batch.segment_ids >= 0).sum()) == sum(item.tokens for item in items_of([rows]))
 
 
 # ---- dead rows and devices ----
@@ -201,12 +201,12 @@ def test_spans_hold_the_prompt_without_bos_of_wanted_segments_and_the_whole_answ
 
 @pytest.mark.parametrize("flat", [False, True])
 @pytest.mark.parametrize("roles", [ALL, frozenset()])
-def test_a_dead_row_has_one_dead_label_no_spans_and_no_tokens(roles, flat) -> None:
+def test_a_dead_row_has_one_dead_label_no_spans_and_no_items(roles, flat) -> None:
     batch = collate((dead_row(),), PAD, roles=roles, flat=flat)
     assert labels(batch) == [(0, 0)] and batch.label_counts == {Role.DEAD: 1}
     spans = (batch.prompts, batch.wanted, batch.unwanted, batch.wanted_labels, batch.unwanted_labels)
     assert all(len(of) == 0 and of.start.dtype == torch.long for of in spans)
-    assert batch.tokens == 0 and batch.retain_items == batch.unwanted_items == ()
+    assert batch.retain_items == batch.unwanted_items == ()
 
 
 def test_a_batch_moves_as_a_whole_but_for_its_pieces_which_the_host_reads(monkeypatch) -> None:
@@ -222,5 +222,5 @@ def test_a_batch_moves_as_a_whole_but_for_its_pieces_which_the_host_reads(monkey
         assert all(tensor.device.type == place for tensor in tensors), entry.name
     assert torch.equal(moved.pieces, batch.pieces)
     assert moved.label_counts == batch.label_counts
-    for name in ("unwanted_items", "retain_items", "tokens"):
+    for name in ("unwanted_items", "retain_items"):
         assert getattr(moved, name) == getattr(batch, name)

@@ -19,9 +19,10 @@ from wpn_ds.data.layout import ORDER_FORMAT, Layout, retain_seed, step_indices
 from wpn_ds.engine import checkpoint, export
 from wpn_ds.engine.checkpoint import SaveError, Saver, TrainerState, complete, damage, read_state
 from wpn_ds.engine.feed import Feed
-from wpn_ds.engine.resume import choose, refuse_other_run
+from wpn_ds.engine.resume import choose, refuse_other_run, refuse_two_runs
 from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
+from wpn_ds.jobs import history
 from wpn_ds.jobs.distributed import World
 from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import Config, LoggingConfig, TrainingConfig
@@ -361,3 +362,23 @@ def test_an_export_trusts_what_its_flag_says_and_finds_the_model_from_every_fold
             export.export_checkpoint(tmp_path, one, tmp_path / "out", trust_remote_code=trusted)
     assert [source.trust_remote_code for source in sources] == [False, True, False, False]
     assert [source.name_or_path for source in sources] == [str(tmp_path / "m")] * 2 + ["m"] * 2
+
+
+def test_two_runs_are_never_mixed_in_one_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    out, foreign = tmp_path / "out", tmp_path / "a" / "checkpoint-5"
+    refuse_two_runs(foreign, 5, out)
+    out.mkdir()
+    (out / "README.md").touch()
+    refuse_two_runs(foreign, 5, out)  # nothing of a run
+    history.record_start(out, 5, 1)
+    (out / "checkpoint-7").mkdir()
+    history.record_start(out, 7, 1)
+    refuse_two_runs(foreign, 5, out)  # its run began there
+    refuse_two_runs(tmp_path / "a" / ".." / "out" / "checkpoint-7", 7, out)
+    for step, path in ((7, tmp_path / "a" / "checkpoint-7"), (3, tmp_path / "checkpoint-3")):
+        with pytest.raises(UserError, match=f"^--resume_from_checkpoint {path}: --output_dir {out} holds another run"):
+            refuse_two_runs(path, step, out)
+    (out / history.STARTS).unlink()
+    with pytest.raises(UserError, match="holds another run"):
+        refuse_two_runs(foreign, 5, out)

@@ -137,7 +137,7 @@ def kept(out: Path) -> list[int]:
 
 
 LEARN = ["--global_batch_size", "23", "--learning_rate", "1e-2", "--wpn_weight", "0", "--retain_loss", "nll"]
-LEARN += ["--sample_tokens", "24", "--sample_prompts", "23", "--logging_steps", "5"]
+LEARN += ["--sample_tokens", "24", "--sample_prompts", "23", "--logging_steps", "7"]
 
 
 def test_a_run_stops_early_and_what_it_exports_is_what_two_ranks_under_zero_3_measure(run, tmp_path, capsys) -> None:
@@ -148,16 +148,18 @@ def test_a_run_stops_early_and_what_it_exports_is_what_two_ranks_under_zero_3_me
     assert before and all(m["eval/harmless_rate"] < 0.5 for m in before) and last["eval/harmless_rate"] >= 0.5
     step = last["step"]
     assert step == 90 * len(before) < 200, "the first evaluation that is harmless enough ends the run"
-    assert losses(out)[-1][0] == step == last["eval/best_step"] and kept(out)[-1] == step
+    assert step % 7 and losses(out)[-1][0] == step, "its last steps have a line of metrics, though none was due"
+    assert step == last["eval/best_step"] and kept(out)[-1] == step
     outcome = next(line for line in text.splitlines() if line.startswith("stopped early, harmless>=0.5: step"))
     assert outcome in (out / "README.md").read_text() and outcome in (out / "run.yaml").read_text()
     assert f": {step} optimizer steps" in (out / "README.md").read_text() and (out / "DONE").exists()
 
-    written = (out / "metrics.jsonl").read_text()
+    written = sorted((out / "metrics.jsonl").read_text().splitlines())
     model = (out / "model.safetensors").read_bytes()
     text = run(out, *LEARN, *stop, "--resume_from_checkpoint", "auto", ranks=1, ds="zero0")
     assert outcome in text and f"step {step + 1}" not in text and (out / "DONE").exists(), "a run that is over stays so"
-    assert (out / "metrics.jsonl").read_text() == written and (out / "model.safetensors").read_bytes() == model
+    assert sorted((out / "metrics.jsonl").read_text().splitlines()) == written
+    assert (out / "model.safetensors").read_bytes() == model
     assert wpn_ds.cli.main(["status", str(out)]) == 0
     said = capsys.readouterr().out
     assert "ended well" in said and f"evaluation: step {step}: harmless" in said and "left" not in said

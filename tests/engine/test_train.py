@@ -273,6 +273,21 @@ def test_a_folder_that_is_no_run_of_ours_is_never_cleared(pool, tiny, tmp_path):
         assert (folder / "README.md").read_text() == "mine" and (folder / "model.safetensors").exists()
 
 
+def test_a_checkpoint_of_another_folder_goes_on_in_an_empty_one_but_not_over_another_run(train, unbroken, tmp_path):
+    out, other, foreign = tmp_path / "out", tmp_path / "other", str(unbroken / "checkpoint-4")
+    for resume in (foreign, foreign, "auto"):  # the second as a job does that is requeued
+        text = train(out, "--save_steps", "1", "--resume_from_checkpoint", resume)
+        assert f"resumed from {out / 'checkpoint-5' if resume == 'auto' else foreign} after" in text
+        assert losses(out) == losses(unbroken)[4:] and same_weights(out, unbroken)
+        shutil.rmtree(out / "checkpoint-6")
+    train(other, "--max_steps", "1", "--global_batch_size", "4")
+    held = {path.name: path.read_bytes() for path in other.iterdir() if path.is_file()}
+    said = train(other, "--resume_from_checkpoint", foreign, code=2)
+    assert f"error: --resume_from_checkpoint {foreign}: --output_dir {other} holds another run: pass " in said
+    assert held.items() <= {path.name: path.read_bytes() for path in other.iterdir() if path.is_file()}.items()
+    assert [path.name for path in other.glob("checkpoint-*")] == ["checkpoint-1"]
+
+
 @pytest.mark.parametrize(
     ("change", "named"),
     [(("--prompt_template", "Q: {prompt} A:"), "the training data"), (("--seed", "7"), "seed is 7")],

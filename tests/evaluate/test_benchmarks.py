@@ -13,7 +13,7 @@ import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
-from tests.evaluate.conftest import VOCABULARY
+from tests.models.various import VOCABULARY
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate import benchmarks
 from wpn_ds.evaluate.benchmarks import BENCHMARKS, hub_reachable, load_benchmark, read_items, run_benchmark

@@ -91,8 +91,8 @@ def test_a_start_that_was_half_written_is_passed_over(run) -> None:
 def test_the_summary_counts_all_starts(run) -> None:
     first = history.read_starts(run)[0]
     later = history.Start(first.time + 100, 7, 2, "", "host")
-    text = history.summary([first, later], tokens=12_345, train_seconds=3600.0)
-    assert "1:00:00 in steps" in text and "1 restarts" in text and "12,345 tokens" in text and "2.00 device" in text
+    text = history.summary([first, later], tokens=12_345, train_seconds=3600.0, device_seconds=9000.0)
+    assert "1:00:00 in steps" in text and "1 restarts" in text and "12,345 tokens" in text and "2.50 device" in text
 
 
 def test_checkpoint_list_and_verify(world, tmp_path, capsys) -> None:

@@ -68,3 +68,18 @@ def test_a_starting_model_that_lies_in_the_old_run_is_not_deleted_with_it(tmp_pa
     with pytest.raises(UserError, match=r"^--overwrite_output_dir would delete .*checkpoint-3, and the starting model"):
         claim(out, str(out / "checkpoint-3"))
     assert (out / "checkpoint-3").is_dir() and (out / "run.yaml").exists()
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+def test_what_is_no_runs_folder_is_called_so_whatever_the_flags_say(tmp_path, overwrite) -> None:
+    (tmp_path / "README.md").write_text("mine")
+    with pytest.raises(UserError, match=f"^--output_dir {tmp_path} is no run's folder, and has README.md of its own: "):
+        claim(tmp_path, overwrite=overwrite)
+    assert (tmp_path / "README.md").read_text() == "mine"
+
+
+def test_a_folder_that_holds_a_run_is_not_taken_unasked(tmp_path) -> None:
+    out = a_run(tmp_path / "out")
+    with pytest.raises(UserError, match=f"^--output_dir {out} already holds a run: pass --resume_from_checkpoint auto"):
+        claim(out, overwrite=False)
+    assert (out / "run.yaml").exists()

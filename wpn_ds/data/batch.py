@@ -51,7 +51,6 @@ class Batch:
         wanted_labels, unwanted_labels: spans (into P) of the answers' labels, if they are predicted.
         unwanted_items, retain_items: the index of every unwanted and retain segment that is predicted, in the order of
             the labels: what the host knows without asking the device.
-        tokens: real tokens.
     """
 
     input_ids: Tensor
@@ -68,7 +67,6 @@ class Batch:
     unwanted_labels: Spans
     unwanted_items: tuple[int, ...]
     retain_items: tuple[int, ...]
-    tokens: int
 
     def to(self, device: torch.device) -> Batch:
         """On ``device``, without waiting for the copies."""
@@ -176,7 +174,6 @@ def collate(rows: MicroBatch, pad_id: int, *, roles: frozenset[Role], flat: bool
         ),
         unwanted_items=tuple(index for _, _, index in columns.label_spans[Role.UNWANTED]),
         retain_items=tuple(index for _, _, index in columns.label_spans[Role.RETAIN]),
-        tokens=sum(item.tokens for row in rows for item in row if item.role is not Role.DEAD),
     )
 
 

@@ -70,8 +70,6 @@ def plan_step(
     micro_batches = layout.micro_batches([item for item in items if item.role in roles])
     flat = [micro_batch for rank in micro_batches for micro_batch in rank]
     return StepPlan(
-        example=example,
-        unwanted_example=unwanted_example,
         wanted_ids=np.array([answer.answer_id for _, answer in wanted], dtype=np.int64),
         unwanted_ids=np.array([answer.answer_id for _, answer in unwanted], dtype=np.int64),
         negative_mask=negative_mask,

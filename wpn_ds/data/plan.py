@@ -66,9 +66,8 @@ class StepPlan:
     """One optimizer step, as every rank sees it.
 
     Attributes:
-        example: [n_wanted] the example (its place in the step) of every wanted answer: the N-pair's pairs.
-        unwanted_example: [n_unwanted] the same for unwanted answers.
-        wanted_ids, unwanted_ids: their ``answer_id``: rows of the bank.
+        wanted_ids, unwanted_ids: ``answer_id`` of every wanted and unwanted answer, [n_wanted] and [n_unwanted]: rows
+            of the bank.
         negative_mask: [n_wanted, n_unwanted] True where the unwanted answer is a negative of the pair under
             ``--wpn_negatives step``: its text is not one of the example's wanted texts.
         own_mask: the same for ``own``: the unwanted answer is also the example's own.
@@ -79,8 +78,6 @@ class StepPlan:
         micro_batches: [rank][k].
     """
 
-    example: np.ndarray
-    unwanted_example: np.ndarray
     wanted_ids: np.ndarray
     unwanted_ids: np.ndarray
     negative_mask: np.ndarray

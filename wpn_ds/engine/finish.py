@@ -13,6 +13,7 @@ from wpn_ds.engine.model_card import write_model_card
 from wpn_ds.engine.policy import Policy
 from wpn_ds.engine.prepare import Job
 from wpn_ds.engine.probe import summary
+from wpn_ds.engine.progress import Progress
 from wpn_ds.engine.telemetry import Telemetry
 from wpn_ds.engine.validation import Validation
 from wpn_ds.jobs import history
@@ -93,10 +94,10 @@ def write_model(
 
 
 def leave_done(
-    job: Job, telemetry: Telemetry, starts: Sequence[history.Start], tokens: int, train_seconds: float, joules: float
+    job: Job, telemetry: Telemetry, starts: Sequence[history.Start], progress: Progress, joules: float
 ) -> None:
     """Leave the file that says that all went well; scripts trust it, not a return code."""
     if job.world.is_main:
-        telemetry.say(history.summary(starts, tokens, train_seconds, joules))
+        telemetry.say(history.summary(starts, progress.tokens, progress.train_seconds, progress.device_seconds, joules))
         write_atomically(job.output_dir / DONE, "")
     announce(job.world, f"the unlearned model is in {job.output_dir}")

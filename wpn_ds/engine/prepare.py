@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.examples import ExampleSet, build_examples
@@ -121,66 +121,29 @@ class Job:
         return replace(self.identity, step=step, parts=parts)
 
 
-def prepare(config: Config) -> Job:
+def prepare(given: Config) -> Job:
     """Read the data, join the other ranks, resolve what is open and claim the output folder.
 
     Raises:
         UserError: the settings, the data or the output folder don't allow the run; nothing of a run has been changed.
     """
-    forget, retain, validation, asked = _read_records(config)  # bad input shows before anything is started
-    model_path = config.model.model_name_or_path or str(ensure_planted())
+    records = _read_records(given)  # bad input shows before anything is started
+    model_path = given.model.model_name_or_path or str(ensure_planted())
     check_place("--model_name_or_path", model_path)
-    t = config.training
-    world = init(max(t.comm_timeout_minutes, after_the_watchdog(t.hang_timeout) / 60))
-    say = partial(announce, world)
-    check_nodes(world, Path(t.output_dir or "."), _room(model_path), say)
-    source, lm_config = _starting_model(config, model_path, world)
-    resolved, total_steps = _resolve(config, lm_config, world, len(forget))
-    config, ds_json = resolved.config, resolved.json
-    terms = Terms.of(config.objective, retain=bool(config.training.retain_batch_size))
-    check(config, ds_json, terms, lm_config, world)
-    for note in [*resolved.notes, *notes_on(config, terms, forget, retain)]:
-        say(note)
-
-    tokenizer = load_tokenizer(config.model.tokenizer_name or model_path, source, config=lm_config)
-    if doubt := tokenizer_doubt(tokenizer, source, lm_config):
-        say(doubt)
-    if writes_date(tokenizer) and config.data.chat_date is None:
-        config = config.replace(chat_date=on_main(world, lambda: chat_date(config)))
-    style = PromptStyle.of(config.to_flat())
-    # GPT-Neo's stock attention can't take a row that is longer than the model has positions.
-    row_length = min(config.data.max_length, max_positions(lm_config) or config.data.max_length)
-    for note in length_notes(lm_config, config.data.max_length, model_path):
-        say(note)
-
-    def tokenise(forget: Sequence[ForgetRecord], retain: Sequence[RetainRecord]) -> ExampleSet:
-        return build_examples(forget, retain, tokenizer, style, row_length, partial(progress_bar, world))
-
-    examples, held_out = tokenise(forget, retain), tokenise(validation, retain[:RETAIN_EXAMPLES_MEASURED])
-    if note := note_on_joined(examples, tokenizer):
-        say(note)
-    probe = _probe(config, asked, style, tokenizer, lm_config, row_length, world)
-    requests = redraw_requests(config.unlearning, forget, style, tokenizer, lm_config, row_length, world)
-    segments = (segment.ids for split in (examples, held_out) for segment in split.segments)
-    occurring = chain([tokenizer.eos_token_id], *segments, *probe.prompts, *(request.ids for request in requests))
-    check_ids(occurring, tokenizer, lm_config.get_text_config().vocab_size, source)
-    identity = TrainerState(
-        step=0,
-        world_size=world.size,
-        data=examples.fingerprint(),
-        model=fingerprint_of_model(model_path, source.revision, world, cache_folder()),
-        settings=config.to_flat() | {"zero stage": stage_of(ds_json), "optimizer": ds_json["optimizer"]["type"]},
-        places={"model_name_or_path": os.path.abspath(model_path)} | config.places(),
-    )
-    agree(identity.data, "the training data")
-    model, output_dir = Path(model_path), Path(config.training.output_dir or "")  # the demo's is known by now
-    resume = config.logging.resume_from_checkpoint
-    lock_output(output_dir, model, world)
-    overwrite = config.logging.overwrite_output_dir
-    on_main(world, lambda: claim_output(output_dir, model, resume=resume is not None, overwrite=overwrite))
-    resume_from, notes = choose(resume, output_dir, world)
-    for note in notes:
-        say(note)
+    world = _join(given, model_path)
+    source, lm_config = _starting_model(given, model_path, world)
+    resolved, total_steps = _resolve(given, lm_config, world, len(records.forget))
+    ds_json, terms = resolved.json, resolved.config.terms
+    check(resolved.config, ds_json, terms, lm_config, world)
+    _say(world, *resolved.notes, *notes_on(resolved.config, terms, records.forget, records.retain))
+    tokenizer = _tokenizer(given, source, lm_config, world)
+    config = _dated(resolved.config, tokenizer, world)
+    encoding = Encoding.of(config, tokenizer, lm_config)
+    _say(world, *length_notes(lm_config, config.data.max_length, model_path))
+    texts = _encode(config, records, encoding, lm_config, world)
+    check_ids(texts.occurring(tokenizer), tokenizer, lm_config.get_text_config().vocab_size, source)
+    identity = _identity(config, ds_json, source, texts.examples, world)
+    resume_from = _claim(config, model_path, world)
     return Job(
         config=config,
         ds_json=ds_json,
@@ -190,16 +153,131 @@ def prepare(config: Config) -> Job:
         tokenizer=tokenizer,
         total_steps=total_steps,
         terms=terms,
-        layout=_layout(config, lm_config, row_length, world),
-        examples=examples,
-        held_out=held_out,
-        probe=probe,
-        redraw_prompts=requests,
-        first_prompt=render_prompt(forget[0].prompt, tokenizer, style),
+        layout=_layout(config, lm_config, encoding.row_length, world),
+        examples=texts.examples,
+        held_out=texts.held_out,
+        probe=texts.probe,
+        redraw_prompts=texts.redraw_prompts,
+        first_prompt=render_prompt(records.forget[0].prompt, tokenizer, encoding.style),
         identity=identity,
         past=identity if resume_from is None else past_of(config, identity, resume_from, total_steps, source, world),
         resume_from=resume_from,
     )
+
+
+class Records(NamedTuple):
+    """The data as they are read: ``asked`` is what the probe asks."""
+
+    forget: list[ForgetRecord]
+    retain: list[RetainRecord]
+    validation: list[ForgetRecord]
+    asked: list[ForgetRecord]
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How texts become tokens; ``row_length``: most tokens of one."""
+
+    tokenizer: Any
+    style: PromptStyle
+    row_length: int
+
+    @classmethod
+    def of(cls, config: Config, tokenizer: Any, lm_config: Any) -> Encoding:
+        # GPT-Neo's stock attention can't take a row that is longer than the model has positions.
+        row_length = min(config.data.max_length, max_positions(lm_config) or config.data.max_length)
+        return cls(tokenizer, PromptStyle.of(config.to_flat()), row_length)
+
+
+@dataclass(frozen=True)
+class Texts:
+    """All that a run reads and asks, as tokens; the attributes are those of :class:`Job`."""
+
+    examples: ExampleSet
+    held_out: ExampleSet
+    probe: Probe
+    redraw_prompts: list[Request]
+
+    def occurring(self, tokenizer: Any) -> Iterator[int]:
+        """Every token id."""
+        segments = (segment.ids for split in (self.examples, self.held_out) for segment in split.segments)
+        asked = (request.ids for request in self.redraw_prompts)
+        return chain([tokenizer.eos_token_id], *segments, *self.probe.prompts, *asked)
+
+
+def _say(world: World, *lines: str) -> None:
+    for line in filter(None, lines):
+        announce(world, line)
+
+
+def _join(config: Config, model_path: str) -> World:
+    """This process among the job's, on nodes that were found fit."""
+    t = config.training
+    world = init(max(t.comm_timeout_minutes, after_the_watchdog(t.hang_timeout) / 60))
+    check_nodes(world, Path(t.output_dir or "."), _room(model_path), partial(announce, world))
+    return world
+
+
+def _tokenizer(config: Config, source: Source, lm_config: Any, world: World) -> Any:
+    tokenizer = load_tokenizer(config.model.tokenizer_name or source.name_or_path, source, config=lm_config)
+    _say(world, tokenizer_doubt(tokenizer, source, lm_config))
+    return tokenizer
+
+
+def _dated(config: Config, tokenizer: Any, world: World) -> Config:
+    """The settings with the day that chat templates write, if the tokenizer's does and none was given."""
+    if not writes_date(tokenizer) or config.data.chat_date is not None:
+        return config
+    return config.replace(chat_date=on_main(world, lambda: chat_date(config)))
+
+
+def _encode(config: Config, records: Records, encoding: Encoding, lm_config: Any, world: World) -> Texts:
+    def encode(forget: Sequence[ForgetRecord], retain: Sequence[RetainRecord]) -> ExampleSet:
+        bar = partial(progress_bar, world)
+        return build_examples(forget, retain, encoding.tokenizer, encoding.style, encoding.row_length, bar)
+
+    examples = encode(records.forget, records.retain)
+    held_out = encode(records.validation, records.retain[:RETAIN_EXAMPLES_MEASURED])
+    _say(world, note_on_joined(examples, encoding.tokenizer))
+    probe = _probe(config, records.asked, encoding, lm_config, world)
+    asked = redraw_requests(
+        config.unlearning,
+        records.forget,
+        encoding.style,
+        encoding.tokenizer,
+        lm_config,
+        encoding.row_length,
+        world,
+    )
+    return Texts(examples, held_out, probe, asked)
+
+
+def _identity(
+    config: Config, ds_json: dict[str, Any], source: Source, examples: ExampleSet, world: World
+) -> TrainerState:
+    """What makes two starts the same run, which the ranks agree about."""
+    model_path = source.name_or_path
+    identity = TrainerState(
+        step=0,
+        world_size=world.size,
+        data=examples.fingerprint(),
+        model=fingerprint_of_model(model_path, source.revision, world, cache_folder()),
+        settings=config.to_flat() | {"zero stage": stage_of(ds_json), "optimizer": ds_json["optimizer"]["type"]},
+        places={"model_name_or_path": os.path.abspath(model_path)} | config.places(),
+    )
+    agree(identity.data, "the training data")
+    return identity
+
+
+def _claim(config: Config, model_path: str, world: World) -> Path | None:
+    """Take the output folder for this run; returns the checkpoint that it goes on from, if any."""
+    model, output_dir = Path(model_path), Path(config.training.output_dir or "")  # the demo's is known by now
+    resume, overwrite = config.logging.resume_from_checkpoint, config.logging.overwrite_output_dir
+    lock_output(output_dir, model, world)
+    on_main(world, lambda: claim_output(output_dir, model, resume=resume is not None, overwrite=overwrite))
+    resume_from, notes = choose(resume, output_dir, world)
+    _say(world, *notes)
+    return resume_from
 
 
 def _starting_model(config: Config, model_path: str, world: World) -> tuple[Source, Any]:
@@ -246,15 +324,7 @@ def _layout(config: Config, lm_config: Any, row_length: int, world: World) -> La
     )
 
 
-def _probe(
-    config: Config,
-    records: Sequence[ForgetRecord],
-    style: PromptStyle,
-    tokenizer: Any,
-    lm_config: Any,
-    row_length: int,
-    world: World,
-) -> Probe:
+def _probe(config: Config, records: Sequence[ForgetRecord], encoding: Encoding, lm_config: Any, world: World) -> Probe:
     """The probe on ``records``.
 
     Raises:
@@ -263,10 +333,10 @@ def _probe(
     logging = config.logging
     probe = Probe.of(
         records,
-        tokenizer,
-        style,
+        encoding.tokenizer,
+        encoding.style,
         size=logging.probe_prompts,
-        max_length=row_length,
+        max_length=encoding.row_length,
         tokens=logging.sample_tokens,
         positions=max_positions(lm_config) or 1 << 30,
     )
@@ -287,15 +357,13 @@ def _room(model_path: str) -> int:
     return 4 * sum(file.stat().st_size for file in files)
 
 
-def _read_records(
-    config: Config,
-) -> tuple[list[ForgetRecord], list[RetainRecord], list[ForgetRecord], list[ForgetRecord]]:
-    """(forget, retain, validation) records, and those that the probe asks; where no file is named, the embedded ones.
+def _read_records(config: Config) -> Records:
+    """The records of the files that are named, or else the embedded ones.
 
     Wanted answers that are drawn are trained on; what is harmless, a record's own ones say better, if it has them.
     """
     data = config.data
-    wanted = Terms.of(config.objective).compares_wanted
+    wanted = config.terms.compares_wanted
     drawn = wanted and (bool(data.wanted_file) or config.objective.wanted != "records")
     alone = drawn or not wanted
     train_file, retain_file, validation_file = data.train_file, data.retain_file, data.validation_file
@@ -317,7 +385,7 @@ def _read_records(
             validation = with_random_wanted(validation, answers, seed)
         if not any(record.chosen for record in asked):
             asked = validation or forget
-    return forget, retain, validation, asked
+    return Records(forget, retain, validation, asked)
 
 
 def _wanted_answers(config: Config, retain: Sequence[RetainRecord]) -> list[str]:

@@ -140,12 +140,20 @@ class Progress:
         self.skipped_steps: int = past.get("skipped_steps", 0)  # whose gradient was not finite
         self.tokens: int = past.get("tokens", 0)
         self.train_seconds: float = past.get("train_seconds", 0.0)
+        # An earlier version didn't count them: all steps so far are taken to be of the ranks that wrote the checkpoint.
+        self.device_seconds: float = past.get("device_seconds", self.train_seconds * job.past.world_size)
         self._in_a_row = 0  # of the skipped steps
+        self._learning_rate = 0.0  # of the last step
         self._shape = ModelShape.of(lm)
         self._window = Window(job.world, self.peak_flops)
 
     def state(self) -> dict[str, Any]:
-        return {"skipped_steps": self.skipped_steps, "tokens": self.tokens, "train_seconds": self.train_seconds}
+        return {
+            "skipped_steps": self.skipped_steps,
+            "tokens": self.tokens,
+            "train_seconds": self.train_seconds,
+            "device_seconds": self.device_seconds,
+        }
 
     def paused(self) -> contextlib.AbstractContextManager[None]:
         return self._window.paused()
@@ -169,6 +177,8 @@ class Progress:
         self.skipped_steps += result.skipped
         self.tokens += plan.tokens
         self.train_seconds += seconds
+        self.device_seconds += seconds * job.world.size
+        self._learning_rate = learning_rate
         self._window.add(
             result,
             plan,
@@ -176,13 +186,8 @@ class Progress:
             flops=step_flops(plan, self._shape, job.terms.predicted),
             data_seconds=planned + result.data_seconds,
         )
-        values = None
-        if step == job.total_steps or result.skipped or step % logging.logging_steps == 0:
-            values = self._window.close(job.terms.weights)
-            values |= {"lr": learning_rate, "skipped_steps": float(self.skipped_steps)}
-            telemetry.log(step, values)
-            telemetry.last_losses = values
-        telemetry.progress(step, values)
+        due = step == job.total_steps or result.skipped or step % logging.logging_steps == 0
+        telemetry.progress(step, self._log(step, telemetry) if due else None)
         self._in_a_row = self._in_a_row + 1 if result.skipped else 0
         if result.skipped:
             telemetry.say(f"step {step}: the gradient is not finite; the update was skipped on all ranks")
@@ -192,3 +197,16 @@ class Progress:
                 f"--learning_rate (now {learning_rate:g}) or set --max_grad_norm; checkpoints in {job.output_dir} are "
                 "whole"
             )
+
+    def end(self, step: int, telemetry: Telemetry) -> None:
+        """Log what is not logged yet: ``step`` turned out to be the last. Every rank must call it."""
+        if self._window.steps:
+            telemetry.progress(step, self._log(step, telemetry))
+
+    def _log(self, step: int, telemetry: Telemetry) -> dict[str, float]:
+        """The line of the steps since the last one, up to ``step``."""
+        values = self._window.close(self.job.terms.weights)
+        values |= {"lr": self._learning_rate, "skipped_steps": float(self.skipped_steps)}
+        telemetry.log(step, values)
+        telemetry.last_losses = values
+        return values

@@ -23,7 +23,8 @@ from wpn_ds.engine.reading import Generation
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, announce
 from wpn_ds.models.load import max_positions
-from wpn_ds.objectives.terms import Role, Terms
+from wpn_ds.objectives.registry import find
+from wpn_ds.objectives.terms import Role, Terms, flags
 from wpn_ds.settings.run import Config, UnlearningConfig
 from wpn_ds.settings.style import PromptStyle
 
@@ -128,10 +129,12 @@ def check_redraw(name: str, ema: float, ds_json: Mapping[str, Any], terms: Terms
     """Raises UserError where answers that are drawn anew have nothing to be compared to under --objective ``name``, or
     there is no place for weights averaged with the decay ``ema``."""
     if terms.keeps_answers:
+        able = {"wpn_targets", "wpn_scoring"} <= {entry.name for entry in flags(find(name))}
         raise UserError(
             f"--redraw_steps: --objective {name} compares to what is kept of the records' own answers, and there is "
-            "nothing of new ones: take another objective, such as neat or simnpo (wpn can have --wpn_targets live, or "
-            "--wpn_scoring likelihood)"
+            "nothing of new ones: take another objective, such as neat or simnpo"
+            + f" ({name} can have --wpn_targets live, or --wpn_scoring likelihood)"
+            * able
         )
     if Role.UNWANTED not in terms.read:
         raise UserError("--redraw_steps: no term of the objective reads unwanted answers: leave it out")

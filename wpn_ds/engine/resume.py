@@ -11,6 +11,8 @@ from wpn_ds.engine.checkpoint import TrainerState, checkpoints, complete, damage
 from wpn_ds.engine.fingerprint import BY_FILE, in_one_digest
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, announce, on_main
+from wpn_ds.jobs.history import read_starts
+from wpn_ds.jobs.output import holds_run
 from wpn_ds.models.load import Source
 from wpn_ds.objectives.registry import find
 from wpn_ds.settings.run import Config, UnlearningConfig
@@ -55,6 +57,8 @@ def past_of(
     """
     past = on_main(world, lambda: read_state(path))
     assert past is not None  # it was chosen because it is whole
+    output_dir, step = Path(config.training.output_dir or ""), past.step
+    on_main(world, lambda: refuse_two_runs(path, step, output_dir))
     if identity.model.startswith(BY_FILE) and not past.model.startswith(BY_FILE):
         same = in_one_digest(source.name_or_path, world) == past.model
         past = replace(past, model=identity.model) if same else past
@@ -70,11 +74,28 @@ def past_of(
     if config.logging.early_stopping is None:
         return forgotten
     best_step = validation.get("best_step", 0)
-    best = path_of(Path(config.training.output_dir or ""), best_step)
+    best = path_of(output_dir, best_step)
     if best_step and on_main(world, lambda: read_state(best)) is None:
         announce(world, f"{best}, that of the best evaluation so far, is gone: only later ones count")
         return forgotten
     return past
+
+
+def refuse_two_runs(path: Path, step: int, output_dir: Path) -> None:
+    """Check that going on from the checkpoint at ``path``, of ``step``, leaves one run in the output folder: it is the
+    folder's own, or what the run there began with, or there is none yet.
+
+    Raises:
+        UserError: the folder holds a run that it would be mixed with.
+    """
+    if path.parent.resolve() == output_dir.resolve() or not holds_run(output_dir):
+        return
+    if [start.step for start in read_starts(output_dir)[:1]] == [step]:  # all that was done there came after it
+        return
+    raise UserError(
+        f"--resume_from_checkpoint {path}: --output_dir {output_dir} holds another run: pass --resume_from_checkpoint "
+        "auto to go on with that one, or name another folder"
+    )
 
 
 def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[str]:

@@ -118,6 +118,9 @@ class Run:
                 with self.progress.paused():
                     if not self.validation.done:
                         self._evaluate()
+                if self.over:  # perhaps early, between two lines of metrics
+                    self.progress.end(self.step, telemetry)
+                with self.progress.paused():
                     self._save_if_due()
             self._finish()
         except Stopped:
@@ -174,4 +177,4 @@ class Run:
         after = after if exported == self.step else validation.best
         joules = sum_over_ranks({"joules": energy(self.world.device) - self.joules}, self.world.device)["joules"]
         write_model(job, self.policy, self.telemetry, exported, outcome, self.telemetry.last_losses, after)
-        leave_done(job, self.telemetry, self.starts, self.progress.tokens, self.progress.train_seconds, joules)
+        leave_done(job, self.telemetry, self.starts, self.progress, joules)

@@ -3,27 +3,22 @@
 from __future__ import annotations
 
 import os
-import signal
 import sys
-import time
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import shutdown
+from wpn_ds.jobs.launchers import tell
 from wpn_ds.system.files import refusal
-
-_LET_RANK_0_SPEAK = 5.0  # seconds
 
 
 def run_guarded(work: Callable[[], None]) -> NoReturn:
     """``work`` with a user's mistake as one line and its exit code; what is a defect keeps its traceback.
 
-    Leaves at once in the case of an error: other ranks may wait in a collective that will never come. A mistake that
-    all ranks see is said by rank 0; the others wait until the launcher has ended them, and speak only if it has not.
+    Leaves at once in the case of an error: other ranks may wait in a collective that will never come.
     """
-    rank = int(os.environ.get("RANK", "0"))
     try:
         work()
     except (UserError, OSError) as error:
@@ -31,10 +26,7 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
         if told is None:
             traceback.print_exc()
             _leave(1)
-        if rank:
-            signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once rank 0 has ended
-            time.sleep(_LET_RANK_0_SPEAK)
-        print(f"error: {f'rank {rank}: ' if rank else ''}{told}", file=sys.stderr, flush=True)
+        tell(told, os.environ.get("RANK", "0"))
         _leave(told.exit_code)
     except KeyboardInterrupt:
         _leave(130)

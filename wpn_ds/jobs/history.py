@@ -107,15 +107,19 @@ def read_status(output_dir: Path) -> Mapping[str, Any]:
         return {}
 
 
-def summary(starts: Sequence[Start], tokens: int, train_seconds: float, joules: float = 0.0) -> str:
-    """One line on the whole run; what is not in its optimizer steps is waiting, loading, evaluating, saving."""
+def summary(
+    starts: Sequence[Start], tokens: int, train_seconds: float, device_seconds: float, joules: float = 0.0
+) -> str:
+    """One line on the whole run; what is not in its optimizer steps is waiting, loading, evaluating, saving.
+
+    ``device_seconds``: ``train_seconds`` times the ranks that each of them was spent on, which starts may differ in.
+    """
     wall = time.time() - starts[0].time
-    ranks = starts[-1].ranks
     parts = [
         f"{clock(wall)} since the first start, {clock(train_seconds)} in steps",
         f"{len(starts) - 1} restarts",
         f"{tokens:,} tokens",
-        f"{ranks * train_seconds / 3600:.2f} device hours in steps",
+        f"{device_seconds / 3600:.2f} device hours in steps",
     ]
     if joules:
         parts.append(f"{joules / 3.6e6:.2f} kWh by its devices since the last start")

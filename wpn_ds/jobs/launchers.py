@@ -11,8 +11,11 @@ import contextlib
 import functools
 import os
 import shutil
+import signal
 import socket
 import subprocess
+import sys
+import time
 from collections.abc import Iterator, Mapping
 
 from wpn_ds.errors import UserError
@@ -28,6 +31,7 @@ _ALONE = {
 }
 #: Of an MPI launcher that is not Slurm itself: Open MPI, and hydra (MPICH, Intel MPI).
 _MPI = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
+_LET_RANK_0_SPEAK = 5.0  # seconds
 
 
 @functools.cache
@@ -40,6 +44,15 @@ def join() -> str:
     name, found = discover(os.environ)
     os.environ.update(found)
     return name
+
+
+def tell(error: UserError, rank: str) -> None:
+    """Say a mistake in one line, once for the job. What all ranks meet is said by rank 0: the others wait until the
+    launcher has ended them, and speak only if it has not."""
+    if rank != "0":
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once rank 0 has ended
+        time.sleep(_LET_RANK_0_SPEAK)
+    print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -67,6 +67,12 @@ def _check_place(output_dir: Path, model: Path) -> None:
         raise UserError(f"--output_dir {output_dir} is the starting model's own folder: name another one")
 
 
+def holds_run(output_dir: Path) -> bool:
+    """Whether the folder has what nothing but a run leaves."""
+    names = (DONE, STARTS, "run.yaml", "metrics.jsonl")
+    return any(os.path.lexists(output_dir / name) for name in names) or any(output_dir.glob("checkpoint-*"))
+
+
 def _clear(output_dir: Path, model: Path, overwrite: bool) -> None:
     ended = (DONE, REQUEUE, FAILED, STARTS, STATUS)
     known = (
@@ -82,16 +88,14 @@ def _clear(output_dir: Path, model: Path, overwrite: bool) -> None:
     )
     left = [p for name in known if os.path.lexists(p := output_dir / name)]
     left += [*output_dir.glob("checkpoint-*"), *output_dir.glob("model*.safetensors*")]
+    if left and not holds_run(output_dir):
+        names = ", ".join(p.name for p in left)
+        raise UserError(f"--output_dir {output_dir} is no run's folder, and has {names} of its own: name another one")
     if left and not overwrite:
         raise UserError(
             f"--output_dir {output_dir} already holds a run: pass --resume_from_checkpoint auto to go on, "
             "--overwrite_output_dir to start afresh, or name another folder"
         )
-    if left and not any(
-        p.name in (DONE, STARTS, "run.yaml", "metrics.jsonl") or p.name.startswith("checkpoint-") for p in left
-    ):
-        names = ", ".join(p.name for p in left)
-        raise UserError(f"--output_dir {output_dir} is no run's folder, and has {names} of its own: name another one")
     if left and output_dir.is_symlink():
         raise UserError(
             f"--output_dir {output_dir} is a link: name {output_dir.resolve()} itself if --overwrite_output_dir shall "

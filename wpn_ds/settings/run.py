@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import datetime
+import functools
 import inspect
 import os
 import re
@@ -363,8 +364,7 @@ class Config:
                 f"--tokens_per_micro_batch {training.tokens_per_micro_batch} is less than one row of --max_length "
                 f"{self.data.max_length}: raise the one or lower the other"
             )
-        retain = self.data.has_retain and training.retain_batch_size != 0
-        terms = Terms.of(self.objective, retain=retain)
+        terms = self.terms
         if self.data.wanted_file and not terms.compares_wanted:
             raise UserError(f"--wanted_file: --objective {name} has no wanted answers: leave it out")
         if training.retain_batch_size and not self.data.has_retain:
@@ -377,7 +377,7 @@ class Config:
             raise UserError(
                 "--retain_file or --validation_file without --train_file or --dataset_name: name the training data"
             )
-        if not retain and not terms.forgets:
+        if not self._retains and not terms.forgets:
             raise UserError("only the retain term has a weight, but there are no retain data: add --retain_file")
         if not terms.weights:
             raise UserError(f"--objective {name}: all its terms have the weight 0: nothing would be trained")
@@ -386,6 +386,15 @@ class Config:
                 "--early_stopping holds the retain perplexity within --retain_bound, but there are no retain data: "
                 "add --retain_file"
             )
+
+    @functools.cached_property
+    def terms(self) -> Terms:
+        """What is minimised."""
+        return Terms.of(self.objective, retain=self._retains)
+
+    @property
+    def _retains(self) -> bool:
+        return self.data.has_retain and self.training.retain_batch_size != 0
 
     @classmethod
     def from_flat(cls, values: Mapping[str, Any], explicit: Iterable[str] = (), source: str = "settings") -> Config:

@@ -210,6 +210,27 @@ def test_no_page_is_wider_than_the_screen(browser, folder, name, width, scheme) 
     assert (int(re.findall(r"\d+", background)[0]) < 128) == (scheme == "dark")
 
 
+@pytest.mark.parametrize("long", ["opt-125m-wpn-likelihood-ratio-seed-42-retain-kl", "x" * 60])
+def test_long_names_of_runs_are_on_a_narrow_screen_as_a_whole(browser, tmp_path, long) -> None:
+    names, width = (long, f"{long}-again"), 390
+    for name in names:
+        folder = tmp_path / name
+        folder.mkdir()
+        write_metrics(folder / "metrics.jsonl", 100)
+        settings = SETTINGS | {"model": str(folder)}
+        write_report(folder, everything(0.1, scale=0.05), everything(0.9, scale=0.05, drop=0.02), settings=settings)
+    run([*(str(tmp_path / name) for name in names), "--output_dir", str(tmp_path)])
+    page = Opened(browser, tmp_path / "compare.html", viewport={"width": width, "height": 800})
+    assert page.tab.evaluate("document.documentElement.scrollWidth") <= width
+    assert page.tab.locator(".curve .legend").count() > 3 and page.tab.locator(".plane").count() > 1
+    for place in ("*:not(.wide *)", ".key span", ".curve .legend span", ".bar .who", "svg text"):
+        ends = page.tab.locator(place).evaluate_all("all => all.map(one => one.getBoundingClientRect().right)")
+        assert ends and max(ends) <= width, place
+    for place in (".key", ".curve .legend", ".bars"):
+        assert all(name in page.tab.locator(place).first.inner_text() for name in names), place
+    assert page.tab.locator(".label title").all_text_contents() == list(names)
+
+
 def test_the_links_lead_to_the_sections(browser, folder) -> None:
     page = Opened(browser, folder / "wpn" / "report.html")
     page.tab.click("nav >> text=Utility")

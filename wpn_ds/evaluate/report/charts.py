@@ -15,6 +15,7 @@ from wpn_ds.judging.statistics import Estimate
 _CURVE_POINTS = 500
 _PLANE_HEIGHT = 300  # as in the style: pixels, which is what labels are kept apart by
 _LABEL_GAP = 17
+_LONGEST_LABEL = 18  # letters: as many as there is room for beside a point on a telephone
 
 Metrics = Mapping[str, Sequence[tuple[int, float]]]
 """Curves of a training by name: (step, value), in order of steps."""
@@ -122,14 +123,21 @@ def plane(series: Iterable[Series], x: Axis, y: Axis) -> list[Block]:
     return [("plane", shown)]
 
 
-def _labels(every: Sequence[Point], across: Scale, up: Scale) -> list[tuple[str, str, bool, str]]:
-    """Beside their points, towards the middle, and moved down where they would lie on each other."""
+def _labels(every: Sequence[Point], across: Scale, up: Scale) -> list[tuple[str, str, bool, str, str]]:
+    """(x, y, whether on the left, text, that in full): beside their points, towards the middle, and moved down where
+    they would lie on each other."""
     labels, lowest = [], {True: -math.inf, False: -math.inf}
     for point in sorted((p for p in every if p.label), key=lambda p: -p.y):
         left = across.share(point.x) > 0.6
         lowest[left] = max(_PLANE_HEIGHT * (1 - up.share(point.y)), lowest[left] + _LABEL_GAP)
-        labels.append((across(point.x), f"{lowest[left]:.1f}", left, point.label))
+        labels.append((across(point.x), f"{lowest[left]:.1f}", left, _cut(point.label), point.label))
     return labels
+
+
+def _cut(text: str) -> str:
+    """A text without its middle, if it is long: names of runs differ at either end."""
+    half = _LONGEST_LABEL // 2
+    return text if len(text) <= _LONGEST_LABEL else f"{text[:half]}\N{HORIZONTAL ELLIPSIS}{text[1 - half :]}"
 
 
 # ---- curves over steps ----
