@@ -24,6 +24,7 @@ from wpn_ds.engine.writer import Writer, sha256
 from wpn_ds.errors import UserError
 from wpn_ds.jobs import history
 from wpn_ds.jobs.distributed import World
+from wpn_ds.jobs.history import record_start
 from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import Config, LoggingConfig, TrainingConfig
 
@@ -320,6 +321,16 @@ def test_the_newest_whole_checkpoint_is_chosen_and_the_damaged_ones_are_named(wo
     (tmp_path / "checkpoint-2" / "state" / "part.pt").unlink()
     with pytest.raises(UserError, match=r"no checkpoint in .* is whole"):
         choose("auto", tmp_path, world)
+
+
+def test_a_run_that_began_with_another_folder_s_checkpoint_does_not_start_afresh_in_silence(world, tmp_path) -> None:
+    record_start(tmp_path, 0, 2)
+    assert choose("auto", tmp_path, world) == (None, [])
+    record_start(tmp_path, 5, 2)
+    with pytest.raises(UserError, match="went on from step 5 and has no checkpoint: name the one that it began with"):
+        choose("auto", tmp_path, world)
+    made(tmp_path, world, 6)
+    assert choose("auto", tmp_path, world) == (tmp_path / "checkpoint-6", [])
 
 
 def test_an_old_checkpoint_that_is_a_link_goes_and_what_it_leads_to_stays(world, tmp_path) -> None:

@@ -24,7 +24,8 @@ def choose(resume: str | None, output_dir: Path, world: World) -> tuple[Path | N
     ``resume`` is a path, or ``auto`` for the newest whole one (None if there is no checkpoint at all).
 
     Raises:
-        UserError: the path isn't a whole checkpoint, or none of them is whole.
+        UserError: the path isn't a whole checkpoint, or none of them is whole, or there is none of a run that didn't
+            begin at step 0.
     """
     if resume is None:
         return None, []
@@ -43,6 +44,11 @@ def choose(resume: str | None, output_dir: Path, world: World) -> tuple[Path | N
         raise UserError(
             f"--resume_from_checkpoint auto: no checkpoint in {output_dir} is whole ({faults[0]}): name one of another "
             "run, or start afresh in another --output_dir"
+        )
+    if begun := on_main(world, lambda: next((start.step for start in reversed(read_starts(output_dir))), 0)):
+        raise UserError(
+            f"--resume_from_checkpoint auto: the run in {output_dir} went on from step {begun} and has no checkpoint: "
+            "name the one that it began with, or start afresh with --overwrite_output_dir"
         )
     return None, notes
 
