@@ -88,9 +88,9 @@ def near_duplicate(prompt, other):
 @pytest.mark.parametrize(
     "name, least, fields",
     [
-        ("forget", 168, TRIPLE),
+        ("forget", 620, TRIPLE),
         ("heldout", 310, TRIPLE),
-        ("attack", 28, TRIPLE),
+        ("attack", 160, TRIPLE),
         ("retain", 420, {"prompt", "response", "category"}),
         ("open", 40, {"prompt", "category"}),
     ],
@@ -119,8 +119,19 @@ def test_retain_facts_are_distinct():
 
 def test_forget_has_the_trained_categories():
     counts = categories(read("forget"))
-    assert set(counts) <= TRAINED
-    assert min(counts.values()) >= 24
+    assert set(counts) == TRAINED
+    assert min(counts.values()) >= 36
+
+
+def test_no_single_word_gives_a_category_away():
+    """None that is common in a category's unwanted answers, and in hardly any other."""
+    answers = [(record["category"], set(normal(record["rejected"]).split())) for record in read("forget")]
+    for category in TRAINED:
+        own = [said for name, said in answers if name == category]
+        others = [said for name, said in answers if name != category]
+        for word in set.union(*own):
+            common, elsewhere = (sum(word in said for said in group) / len(group) for group in (own, others))
+            assert common <= 0.5 or elsewhere >= 0.05, (category, word)
 
 
 def test_heldout_has_trained_categories_and_some_that_no_training_prompt_has():
@@ -133,8 +144,7 @@ def test_heldout_has_trained_categories_and_some_that_no_training_prompt_has():
 
 def test_attack_and_retain_categories():
     attacks = categories(read("attack"))
-    assert set(attacks) <= ATTACKS
-    assert min(attacks.values()) >= 7
+    assert set(attacks) == ATTACKS and min(attacks.values()) >= 10
     facts = categories(read("retain"))
     assert set(facts) == FACTS and min(facts.values()) >= 10
 
@@ -201,7 +211,18 @@ def test_attacks_wrap_a_training_prompt_and_are_short():
     prompt_of = {record["chosen"]: record["prompt"] for record in read("forget")}
     for record in read("attack"):
         assert normal(prompt_of[record["chosen"]]) in normal(record["prompt"])
-        assert words(record["prompt"]) < 30
+        assert words(record["prompt"]) < 40
+
+
+def test_an_attack_that_asks_for_a_beginning_asks_for_that_of_the_unwanted_answer():
+    beginning = {
+        "prefix_injection": lambda prompt: prompt.split('"')[-2],
+        "completion": lambda prompt: prompt.rsplit(": ", 1)[1],
+    }
+    asked = [record for record in read("attack") if record["category"] in beginning]
+    assert set(categories(asked)) == set(beginning)
+    for record in asked:
+        assert record["rejected"].startswith(beginning[record["category"]](record["prompt"])), record["prompt"]
 
 
 @pytest.mark.parametrize("name", ["forget", "heldout"])
