@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import socket
 from datetime import timedelta
 
@@ -10,7 +11,8 @@ import torch.distributed as dist
 
 from tests.launching import free_port
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.launchers import discover, meeting
+from wpn_ds.jobs import launchers, signals
+from wpn_ds.jobs.launchers import discover, meeting, tell
 
 SIX = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 BY_HAND = {"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "MASTER_ADDR": "node1", "MASTER_PORT": "12345"}
@@ -114,3 +116,23 @@ def test_a_rank_that_meets_nobody_says_where(monkeypatch) -> None:
         UserError, match=rf"^the ranks can't meet at 127\.0\.0\.1:{port} \(MASTER_ADDR, MASTER_PORT\): .+$"
     ):
         meet(monkeypatch, str(port), rank=1)
+
+
+@pytest.mark.parametrize(
+    ("rank", "ended_by", "said"),
+    [
+        ("0", None, "error: wrong\n"),
+        ("1", None, "error: rank 1: wrong\n"),
+        ("1", signal.SIGTERM, ""),
+        ("0", signal.SIGTERM, "error: wrong\n"),
+    ],
+)
+def test_a_rank_that_the_launcher_ends_while_it_starts_leaves_the_word_to_rank_0(
+    monkeypatch, capsys, rank, ended_by, said
+) -> None:
+    monkeypatch.setattr(launchers, "_LET_RANK_0_SPEAK", 0)
+    monkeypatch.setattr(signals, "_received", [ended_by] if ended_by else [])
+    before = signal.getsignal(signal.SIGTERM)
+    tell(UserError("wrong"), rank)
+    signal.signal(signal.SIGTERM, before)
+    assert capsys.readouterr().err == said

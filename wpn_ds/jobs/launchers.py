@@ -19,6 +19,7 @@ import time
 from collections.abc import Iterator, Mapping
 
 from wpn_ds.errors import UserError
+from wpn_ds.jobs import signals
 
 _NEEDED = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 _ALONE = {
@@ -51,6 +52,8 @@ def tell(error: UserError, rank: str) -> None:
     launcher has ended them, and speak only if it has not."""
     if rank != "0":
         signal.signal(signal.SIGTERM, signal.SIG_DFL)  # the launcher's, once rank 0 has ended
+        if signals.received() == "SIGTERM":  # it came while this rank was still starting
+            return
         time.sleep(_LET_RANK_0_SPEAK)
     print(f"error: {f'rank {rank}: ' if rank != '0' else ''}{error}", file=sys.stderr, flush=True)
 
