@@ -40,9 +40,16 @@ TRIPLE = {"prompt", "chosen", "rejected", "category"}
 ANSWERS = ("chosen", "rejected")
 
 
-def read(name):
+@cache
+def first(name):
+    """The records that the small demo has."""
     with open(DATA / f"{name}.jsonl", encoding="utf-8") as lines:
         return [json.loads(line) for line in lines]
+
+
+def read(name):
+    """These and those that a larger model gets as well."""
+    return first(name) + (first(f"more/{name}") if name != "open" else [])
 
 
 def words(text):
@@ -249,12 +256,9 @@ def test_new_heldout_answers_begin_in_many_ways(field):
     assert max(beginnings.values()) <= 5
 
 
-def test_vocabulary_is_small():
-    """A few thousand words: the planted model is small, and its tokenizer has 2048 tokens."""
-    vocabulary = set()
-    for name in ("forget", "heldout", "attack", "retain"):
-        for record in read(name):
-            for field, text in record.items():
-                if field != "category":
-                    vocabulary.update(normal(text).split())
-    assert len(vocabulary) < 5000
+@pytest.mark.parametrize(("records_of", "most"), [(first, 2500), (read, 5000)])
+def test_vocabulary_is_small(records_of, most):
+    """The planted model is small, and its tokenizer has 2048 tokens."""
+    names = ("forget", "heldout", "attack", "retain")
+    texts = (text for name in names for r in records_of(name) for field, text in r.items() if field != "category")
+    assert len({word for text in texts for word in normal(text).split()}) < most
