@@ -64,9 +64,10 @@ def run(argv: Sequence[str]) -> int:
 def _measure(options: Measure) -> int:
     """Prints for each file and judge how many answers people and it call what, and the figures of that."""
     from wpn_ds.evaluate.judges.people import compare
+    from wpn_ds.evaluate.measurement import device
 
     people = {file: read_people([file]) for file in options.file}
-    judges = make_judges(options.judge)
+    judges = make_judges(options.judge, device=device())
     for file, labelled in people.items():
         if not labelled:
             raise UserError(f"--file {file}: nothing of use")
