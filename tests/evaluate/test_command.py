@@ -250,6 +250,8 @@ def test_the_baseline_of_a_run_is_the_model_that_it_started_from(tmp_path, monke
             ("after", str(trained), None),
         ]
     (trained / "run.yaml").write_text("model_name_or_path: null\n")  # the demo's
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")  # whatever was planted in the project's folder
     with pytest.raises(UserError, match=r"^--baseline runs/demo/planted"):
         run(arguments)
     (planted / "PLANTED").touch()

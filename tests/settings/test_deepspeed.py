@@ -151,7 +151,7 @@ def test_a_shipped_file_takes_everything_from_the_flags(path: Path, device: str)
         ),
         ("[" * 100_000, ": brackets in brackets, more than 100"),
         ('{"pipeline":' + "[" * 600 + "]" * 600 + "}", ": brackets in brackets, more than 100"),
-        ('{"gradient_clipping":' + "9" * 5000 + "}", ": can't be read: Exceeds the limit (4300 digits)"),
+        ('{"gradient_clipping":' + "9" * 5000 + "}", ": can't be read: Exceeds the limit (4300"),
         (
             '{\n"gradient_clipping":' + "9" * 400 + "}",
             ":2: gradient_clipping: settings: max_grad_norm must be a number",

@@ -369,7 +369,7 @@ def tokenizer_doubt(tokenizer: Any, source: Source, config: PretrainedConfig) ->
 
 
 def default_attention(config: PretrainedConfig) -> str:
-    """The model's own attention: SDPA where the family has it, else eager (GPT-Neo)."""
+    """The model's own attention: SDPA where it gives all that the family asks for, else eager (GPT-Neo)."""
     return "sdpa" if _has_sdpa(config) else "eager"
 
 
@@ -382,8 +382,11 @@ def _attention(config: PretrainedConfig, wanted: str) -> str:
 
 
 def _has_sdpa(config: PretrainedConfig) -> bool:
+    """Whether the family has it, and no soft cap on scores, which SDPA leaves out: transformers says so only since
+    5.21."""
     cls = MODEL_FOR_CAUSAL_LM_MAPPING.get(type(config), None)
-    return bool(getattr(cls, "_supports_sdpa", False))
+    capped = getattr(config.get_text_config(), "attn_logit_softcapping", None)
+    return bool(getattr(cls, "_supports_sdpa", False)) and not capped
 
 
 def accepts_packing(model: Any) -> bool:
