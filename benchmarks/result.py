@@ -108,7 +108,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     run_plant(["--train_file", str(data / "forget.jsonl"), *learnt])
     if not judge.exists():
         triples = [str(options.data_dir / name) for name in (FORGET["pku"], HELD_OUT)]
-        run_judge(["train", "--train_file", triples[0], "--test_file", triples[1], "--output_dir", str(judge)])
+        part = ["--train_file", triples[0], "--test_file", triples[1], "--output_dir", str(judge)]
+        run_judge(["train", "--base", str(planted), *part])
     reports: dict[str, list[dict[str, Any]]] = {}
     speeds: dict[str, list[float]] = {}
     for seed in options.seeds:

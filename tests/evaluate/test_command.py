@@ -9,7 +9,7 @@ import pytest
 import yaml
 from safetensors.torch import load_file, save_file
 
-from tests.evaluate.judges.conftest import Server, labelled
+from tests.evaluate.judges.conftest import Server, make_judge
 from tests.evaluate.tofu.conftest import write_tofu
 from tests.interface import check_report
 from tests.launching import free_port, launch
@@ -19,7 +19,6 @@ from wpn_ds.evaluate import ranks as meeting
 from wpn_ds.evaluate.answering import Asking
 from wpn_ds.evaluate.command import run
 from wpn_ds.evaluate.judges import local
-from wpn_ds.evaluate.judges.local import fit, save
 from wpn_ds.evaluate.measurement import Measurement, Plan
 from wpn_ds.evaluate.tofu.task import ANSWER_TOKENS
 from wpn_ds.models.load import Source
@@ -108,7 +107,7 @@ def test_finished_prompts_are_kept_and_other_judges_cost_no_answers(folders, fil
 
 
 def test_judges_load_on_rank_0_alone_after_the_answers_are_there(folders, files, tmp_path, monkeypatch) -> None:
-    save(tmp_path / "judge", fit(labelled(), "answer"), {})
+    make_judge(tmp_path / "judge", folders / "opt")
     arguments = ["--model", str(folders / "opt"), "--output_dir", str(tmp_path / "out"), *files, "--suite", "train"]
     arguments += ["--max_new_tokens", "5", "--judge", f"local:{tmp_path / 'judge'}"]
     events: list[str] = []

@@ -3,11 +3,20 @@ from __future__ import annotations
 import math
 import random
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wpn_ds.judging.statistics import Rate, bootstrap_mean, cohen_kappa, holm, mcnemar, wilson_interval
+from wpn_ds.judging.statistics import (
+    Rate,
+    bootstrap_mean,
+    cohen_kappa,
+    corrected_rate,
+    holm,
+    mcnemar,
+    wilson_interval,
+)
 
 
 @pytest.mark.parametrize(
@@ -93,3 +102,62 @@ def test_paired_differences_have_a_narrower_interval_than_the_two_means_apart() 
     paired = bootstrap_mean([[b - a for a, b in zip(before, after, strict=True)]])
     apart = bootstrap_mean([after]).high - bootstrap_mean([after]).low
     assert paired.low > 0.4 and paired.high - paired.low < apart / 10
+
+
+def test_a_corrected_rate_is_the_true_one_where_the_judge_errs_as_it_was_measured_to() -> None:
+    # 40 of 200 are harmful: 32 of these are found, and 16 of the 160 others
+    found = corrected_rate(Rate(48, 200), Rate(80, 100), Rate(90, 100))
+    assert found.value == pytest.approx(0.2) and found.n == 200 and found.low < 0.2 < found.high
+    perfect = corrected_rate(Rate(30, 100), Rate(10**6, 10**6), Rate(10**6, 10**6))
+    assert (perfect.value, perfect.low, perfect.high) == pytest.approx((0.3, *wilson_interval(30, 100)), abs=0.01)
+
+
+def test_it_is_clipped_where_fewer_or_more_are_found_than_the_judge_s_errors_explain() -> None:
+    none, all_ = (
+        corrected_rate(Rate(8, 100), Rate(80, 100), Rate(90, 100)),
+        corrected_rate(Rate(82, 100), Rate(80, 100), Rate(90, 100)),
+    )
+    assert (none.value, none.low) == (0, 0) and (all_.value, all_.high) == (1, 1)
+    assert 0 < none.high < 0.2 and 0.8 < all_.low < 1
+    nothing = corrected_rate(Rate(0, 0), Rate(80, 100), Rate(90, 100))
+    assert (nothing.low, nothing.high, nothing.n) == (0, 1, 0)
+
+
+def test_it_is_the_less_certain_the_less_the_judge_was_measured_and_the_fewer_answers_are_independent() -> None:
+    def width(n: int, measured: int, independent: int | None = None) -> float:
+        found = corrected_rate(
+            Rate(3 * n // 10, n, independent), Rate(8 * measured // 10, measured), Rate(9 * measured // 10, measured)
+        )
+        return found.high - found.low
+
+    assert width(100, 30) > width(100, 100) > width(100, 1000) > width(1000, 1000)
+    assert width(400, 100, independent=100) == pytest.approx(width(100, 100))
+    # even a judge that made no mistake in ten answers
+    sure = corrected_rate(Rate(30, 100), Rate(10, 10), Rate(10, 10))
+    assert sure.high - sure.low > 1.1 * (Rate(30, 100).high - Rate(30, 100).low)
+
+
+@pytest.mark.parametrize(
+    ("truth", "sensitivity", "specificity", "n", "measured"),
+    [(0.1, 0.8, 0.9, 100, 100), (0.5, 0.8, 0.7, 100, 400), (0.02, 0.9, 0.95, 200, 100), (0.3, 0.99, 0.99, 50, 30)],
+)
+def test_its_interval_holds_the_truth_19_times_of_20(truth, sensitivity, specificity, n, measured) -> None:
+    rng, hits, runs = np.random.default_rng(0), 0, 600
+    for _ in range(runs):
+        found = Rate(int(rng.binomial(n, truth * sensitivity + (1 - truth) * (1 - specificity))), n)
+        known = (Rate(int(rng.binomial(measured, chance)), measured) for chance in (sensitivity, specificity))
+        estimate = corrected_rate(found, *known)
+        hits += estimate.low <= truth <= estimate.high
+    assert 0.93 * runs <= hits <= 0.985 * runs
+
+
+@pytest.mark.parametrize("sensitivity", [Rate(0, 0), Rate(5, 10), Rate(2, 10)])
+def test_a_judge_that_tells_no_more_than_chance_corrects_nothing(sensitivity) -> None:
+    with pytest.raises(ValueError, match="no more than chance"):
+        corrected_rate(Rate(3, 10), sensitivity, Rate(5, 10))
+
+
+@given(st.integers(0, 50), st.integers(26, 50), st.integers(26, 50))
+def test_the_interval_holds_the_estimate_inside_the_unit_interval(count, right, wrong) -> None:
+    found = corrected_rate(Rate(count, 50), Rate(right, 50), Rate(wrong, 50))
+    assert 0 <= found.low <= found.value <= found.high <= 1

@@ -16,12 +16,11 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from tqdm import tqdm
-
 from wpn_ds.data.tokens import today, writes_date
 from wpn_ds.errors import UserError
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import usable, write_atomically
+from wpn_ds.system.progress import progress
 
 
 @dataclass(frozen=True)
@@ -94,11 +93,10 @@ class Ledger:
         model, tokenizer = load()
         total = sum(unit.size for unit in own)
         initial = total - sum(unit.size for unit in left)
-        quiet = True if rank else None  # None: only on a terminal
         # A line that a kill cut short gets its end, so that the next one is a line of its own.
         with (
             self._file.open("a", encoding="utf-8") as file,
-            tqdm(total=total, initial=initial, unit="prompt", disable=quiet, dynamic_ncols=True) as bar,
+            progress(what=label, total=total, initial=initial, unit="prompts", quiet=rank > 0) as bar,
         ):
             if file.tell():
                 file.write("\n")

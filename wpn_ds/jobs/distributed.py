@@ -19,10 +19,10 @@ import torch
 import torch.distributed as dist
 from deepspeed.accelerator import get_accelerator
 from torch import Tensor
-from tqdm import tqdm
 
 from wpn_ds.errors import UserError
 from wpn_ds.jobs import launchers
+from wpn_ds.system.progress import progress
 
 T = TypeVar("T")
 
@@ -194,5 +194,5 @@ def announce(world: World, line: str) -> None:
 
 
 def progress_bar(world: World, items: Iterable[Any], what: str) -> Iterable[Any]:
-    """``items`` with a bar on rank 0's terminal; nothing elsewhere."""
-    return tqdm(items, desc=what, disable=None if world.is_main else True, leave=False, dynamic_ncols=True)
+    """``items`` with rank 0's :func:`progress`."""
+    return progress(items, what, quiet=not world.is_main)

@@ -11,6 +11,9 @@ import numpy as np
 RESAMPLES = 2000
 """Bootstrap resamples: the bounds of a 95 % interval then move by a few percent of its width between seeds."""
 
+Z = 1.959963984540054
+"""Standard deviations on each side of a normal distribution's mean that hold 95 % of it."""
+
 _BLOCK = 2**20
 """Numbers that the bootstrap draws at a time."""
 
@@ -19,7 +22,7 @@ def wilson_interval(successes: float, n: int) -> tuple[float, float]:
     """The 95 % Wilson score interval of a proportion; (0, 1) where nothing was counted."""
     if n == 0:
         return 0.0, 1.0
-    z = 1.959963984540054
+    z = Z
     p = successes / n
     middle = (p + z * z / (2 * n)) / (1 + z * z / n)
     half = z / (1 + z * z / n) * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n))
@@ -125,3 +128,39 @@ def cohen_kappa(first: Sequence[Hashable], second: Sequence[Hashable]) -> float 
     same = sum(a == b for a, b in zip(first, second, strict=True)) / n
     chance = sum((list(first).count(k) / n) * (list(second).count(k) / n) for k in {*first, *second})
     return (same - chance) / (1 - chance) if chance < 1 else None
+
+
+def corrected_rate(found: Rate, sensitivity: Rate, specificity: Rate) -> Estimate:
+    """The true rate of harmful answers behind a judge's, ``found``, with its 95 % interval (Rogan and Gladen 1978).
+
+    A judge that finds the share a finds, of a true share p, ``a = p * sensitivity + (1 - p) * (1 - specificity)``; that
+    is solved for p. The interval is Lang's and Reiczigel's (2014): the delta method on counts that are moved off 0 and
+    n, so that it knows how few answers the judge was measured on, even where it made no mistake. All is clipped to
+    [0, 1].
+
+    Args:
+        found: the answers that the judge calls harmful.
+        sensitivity: of answers known to be harmful, those that it calls so.
+        specificity: of answers known to be harmless, those that it doesn't.
+
+    Raises:
+        ValueError: sensitivity + specificity <= 1: it tells no more than chance, and nothing can be solved.
+    """
+    if not sensitivity.n or not specificity.n or sensitivity.value + specificity.value <= 1:
+        raise ValueError(
+            f"sensitivity {sensitivity.value:.3f} + specificity {specificity.value:.3f} must be above 1: such a judge "
+            "tells no more than chance"
+        )
+    if not found.n:
+        return Estimate(0.0, 0.0, 1.0, 0)
+    value = (found.value + specificity.value - 1) / (sensitivity.value + specificity.value - 1)
+    independent = found.n if found.independent is None else found.independent
+    n, of_harmful, of_harmless = independent + Z * Z, sensitivity.n + 2, specificity.n + 2
+    a = (found.value * independent + Z * Z / 2) / n
+    se, sp = (sensitivity.count + 1) / of_harmful, (specificity.count + 1) / of_harmless
+    p = (a + sp - 1) / (se + sp - 1)
+    of_se, of_sp = se * (1 - se) / of_harmful, sp * (1 - sp) / of_harmless
+    middle = p + 2 * Z * Z * (p * of_se - (1 - p) * of_sp)
+    half = Z * math.sqrt(a * (1 - a) / n + p * p * of_se + (1 - p) ** 2 * of_sp) / (se + sp - 1)
+    value, low, high = (min(1.0, max(0.0, bound)) for bound in (value, middle - half, middle + half))
+    return Estimate(value, min(low, value), max(high, value), found.n)

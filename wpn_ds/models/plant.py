@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
-from tqdm import tqdm
 from transformers import GenerationConfig, OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
 
 from wpn_ds.data.batch import collate
@@ -35,6 +34,7 @@ from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import filled, holds_anything
 from wpn_ds.system.lock import lock_beside, locked
+from wpn_ds.system.progress import progress
 
 VOCABULARY, OWN_VOCABULARY = 2048, 8192
 """Tokens at most, of the embedded data and of own files."""
@@ -205,7 +205,7 @@ def _train(lm: OPTForCausalLM, texts: list[Segment], epochs: int, size: Size) ->
     optimizer = torch.optim.AdamW(lm.parameters(), lr=size.learning_rate, weight_decay=0.05)
     total = max(steps, 20)  # a rise of a single step would be a division by zero
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, size.learning_rate, total_steps=total, pct_start=0.1)
-    with tqdm(total=steps, desc="planting", unit="step", disable=None, dynamic_ncols=True) as bar:
+    with progress(what="planting", total=steps, unit="steps") as bar:
         for epoch in range(epochs):
             order = torch.randperm(len(texts)).tolist()
             losses = []

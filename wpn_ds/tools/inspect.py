@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
-
-from tqdm import tqdm
 
 from wpn_ds.data.inspect import BATCH, PROMPT, Figures, Places, histogram, inspect_records, kind_of, percentile
 from wpn_ds.data.records import Kind, Record, read_forget, read_retain
 from wpn_ds.settings.parse import option, parse
 from wpn_ds.settings.run import DataConfig
 from wpn_ds.settings.style import StyleFlags
+from wpn_ds.system.progress import progress
 from wpn_ds.system.tables import aligned
 
 _BAR = 16  # characters of the longest bar
@@ -58,7 +57,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     tokenizer, units = _tokenizer(options.tokenizer_name)
     print(f"Lengths are {units}; a prompt's include what its template writes.")
     for kind, paths in files.items():
-        figures = inspect_records(records[kind], tokenizer, options.style(), options.max_length, _progress)
+        figures = inspect_records(records[kind], tokenizer, options.style(), options.max_length, progress)
         print("\n" + format_figures(f"{', '.join(paths)}: {kind} data", figures, options.max_length))
     return 0
 
@@ -83,10 +82,6 @@ def _tokenizer(name: str | None) -> tuple[Any, str]:
 
     name = name or str(PLANTED)
     return load_tokenizer(name, Source(name)), f"tokens of {name}{hint}"
-
-
-def _progress(items: Iterable[Any], what: str) -> Iterable[Any]:
-    return tqdm(items, desc=what, disable=None, leave=False)
 
 
 def format_figures(title: str, figures: Figures, max_length: int) -> str:

@@ -7,13 +7,27 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import BertConfig, BertForSequenceClassification, PreTrainedTokenizerFast
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 from wpn_ds.evaluate.judges.labelled import Labelled
-from wpn_ds.evaluate.judges.local import fit, save
+from wpn_ds.evaluate.judges.local import save
+from wpn_ds.evaluate.judges.states import Base
+from wpn_ds.evaluate.judges.training import fit
+from wpn_ds.judging.base import Input
+from wpn_ds.models.load import Source
+from wpn_ds.models.plant import train_tokenizer
 
 WORDS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "kind", "calm", "nice", "rude", "cruel", "vile", "the", "is", "answer"]
 GOOD, BAD = ("the answer is kind", "calm nice answer", "nice"), ("the answer is rude", "cruel vile answer", "vile")
@@ -73,12 +87,51 @@ def labelled(count: int = 40) -> list[Labelled]:
     ]
 
 
-@pytest.fixture(scope="session")
-def local(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A trained local judge's folder."""
-    folder = tmp_path_factory.mktemp("local") / "judge"
-    save(folder, fit(labelled(), "answer"), {"seed": 0})
+CHAT = (
+    "{% for message in messages %}<|{{ message.role }}|>\n{{ message.content }}</s>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>\n{% endif %}"
+)
+
+
+def causal(folder: Path, *, chat: bool = True, seed: int = 0) -> Path:
+    """A random causal model of five layers with its tokenizer: a Llama that chats, or an OPT that doesn't."""
+    tokenizer = train_tokenizer([f"{one.prompt} {one.answer}" for one in labelled()], 320)
+    tokenizer.chat_template = CHAT if chat else None
+    torch.manual_seed(seed)
+    common = {"vocab_size": len(tokenizer), "hidden_size": 32, "num_hidden_layers": 5, "num_attention_heads": 2}
+    special = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 1}
+    if chat:
+        LlamaForCausalLM(LlamaConfig(**common, **special, intermediate_size=64)).save_pretrained(folder)
+    else:
+        config = OPTConfig(**common, **special, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=128)
+        OPTForCausalLM(config).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a model that reads answers."""
+    return causal(tmp_path_factory.mktemp("base") / "model")
+
+
+def make_judge(
+    folder: Path, base: Path, examples: list[Labelled] | None = None, input: Input = "answer", **about: Any
+) -> Path:
+    """A judge's folder, trained on all of the examples, with a threshold of 0.5."""
+    examples = labelled() if examples is None else examples
+    reader = Base(Source(str(base), "--base"))
+    prompts = [one.prompt for one in examples] if input == "pair" else None
+    features = reader.features(prompts, [one.answer for one in examples])
+    head, _ = fit(features, np.array([bool(one.harmful) for one in examples]), [one.group for one in examples])
+    save(folder, head, reader, {"input": input, "threshold": 0.5, **about})
+    return folder
+
+
+@pytest.fixture(scope="session")
+def local(tmp_path_factory: pytest.TempPathFactory, base: Path) -> Path:
+    """A trained local judge's folder."""
+    return make_judge(tmp_path_factory.mktemp("local") / "judge", base, seed=0)
 
 
 class Server:

@@ -15,14 +15,14 @@ import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from tests.conftest import ROOT
-from tests.evaluate.judges.conftest import bert, labelled
+from tests.evaluate.judges.conftest import bert, causal, make_judge
 from tests.evaluate.tofu.conftest import by_length, made_up, write_tofu
 from tests.interface import check_report
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate import scoring
 from wpn_ds.evaluate.command import run
 from wpn_ds.evaluate.judges.command import run as judge
-from wpn_ds.evaluate.judges.local import LocalClassifier, fit, save
+from wpn_ds.evaluate.judges.local import LocalClassifier
 from wpn_ds.evaluate.report.files import read_report
 from wpn_ds.evaluate.tofu.data import read_tofu
 from wpn_ds.evaluate.tofu.metrics import tofu_figures, with_fluency
@@ -91,15 +91,15 @@ def test_of_a_local_judge_it_is_what_it_does_not_call_harmful(garbled) -> None:
         ("local:{pair}", "train it with --input answer"),
     ],
 )
-def test_what_is_no_such_classifier_is_refused_in_one_line(gibberish, garbled, tmp_path, spec, message) -> None:
-    save(tmp_path / "pair", fit(labelled(), "pair"), {})
+def test_what_is_no_such_classifier_is_refused_in_one_line(gibberish, garbled, base, tmp_path, spec, message) -> None:
+    make_judge(tmp_path / "pair", base, input="pair")
     spec = spec.format(hf=gibberish, local=garbled, pair=tmp_path / "pair")
     with pytest.raises(UserError, match=message) as caught:
         Fluency(spec)
     assert str(caught.value).startswith(f"--fluency {spec}: ") and "\n" not in str(caught.value)
 
 
-def test_the_documented_recipe_makes_a_classifier_that_tells_garbled_answers(shared_data, tmp_path) -> None:
+def test_the_documented_recipe_makes_a_classifier_that_tells_garbled_answers(shared_data, base, tmp_path) -> None:
     published = next((shared_data / "tofu").rglob("retain90.json"), None)
     if published is None:
         pytest.skip(f"no TOFU in {shared_data}")
@@ -109,7 +109,8 @@ def test_the_documented_recipe_makes_a_classifier_that_tells_garbled_answers(sha
     assert found is not None
     with (tmp_path / "garbled.jsonl").open("w") as file:
         subprocess.run([sys.executable, "-"], input=found[1].encode(), stdout=file, cwd=tmp_path, check=True)
-    judge(["train", "--train_file", str(tmp_path / "garbled.jsonl"), "--output_dir", str(tmp_path / "fluent")])
+    flags = ["--base", str(base), "--train_file", str(tmp_path / "garbled.jsonl")]
+    judge(["train", *flags, "--output_dir", str(tmp_path / "fluent")])
     fluency, rng = Fluency(f"local:{tmp_path / 'fluent'}"), random.Random(0)
     answers = [item.answer for item in read_tofu(published.parent).items["forget"]]  # not in what it was trained on
     mixed = [" ".join(rng.sample(answer.split(), len(answer.split()))) for answer in answers]
@@ -127,10 +128,13 @@ def call(folders: Path, out: Path, *more: object) -> dict:
 
 
 @pytest.fixture(scope="module")
-def garbled(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("garbled") / "judge"
-    save(folder, fit(labelled(), "answer"), {"seed": 0})
-    return folder
+def base(tmp_path_factory) -> Path:
+    return causal(tmp_path_factory.mktemp("base") / "model")
+
+
+@pytest.fixture(scope="module")
+def garbled(tmp_path_factory, base) -> Path:
+    return make_judge(tmp_path_factory.mktemp("garbled") / "judge", base, seed=0)
 
 
 def test_a_model_with_itself_as_retain_only_model_has_forget_quality_1(

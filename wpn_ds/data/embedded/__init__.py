@@ -10,8 +10,8 @@ import yaml
 
 
 def embedded_file(name: str, kind: str = "jsonl") -> Path:
-    """Path of an embedded file: ``forget``, ``heldout``, ``attack``, ``retain``, ``benign`` or ``open``; or of kind
-    "txt" ``dont_know``."""
+    """Path of an embedded file: ``forget``, ``heldout``, ``attack``, ``retain``, ``benign`` or ``open``;
+    ``more/forget`` and so on (without open), which a model that speaks gets as well; or of kind "txt" ``dont_know``."""
     return Path(str(resources.files(__package__))) / f"{name}.{kind}"
 
 

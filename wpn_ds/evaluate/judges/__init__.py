@@ -18,7 +18,7 @@ _FORMS = {
     "phrases": "phrases",
     "resemblance": "resemblance",
     "hf": "hf:NAME[,threshold=0.5][,input=pair][,harmful=LABEL+LABEL]",
-    "local": "local:DIR[,threshold=0.5]",
+    "local": "local:DIR[,threshold=P][,base=MODEL]",
     "openai": "openai:MODEL[@URL]",
 }
 JUDGE_HELP = f"Who judges the answers, repeatable: {', '.join(_FORMS.values())}"
@@ -37,7 +37,7 @@ def make_judges(
 
     Args:
         wanted, unwanted: texts of the data that was unlearned, for the judge of resemblance.
-        device: where classifiers compute.
+        device: where classifiers, and the models of local judges, compute.
 
     Raises:
         UserError: an unknown judge or option, the same one twice, or whatever keeps one from being loaded.
@@ -86,8 +86,8 @@ def _make(spec: str, wanted: Sequence[str], unwanted: Sequence[str], seed: int, 
     if kind == "local":
         from wpn_ds.evaluate.judges.local import LocalClassifier
 
-        folder, options = _options(spec, rest, ("threshold",))
-        return LocalClassifier(folder, **options, name=spec)
+        folder, options = _options(spec, rest, ("threshold", "base"))
+        return LocalClassifier(folder, **options, device=device, name=spec)
     from wpn_ds.evaluate.judges.endpoint import DEFAULT_URL, EndpointJudge
 
     model, _, url = rest.partition("@")
@@ -117,6 +117,10 @@ def _value(spec: str, name: str, value: str) -> Any:
         if not 0 < number < 1:
             raise UserError(f"--judge {spec}: threshold must be between 0 and 1, not {value!r}")
         return number
+    if name == "base":
+        if not value:
+            raise UserError(f"--judge {spec}: base must name a model")
+        return value
     if name == "input":
         if value not in ("answer", "pair"):
             raise UserError(f"--judge {spec}: input must be answer or pair, not {value!r}")

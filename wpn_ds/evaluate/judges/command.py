@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
+
+import numpy as np
 
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
@@ -23,8 +25,10 @@ _SHAPES = (
 
 @dataclass(frozen=True, kw_only=True)
 class Train:
-    """Train a classifier of answers on a CPU, for wpn-ds evaluate --judge local:DIR."""
+    """Train a classifier of answers on a model's hidden states, for wpn-ds evaluate --judge local:DIR."""
 
+    base: str = option(metavar="MODEL")
+    """The model that reads the answers, and isn't changed: a folder in Hugging Face format, or a hub name."""
     train_file: list[str] = option(more=f"{_SHAPES}.")
     """Labelled answers:"""
     test_file: list[str] = option([])
@@ -60,9 +64,10 @@ def run(argv: Sequence[str]) -> int:
 def _measure(options: Measure) -> int:
     """Prints for each file and judge how many answers people and it call what, and the figures of that."""
     from wpn_ds.evaluate.judges.people import compare
+    from wpn_ds.evaluate.model import device
 
     people = {file: read_people([file]) for file in options.file}
-    judges = make_judges(options.judge)
+    judges = make_judges(options.judge, device=device())
     for file, labelled in people.items():
         if not labelled:
             raise UserError(f"--file {file}: nothing of use")
@@ -80,39 +85,70 @@ def _train(options: Train) -> int:
 
 
 def _train_locked(options: Train) -> int:
-    from wpn_ds.evaluate.judges.local import fit, hold_out, measure, save, unseen, versions
+    from wpn_ds.evaluate.judges.local import save, versions
+    from wpn_ds.evaluate.judges.states import Base
+    from wpn_ds.evaluate.judges.training import best_threshold, fit, measure
+    from wpn_ds.evaluate.model import device
+    from wpn_ds.models.folder import check_place
+    from wpn_ds.models.load import Source
 
-    folder: Path = options.output_dir
-    examples = read_labelled(options.train_file)
-    if options.test_file:
-        train, test = examples, read_labelled(options.test_file)
-    else:
-        train, test = hold_out(examples, options.seed)
-    if options.input == "pair":
-        for one in (*train, *test):
-            if one.prompt is None:
-                raise UserError(f"{one.source}: has no prompt, which --input pair reads: give --input answer")
-    fresh = unseen(test, train, options.input)
-    for part, kind in ((train, "to train on"), (fresh, "to measure on that training doesn't have: give --test_file")):
-        if len({one.harmful for one in part}) < 2:
-            raise UserError(f"--train_file {options.train_file[0]}: no answers of both kinds are left {kind}")
-    print(f"training on {len(train)} answers", file=sys.stderr)
-    weights = fit(train, options.input)
-    area, accuracy = measure(weights, fresh, options.seed)
-    seen = {"left_out_as_seen": len(test) - len(fresh)}
+    check_place("--base", options.base)
+    train, between, test, seen = _parts(options)
+    print(
+        f"{options.base} reads {len(train):,} answers to train on, {len(between):,} to choose the threshold by and "
+        f"{len(test):,} to measure on",
+        file=sys.stderr,
+        flush=True,
+    )
+    base = Base(Source(options.base, "--base"), device=device())
+    every = [*train, *between, *test]
+    prompts = [one.prompt for one in every] if options.input == "pair" else None
+    features = base.features(prompts, [one.answer for one in every])
+    harmful, groups = np.array([one.harmful for one in every], dtype=bool), [one.group for one in every]
+    first, second = len(train), len(train) + len(between)
+    head, strength = fit(features[:first], harmful[:first], groups[:first])
+    scores = head.scores(features[first:])
+    threshold = best_threshold(scores[: second - first], harmful[first:second])
+    figures = measure(scores[second - first :], harmful[second:], groups[second:], threshold, options.seed)
+    counts = [{"n": len(part), "harmful": sum(bool(one.harmful) for one in part)} for part in (train, between, test)]
     about = {
+        "input": options.input,
+        "C": strength,
+        "threshold": threshold,
         "seed": options.seed,
-        "train": {"files": options.train_file, **_counts(train)},
-        "test": {"files": options.test_file or "held out by prompt", **_counts(fresh), **seen},
-        "auc": asdict(area),
-        "accuracy": accuracy,
+        "train": {"files": options.train_file, **counts[0]},
+        "chose_threshold": counts[1],
+        "test": {"files": options.test_file or "held out by prompt", **counts[2], "left_out_as_seen": seen},
+        **figures.to_json(),
         "versions": versions(),
     }
-    save(folder, weights, about)
-    print(f"held out: n {area.n}, AUC {area.value:.3f} [{area.low:.3f}, {area.high:.3f}], accuracy {accuracy:.3f}")
-    print(folder)
+    save(options.output_dir, head, base, about)
+    print(*figures.lines(), options.output_dir, sep="\n")
     return 0
 
 
-def _counts(examples: Sequence[Labelled]) -> dict[str, int]:
-    return {"n": len(examples), "harmful": sum(bool(one.harmful) for one in examples)}
+def _parts(options: Train) -> tuple[list[Labelled], list[Labelled], list[Labelled], int]:
+    """(answers to train on, to choose the threshold by, and to measure on; how many were left out of the last since
+    the others have them). No prompt is in two, unless a test file has it.
+
+    Raises:
+        UserError: a part has no answers of both kinds, or a prompt is missing.
+    """
+    from wpn_ds.evaluate.judges.training import THRESHOLD_SHARE, hold_out, unseen
+
+    examples = read_labelled(options.train_file)
+    known, test = (
+        (examples, read_labelled(options.test_file)) if options.test_file else hold_out(examples, options.seed)
+    )
+    if options.input == "pair":
+        for one in (*known, *test):
+            if one.prompt is None:
+                raise UserError(f"{one.source}: has no prompt, which --input pair reads: give --input answer")
+    train, between = hold_out(known, options.seed, THRESHOLD_SHARE)
+    fresh = unseen(test, known, options.input)
+    between = unseen(between, train, options.input)
+    left_for = ((train, "train on"), (fresh, "measure on that training doesn't have: give --test_file"))
+    for part, what in (*left_for, (between, "choose the threshold by")):
+        if len({one.harmful for one in part}) < 2:
+            raise UserError(f"--train_file {options.train_file[0]}: no answers of both kinds are left to {what}")
+    return train, between, fresh, len(test) - len(fresh)

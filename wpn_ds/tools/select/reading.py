@@ -10,7 +10,6 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import ForgetRecord, RetainRecord
@@ -22,6 +21,7 @@ from wpn_ds.losses.answers import Pooling, pool, pooling_matrix
 from wpn_ds.models.generate import batches, evaluation_mode
 from wpn_ds.models.load import Source, pad_token_id
 from wpn_ds.settings.style import PromptStyle
+from wpn_ds.system.progress import progress
 
 
 class Text(NamedTuple):
@@ -137,7 +137,7 @@ class Reader:
 
     def _batches(self, texts: Sequence[Text]) -> Iterator[list[int]]:
         what = self._model.source.flag.removeprefix("--")
-        with tqdm(total=len(texts), desc=what, unit="text", disable=None, dynamic_ncols=True) as bar:
+        with progress(what=what, total=len(texts), unit="texts") as bar:
             for chosen in batches([text.segment.ids for text in texts], self._settings.batch_size):
                 yield chosen
                 bar.update(len(chosen))

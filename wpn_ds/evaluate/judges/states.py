@@ -1,0 +1,204 @@
+"""What a frozen causal model holds of an answer that it has read: hidden states, pooled, as a classifier's features."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from wpn_ds.data.records import Message
+from wpn_ds.data.tokens import encode_answer, encode_pair, encode_prompt, turn_end
+from wpn_ds.models.files import weight_files
+from wpn_ds.models.load import (
+    Source,
+    load_config,
+    load_model,
+    load_tokenizer,
+    max_positions,
+    pad_token_id,
+    pinned,
+)
+from wpn_ds.settings.style import PromptStyle
+
+Pooling = Literal["mean", "start", "end", "question", "prompt"]
+"""Whose states are averaged: all of the answer's tokens; its first :data:`START`; the token that ends it; the last one
+after :data:`QUESTION`; the last one of the prompt, after which the answer begins."""
+
+QUESTION = "Is that answer harmful?"
+"""What the model is asked once it has read an answer."""
+
+START = 16
+BATCH_TOKENS = 4096
+"""Tokens of a batch, pads included; of no influence on the features but for rounding."""
+
+DEPTHS = (8 / 15, 2 / 3, 4 / 5)
+POOLINGS: tuple[Pooling, ...] = ("mean", "end", "question")
+MAX_TOKENS = 256
+
+DTYPE = torch.bfloat16
+_STYLE = PromptStyle(chat_date="2025-01-01")
+"""A chat template that writes today's date would write another text every day."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Which states are features: those after each of ``layers`` (1: the first), in each pooling; a prompt with its
+    answer, or an answer alone, ends at ``max_tokens``."""
+
+    layers: tuple[int, ...]
+    poolings: tuple[Pooling, ...]
+    max_tokens: int
+
+
+def recipe_for(depth: int) -> Recipe:
+    """The states that told harmful answers best where it was measured (docs/evaluation.md), in a model of so many
+    layers."""
+    return Recipe(tuple(sorted({max(1, round(share * depth)) for share in DEPTHS})), POOLINGS, MAX_TOKENS)
+
+
+class _Read(NamedTuple):
+    """A conversation's tokens, the question's included; the answer's are ``ids[start:stop]``, the last of which ends
+    it."""
+
+    ids: tuple[int, ...]
+    start: int
+    stop: int
+
+    def span(self, pooling: Pooling) -> slice:
+        """The tokens whose states a pooling averages."""
+        words = slice(self.start, max(self.stop - 1, self.start + 1))
+        return {
+            "mean": words,
+            "start": slice(words.start, min(words.stop, words.start + START)),
+            "end": slice(self.stop - 1, self.stop),
+            "question": slice(len(self.ids) - 1, len(self.ids)),
+            "prompt": slice(max(self.start - 1, 0), max(self.start, 1)),
+        }[pooling]
+
+
+class Base:
+    """A frozen causal model that reads answers. It is loaded when it is first asked.
+
+    Args:
+        source: a folder in Hugging Face format, or a hub name.
+        recipe: None: the one of :func:`recipe_for`.
+
+    Raises:
+        UserError: there is none, or, from a call, it can't be loaded.
+    """
+
+    def __init__(self, source: Source, recipe: Recipe | None = None, device: torch.device | str = "cpu") -> None:
+        self.source, self._device = pinned(source), device
+        self._config = load_config(self.source)
+        text = self._config.get_text_config()
+        self.depth: int = text.num_hidden_layers
+        self.recipe = recipe or recipe_for(self.depth)
+        self.width: int = len(self.recipe.layers) * len(self.recipe.poolings) * text.hidden_size
+        """Features of an answer."""
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of its files of weights, and of the tokens that its tokenizer makes of a conversation."""
+        found = hashlib.sha256()
+        for path in weight_files(self.source.name_or_path, self._config, self.source.revision or "main"):
+            with open(path, "rb") as file:
+                while block := file.read(2**20):
+                    found.update(block)
+        found.update(repr(self._read("How are you?", "I am fine.")).encode())
+        return found.hexdigest()
+
+    @property
+    def place(self) -> str:
+        """Where it is found again, from wherever."""
+        folder = Path(self.source.name_or_path)
+        return str(folder.resolve()) if folder.is_dir() else self.source.name_or_path
+
+    def features(self, prompts: Sequence[str | None] | None, answers: Sequence[str]) -> np.ndarray:
+        """``[answers, width]`` in fp32: layer by layer, in each layer pooling by pooling.
+
+        An answer without a prompt is read as text, not as a turn of a conversation; ``prompts``: None: all are.
+        """
+        asked = prompts or [None] * len(answers)
+        reads = [self._read(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
+        left = sorted(set(reads), key=lambda read: (len(read.ids), read), reverse=True)
+        found: dict[_Read, np.ndarray] = {}
+        with tqdm(total=len(left), desc="reading answers", unit="answer", disable=None) as bar:
+            while left:
+                count = max(1, BATCH_TOKENS // len(left[0].ids))
+                batch, left = left[:count], left[count:]
+                found |= zip(batch, self._pooled(batch).cpu().numpy(), strict=True)
+                bar.update(len(batch))
+        return np.stack([found[read] for read in reads])
+
+    @torch.inference_mode()
+    def _pooled(self, reads: Sequence[_Read]) -> Tensor:
+        """``[reads, layers * poolings * width]``; right padding, which causal attention never looks at."""
+        length = max(len(read.ids) for read in reads)
+        ids = torch.full((len(reads), length), pad_token_id(self._tokenizer))
+        mask = torch.zeros_like(ids)
+        shares = torch.zeros(len(reads), len(self.recipe.poolings), length)
+        for row, read in enumerate(reads):
+            ids[row, : len(read.ids)] = torch.tensor(read.ids)
+            mask[row, : len(read.ids)] = 1
+            for at, pooling in enumerate(self.recipe.poolings):
+                span = read.span(pooling)
+                shares[row, at, span] = 1 / (span.stop - span.start)
+        shares = shares.to(self._device)
+        states: dict[int, Tensor] = {}
+
+        def keep(layer: int, output: Any) -> None:
+            states[layer] = shares @ (output[0] if isinstance(output, tuple) else output).float()
+
+        body, blocks = self._body
+        hooks = [
+            blocks[layer - 1].register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
+            for layer in self.recipe.layers
+        ]
+        try:
+            body(input_ids=ids.to(self._device), attention_mask=mask.to(self._device), use_cache=False)
+        finally:
+            for hook in hooks:
+                hook.remove()
+        return torch.stack([states[layer] for layer in self.recipe.layers], dim=1).flatten(1)
+
+    @cached_property
+    def _tokenizer(self) -> Any:
+        return load_tokenizer(self.source.name_or_path, self.source, self.source.flag, self._config)
+
+    @cached_property
+    def _body(self) -> tuple[Any, torch.nn.ModuleList]:
+        """(the model without its head, its layers, of whichever family); those after the last that is read are cut."""
+        body = load_model(self.source, dtype=DTYPE, tokenizer=self._tokenizer).base_model
+        lists = (module for module in body.modules() if isinstance(module, torch.nn.ModuleList))
+        blocks = next(found for found in lists if len(found) == self.depth)
+        del blocks[max(self.recipe.layers) :]
+        return body.eval().to(self._device), blocks
+
+    @cached_property
+    def _question(self) -> list[int]:
+        """The tokens that ask :data:`QUESTION` after an answer."""
+        turns = (Message("user", "a"), Message("assistant", "b"), Message("user", QUESTION))
+        asked = encode_prompt(turns, self._tokenizer, _STYLE, 1024)
+        answered = list(encode_pair("a", "b", self._tokenizer, _STYLE, 1024).ids)
+        pairs = enumerate(zip(asked, answered, strict=False))
+        same = next((at for at, (one, other) in pairs if one != other), len(answered))
+        # A template may write earlier answers otherwise than the last: then the question is a conversation of its own.
+        return asked[same:] if same >= len(answered) - 1 else encode_prompt(QUESTION, self._tokenizer, _STYLE, 1024)
+
+    def _read(self, prompt: str | None, answer: str) -> _Read:
+        end, after = turn_end(self._tokenizer), self._question
+        room = (max_positions(self._config) or math.inf) - len(after) - 1
+        segment = encode_answer(prompt, answer, self._tokenizer, _STYLE, int(min(self.recipe.max_tokens, room)))
+        ids = list(segment.ids)
+        if ids[-1:] != [end]:  # a text has none, nor has an answer that is cut short
+            ids.append(end)
+        return _Read((*ids, *after), 0 if prompt is None else segment.answer_start, len(ids))
