@@ -13,7 +13,6 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm import tqdm
 
 from wpn_ds.data.records import Message
 from wpn_ds.data.tokens import encode_answer, encode_pair, encode_prompt, turn_end
@@ -28,6 +27,7 @@ from wpn_ds.models.load import (
     pinned,
 )
 from wpn_ds.settings.style import PromptStyle
+from wpn_ds.system.progress import progress
 
 Pooling = Literal["mean", "start", "end", "question", "prompt"]
 """Whose states are averaged: all of the answer's tokens; its first :data:`START`; the token that ends it; the last one
@@ -131,7 +131,7 @@ class Base:
         reads = [self._read(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
         left = sorted(set(reads), key=lambda read: (len(read.ids), read), reverse=True)
         found: dict[_Read, np.ndarray] = {}
-        with tqdm(total=len(left), desc="reading answers", unit="answer", disable=None) as bar:
+        with progress(what="reading answers", total=len(left), unit="answers") as bar:
             while left:
                 count = max(1, BATCH_TOKENS // len(left[0].ids))
                 batch, left = left[:count], left[count:]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -35,9 +36,7 @@ def hold_out(examples: Sequence[Labelled], seed: int, share: float = HELD_OUT) -
     """(the others, a ``share`` at most of the examples), split by group: no prompt is in both."""
     groups = sorted({one.group for one in examples})
     random.Random(seed).shuffle(groups)
-    sizes = dict.fromkeys(groups, 0)
-    for one in examples:
-        sizes[one.group] += 1
+    sizes = Counter(one.group for one in examples)
     ends = np.cumsum([sizes[group] for group in groups])
     held = {group for group, end in zip(groups, ends, strict=True) if end <= share * len(examples)}
     return [one for one in examples if one.group not in held], [one for one in examples if one.group in held]
