@@ -20,13 +20,14 @@ from wpn_ds.engine import checkpoint, export
 from wpn_ds.engine.checkpoint import SaveError, Saver, TrainerState, complete, damage, read_state
 from wpn_ds.engine.feed import Feed
 from wpn_ds.engine.resume import choose, refuse_other_run, refuse_two_runs
-from wpn_ds.engine.writer import Writer, sha256
+from wpn_ds.engine.writer import Writer
 from wpn_ds.errors import UserError
 from wpn_ds.jobs import history
 from wpn_ds.jobs.distributed import World
 from wpn_ds.jobs.history import record_start
 from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import Config, LoggingConfig, TrainingConfig
+from wpn_ds.system.files import sha256
 
 #: A run's settings, resolved as they are when a checkpoint is written.
 DEFAULTS = Config.from_flat({"output_dir": "out"}).resolved().to_flat()

@@ -27,13 +27,13 @@ import torch
 
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.engine.redraw import Ema
-from wpn_ds.engine.writer import Writer, sha256
+from wpn_ds.engine.writer import Writer
 from wpn_ds.errors import UserError
 from wpn_ds.jobs import signals
 from wpn_ds.jobs.distributed import World, announce, from_all, on_main, patiently, rng_state, set_rng_state
 from wpn_ds.jobs.heartbeat import Stopped
 from wpn_ds.settings.run import LoggingConfig
-from wpn_ds.system.files import cause, remove_abandoned, sync
+from wpn_ds.system.files import cause, remove_abandoned, sha256, sync
 
 MANIFEST = "trainer_state.json"
 STATE = "state"

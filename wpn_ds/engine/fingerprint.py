@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from wpn_ds.engine.writer import feed, sha256
 from wpn_ds.jobs.distributed import World, on_main, patiently
-from wpn_ds.system.files import write_atomically
+from wpn_ds.system.files import feed, sha256, write_atomically
 
 BY_FILE = "files:"
 """Begins a fingerprint that is made of the files' own checksums; before, all files went through one digest, which only

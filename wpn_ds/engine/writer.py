@@ -93,16 +93,3 @@ class _Hashing:
 
     def flush(self) -> None:
         self._stream.flush()
-
-
-def sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    feed(digest, path)
-    return digest.hexdigest()
-
-
-def feed(digest: Any, path: Path) -> None:
-    """What ``path`` holds goes through ``digest`` (one of hashlib's), a few MiB at a time."""
-    with path.open("rb") as stream:
-        while chunk := stream.read(1 << 22):
-            digest.update(chunk)

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import hashlib
 import os
 import re
 import secrets
@@ -13,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from wpn_ds.errors import UserError
 
@@ -192,3 +194,17 @@ def new_output(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is None:
             raise
         raise unusable(f"--output {path}: {error.filename or 'it'}", error) from error
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of what ``path`` holds."""
+    digest = hashlib.sha256()
+    feed(digest, path)
+    return digest.hexdigest()
+
+
+def feed(digest: Any, path: Path) -> None:
+    """What ``path`` holds goes through ``digest`` (one of hashlib's), a few MiB at a time."""
+    with path.open("rb") as stream:
+        while chunk := stream.read(1 << 22):
+            digest.update(chunk)

@@ -27,6 +27,7 @@ from wpn_ds.models.load import (
     pinned,
 )
 from wpn_ds.settings.style import PromptStyle
+from wpn_ds.system.files import feed
 from wpn_ds.system.progress import progress
 
 Pooling = Literal["mean", "start", "end", "question", "prompt"]
@@ -110,9 +111,7 @@ class Base:
         """SHA-256 of its files of weights, and of the tokens that its tokenizer makes of a conversation."""
         found = hashlib.sha256()
         for path in weight_files(self.source.name_or_path, self._config, self.source.revision or "main"):
-            with open(path, "rb") as file:
-                while block := file.read(2**20):
-                    found.update(block)
+            feed(found, Path(path))
         found.update(repr(self._read("How are you?", "I am fine.")).encode())
         return found.hexdigest()
 
