@@ -21,8 +21,9 @@ from benchmarks.protocol import serve
 from wpn_ds.engine import policy, prepare, run
 from wpn_ds.engine.policy import load_lm
 from wpn_ds.engine.prepare import Job
-from wpn_ds.engine.telemetry import ModelShape, peak_memory_bytes, step_flops, synchronize
+from wpn_ds.engine.telemetry import ModelShape, peak_memory_bytes, step_flops
 from wpn_ds.models.load import checkpoint_activations, load_config
+from wpn_ds.models.speed import synchronize
 from wpn_ds.settings.run import parse_args
 
 #: Operators that a profile has, the costliest first.

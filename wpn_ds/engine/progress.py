@@ -16,9 +16,10 @@ from wpn_ds.data.plan import StepPlan
 from wpn_ds.engine.policy import Policy
 from wpn_ds.engine.prepare import Job
 from wpn_ds.engine.step import StepResult
-from wpn_ds.engine.telemetry import ModelShape, Telemetry, measure_peak_flops, peak_memory_bytes, step_flops
+from wpn_ds.engine.telemetry import ModelShape, Telemetry, peak_memory_bytes, step_flops
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, max_over_ranks, sum_over_ranks
+from wpn_ds.models.speed import measure_peak_flops, warn_of_slow_bf16
 from wpn_ds.system.files import write_atomically
 
 MAX_SKIPPED_IN_A_ROW = 5
@@ -134,6 +135,7 @@ class Progress:
     def __init__(self, job: Job, lm: Any, past: Mapping[str, Any] | None = None) -> None:
         """``past``: what :meth:`state` was."""
         past = past or {}
+        warn_of_slow_bf16(job.world.device, lm.dtype)
         peak = job.config.logging.peak_tflops
         self.job = job
         self.peak_flops = peak * 1e12 if peak else measure_peak_flops(job.world.device, lm.dtype)

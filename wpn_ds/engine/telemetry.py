@@ -7,7 +7,6 @@ import logging
 import math
 import resource
 import sys
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,35 +66,11 @@ def step_flops(plan: StepPlan, shape: ModelShape, predicted: frozenset[Role]) ->
     return 3.0 * (2 * shape.body * plan.tokens + 2 * shape.layers * shape.width * squares + 2 * shape.head * labels)
 
 
-def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Flops a second of a square matrix product on this device, the best of three; takes well under a second.
-
-    Of random numbers: equal ones cost a GPU less power, which lets it run faster than on any real matrix.
-    """
-    n = 1024 if device.type == "cpu" else 8192
-    generator = torch.Generator(device).manual_seed(0)  # of its own: a resumed run has its own stream
-    a, b = (torch.randn(n, n, device=device, generator=generator).to(dtype) for _ in range(2))
-    best = float("inf")
-    for _ in range(4):
-        synchronize(device)
-        start = time.perf_counter()
-        a @ b
-        synchronize(device)
-        best = min(best, time.perf_counter() - start)
-    return 2 * n**3 / best
-
-
 def peak_memory_bytes(device: torch.device) -> int:
     """Peak of this process: allocated device memory, or on a CPU the resident set."""
     if device.type == "cpu":
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return torch.get_device_module(device).max_memory_allocated(device)
-
-
-def synchronize(device: torch.device) -> None:
-    """Wait until the device has done all that it was given."""
-    if device.type != "cpu":
-        torch.get_device_module(device).synchronize(device)
 
 
 def energy(device: torch.device) -> float:

@@ -11,6 +11,7 @@ import torch
 
 from wpn_ds.evaluate.work import identity
 from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pinned
+from wpn_ds.models.speed import warn_of_slow_bf16
 
 
 def device() -> torch.device:
@@ -48,4 +49,5 @@ class AskedModel:
     def load(self) -> tuple[Any, Any]:
         """(the model on this rank's device in eval mode, its tokenizer)."""
         dtype = torch.bfloat16 if self._bf16 else torch.float32
+        warn_of_slow_bf16(device(), dtype)
         return load_model(self.source, dtype=dtype, tokenizer=self.tokenizer).to(device()).eval(), self.tokenizer
