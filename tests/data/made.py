@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from hypothesis import strategies as st
 
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
-from wpn_ds.data.layout import Layout, plan_step
+from wpn_ds.data.layout import SHORTEST_HEADER, Layout, plan_step
 from wpn_ds.data.plan import Item, MicroBatch, Segment, StepPlan
 from wpn_ds.objectives.terms import Role
 
 BOS, EOS, PAD = 2, 2, 1
-ROW = 32  # more than the longest segment below
+ROW = 48  # more than the longest segment below
 
+#: What prompts may begin with, as a chat template's system turn.
+HEADER = tuple(range(91, 91 + SHORTEST_HEADER))
 _IDS = st.lists(st.integers(4, 90), min_size=1, max_size=9).map(tuple)
 #: Few texts, so that one example's wanted text often is another one's unwanted text.
 _TEXTS = st.lists(_IDS, min_size=5, max_size=9, unique=True)
@@ -23,10 +25,11 @@ _TEXTS = st.lists(_IDS, min_size=5, max_size=9, unique=True)
 def example_sets(draw: st.DrawFn, max_examples: int = 5) -> ExampleSet:
     """Up to five examples with one or more answers a side, with or without BOS, and up to four retain segments.
 
-    Examples often have the same prompt, and a retain segment may begin with it.
+    Examples often have the same prompt, and a retain segment may begin with it. All prompts may have a header.
     """
     texts, bos = draw(_TEXTS), (BOS,) * draw(st.integers(0, 1))
-    prompts = draw(st.lists(_IDS, min_size=1, max_size=3))
+    header = draw(st.sampled_from([(), HEADER]))
+    prompts = [(*header, *prompt) for prompt in draw(st.lists(_IDS, min_size=1, max_size=3))]
     made = ExampleSet()
     count = 0
     for _ in range(draw(st.integers(1, max_examples))):
@@ -40,7 +43,7 @@ def example_sets(draw: st.DrawFn, max_examples: int = 5) -> ExampleSet:
             count += 1
         made.forget.append(ForgetExample(tuple(answers[:cut]), tuple(answers[cut:])))
     for _ in range(draw(st.integers(0, 4))):
-        prompt, answer = draw(st.sampled_from(prompts) | _IDS), draw(_IDS)
+        prompt, answer = draw(st.sampled_from(prompts) | _IDS.map(lambda ids: (*header, *ids))), draw(_IDS)
         plain = draw(st.booleans())
         made.retain.append(Segment((*prompt, *answer), 1 if plain else 0, 1 if plain else len(prompt)))
     return made
@@ -52,6 +55,7 @@ FORMS: dict[str, dict[str, bool]] = {
     "rows": {"packed": True},
     "flat": {"packed": True, "flat": True},
     "shared": {"packed": True, "flat": True, "share_prefix": True},
+    "headed": {"packed": True, "flat": True, "share_prefix": True, "share_header": True},
 }
 
 

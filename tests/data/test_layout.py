@@ -13,7 +13,16 @@ from hypothesis import strategies as st
 
 from tests.data.made import EOS, FORMS, ROW, example_sets, flat, items_of, layout, layouts, plan_of
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
-from wpn_ds.data.layout import ORDER_FORMAT, Layout, dead_row, example_order, retain_seed, row_tokens, step_indices
+from wpn_ds.data.layout import (
+    ORDER_FORMAT,
+    SHORTEST_HEADER,
+    Layout,
+    dead_row,
+    example_order,
+    retain_seed,
+    row_tokens,
+    step_indices,
+)
 from wpn_ds.data.plan import Item, Row, Segment
 from wpn_ds.objectives.terms import Role
 
@@ -168,7 +177,7 @@ def test_micro_batches_are_split_for_the_ranks_before_dead_rows_are_added() -> N
 
 @pytest.mark.parametrize("form", FORMS)
 def test_fewer_rows_than_ranks_leave_a_dead_row_to_each_of_the_others(form) -> None:
-    ranks = plan_of(ExampleSet(retain=segments(20, 20)), layout(form, 20, world_size=4)).micro_batches
+    ranks = plan_of(ExampleSet(retain=segments(30, 30)), layout(form, 30, world_size=4)).micro_batches
     assert [[i.role for i in items_of(rank)] for rank in ranks] == [[Role.RETAIN]] * 2 + [[Role.DEAD]] * 2
 
 
@@ -194,9 +203,30 @@ def test_what_shares_a_prompt_has_it_and_follows_right_after_its_holder(examples
             assert not others or layout.share_prefix
             for item in others:
                 mine, its = item.segment, holder.segment
-                assert item.shared == mine.answer_start and mine.ids[: item.shared] == its.ids[: item.shared]
-                assert (mine.prompt_start, mine.answer_start) == (its.prompt_start, its.answer_start)
-                assert Role.RETAIN not in (item.role, holder.role)
+                assert item.shared <= mine.answer_start and mine.ids[: item.shared] == its.ids[: item.shared]
+                if not layout.share_header:
+                    assert item.shared == mine.answer_start
+                    assert (mine.prompt_start, mine.answer_start) == (its.prompt_start, its.answer_start)
+                    assert Role.RETAIN not in (item.role, holder.role)
+
+
+@several
+@given(examples=example_sets(), roles=ROLES, rank_count=st.integers(1, 4), budget=st.sampled_from([20, 64, 10_000]))
+def test_sharing_headers_computes_no_more_than_sharing_prompts_and_keeps_their_answers_together(
+    examples, roles, rank_count, budget
+) -> None:
+    prompts, headers = (plan_of(examples, layout(form, budget, rank_count), roles) for form in ("shared", "headed"))
+    assert headers.tokens <= prompts.tokens
+    assert headers.is_local(headers.own_mask) or not prompts.is_local(prompts.own_mask)
+
+
+def test_a_header_is_computed_once_a_micro_batch_where_that_saves_more_than_prompts() -> None:
+    header = tuple(range(60, 60 + SHORTEST_HEADER))
+    prompts = [Segment((*header, k, 5, 6, 40, EOS), 0, len(header) + 3) for k in range(10, 16)]
+    for forms, tokens in ((("flat", "shared"), 6 * (8 + 5)), (("headed",), 2 * 8 + 6 * 5)):
+        for form in forms:
+            plan = plan_of(ExampleSet(retain=prompts), layout(form, budget=30))
+            assert plan.tokens == tokens, form
 
 
 @several

@@ -11,6 +11,7 @@ import torch
 from transformers import GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM
 
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
+from wpn_ds.data.layout import SHORTEST_HEADER
 from wpn_ds.data.plan import Segment
 
 VOCABULARY = 96
@@ -35,6 +36,7 @@ BASE = {
     "gamma": 0.0,
     "nll": 1.3,
     "harmonise": False,
+    "headed": False,
 }
 
 
@@ -75,6 +77,20 @@ VARIATIONS = [
     case(retain_loss="nll"),
     *ASCENT,
     case(ascent=0.4, layout="rows"),
+    *(
+        case(
+            ascent=0.4,
+            scoring="likelihood",
+            targets="live",
+            negatives="own",
+            temperature=1.0,
+            headed=True,
+            layout=layout,
+            several=several,
+        )
+        for layout in ("headed", "padded")
+        for several in (True, False)
+    ),
     case(ascent=0.4, targets="live", negatives="own"),
     case(ascent=0.4, scoring="likelihood", targets="live", negatives="own", temperature=1.0),
     case(ascent=0.4, scoring="likelihood", targets="live", negatives="own", temperature=1.0, several=False),
@@ -146,7 +162,7 @@ def make_model(family: str, folder: Path, seed: int) -> None:
     lm.save_pretrained(folder)
 
 
-def make_examples() -> ExampleSet:
+def make_examples(headed: bool = False) -> ExampleSet:
     """Uneven segments, several answers, one prompt in two examples, prompts and answers longer than the window, an
     unwanted text that is another example's wanted one, text-like retain."""
     rng = random.Random(0)
@@ -167,6 +183,7 @@ def make_examples() -> ExampleSet:
         )
 
     prompt: tuple[int, ...] = ()
+    header = ids(SHORTEST_HEADER) if headed else ()
     for n_prompt, wanted, unwanted in (
         (3, [ids(12), shared], [ids(5)]),
         (14, [ids(2)], [ids(7), ids(19)]),
@@ -175,8 +192,8 @@ def make_examples() -> ExampleSet:
         (0, [ids(5)], [ids(10)]),
         (1, [ids(6)], [ids(6), ids(2), ids(13)]),
     ):
-        prompt = ids(n_prompt) if n_prompt else prompt
+        prompt = (*header, *ids(n_prompt)) if n_prompt else prompt
         examples.forget.append(ForgetExample(answers(prompt, wanted), answers(prompt, unwanted)))
     for n, start in ((17, 5), (4, 1), (24, 10)):
-        examples.retain.append(Segment((2, *ids(n), 2), 1, start))
+        examples.retain.append(Segment((2, *header, *ids(n), 2), 1, start + len(header)))
     return examples

@@ -110,7 +110,11 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
         dropout=case["dropout"],
     )
     policy = Reader(build_engine(PackedLM(lm, packed=layout.packed), config, None), layout, 0, world)
-    terms, examples, tables = Terms.of(objective_of(case)), make_examples(), Tables(cache, {"case": str(case)})
+    terms, examples, tables = (
+        Terms.of(objective_of(case)),
+        make_examples(case["headed"]),
+        Tables(cache, {"case": str(case)}),
+    )
     from_tables = terms.needs_start_distribution and case["reference"] in ("states", "topk")
     starting = policy
     if terms.keeps_answers or from_tables:

@@ -45,8 +45,8 @@ def expected(folder: Path, key: str) -> tuple[dict[str, float], dict[str, torch.
         AutoModelForCausalLM.from_pretrained(folder / part, dtype=torch.float64, attn_implementation="eager").eval()
         for part in ("start", "reference")
     )
-    examples = make_examples()
     settings = {**json.loads(key), "weights": WEIGHTS}
+    examples = make_examples(settings["headed"])
     parts = reference.objective(lm, start, examples.forget, examples.retain, settings)
     parts["total"].backward()
     gradients = {name: p.grad for name, p in lm.named_parameters()}

@@ -46,7 +46,8 @@ class Batch:
             first, then unwanted, retain and dead ones.
         label_ids: [P] the token to predict.
         label_counts: how many labels each :class:`Role` has.
-        prompts: spans (into T) of the wanted segments' prompts, BOS left out: the anchors.
+        prompts: spans (into T) of the wanted segments' prompts, BOS left out: the anchors. Those whose beginning alone
+            is shared are in two places and left out.
         wanted, unwanted: spans of the answers, EOS included.
         wanted_labels, unwanted_labels: spans (into P) of the answers' labels, if they are predicted.
         unwanted_items, retain_items: the index of every unwanted and retain segment that is predicted, in the order of
@@ -130,7 +131,8 @@ class _Columns:
         segment, start = item.segment, item.segment.answer_start
         whole = (answer + start, answer + len(segment), item.index)
         if item.role is Role.WANTED:
-            self.spans["prompts"].append((prompt + segment.prompt_start, prompt + start, item.index))
+            if item.shared in (0, start):
+                self.spans["prompts"].append((prompt + segment.prompt_start, prompt + start, item.index))
             self.spans["wanted"].append(whole)
         elif item.role is Role.UNWANTED:
             self.spans["unwanted"].append(whole)

@@ -24,6 +24,9 @@ from wpn_ds.objectives.terms import Role
 #: seed's order of the forget examples; a run that began with it goes on with it.
 ORDER_FORMAT = 2
 
+#: Tokens of a header that is worth sharing (ours): a text that shares one needs a mask in its attention.
+SHORTEST_HEADER = 8
+
 
 def retain_seed(seed: int, order_format: int) -> int:
     """The seed for the order of the retain examples of a run with ``seed``."""
@@ -98,6 +101,8 @@ class Layout:
         world_size: number of ranks.
         flat: a micro-batch is one row, of any length, without padding; the attention takes it segment by segment.
         share_prefix: the answers to one prompt follow it in the same row, and the prompt is computed once (flat only).
+        share_header: where it saves more, what all prompts begin with (a chat template's system turn) is computed once
+            a micro-batch instead. A prompt is then in two places, so nothing may pool it.
     """
 
     row_length: int
@@ -106,6 +111,7 @@ class Layout:
     world_size: int
     flat: bool = False
     share_prefix: bool = False
+    share_header: bool = False
 
     def micro_batches(self, items: Sequence[Item]) -> list[list[MicroBatch]]:
         """``[rank][k]``: the micro-batches of every rank, the same number for each.
@@ -122,9 +128,23 @@ class Layout:
     def _even(self, items: Sequence[Item]) -> list[list[MicroBatch]]:
         """One row a micro-batch, all of about the same load, so that no rank waits for another."""
         units = self._share(items) if self.share_prefix else [(item,) for item in items]
-        bins = spread([row_tokens(unit) for unit in units], self.tokens_per_micro_batch, self.world_size)
-        rows: list[Row] = [tuple(item for k in sorted(bin_) for item in units[k]) or dead_row() for bin_ in bins]
+        rows = self._spread(units)
+        header = _common_beginning(items) if self.share_header else 0
+        if header >= SHORTEST_HEADER:
+            headed = [tuple(replace(item, shared=header) for item in unit) for unit in units]
+            room = self.tokens_per_micro_batch - header
+            if all(len(unit) == 1 or row_tokens(unit) <= room for unit in headed):
+                rows = min(rows, self._spread(headed, header), key=lambda rows: sum(map(row_tokens, rows)))
         return [[(row,) for row in rows[rank :: self.world_size]] for rank in range(self.world_size)]
+
+    def _spread(self, units: Sequence[Row], header: int = 0) -> list[Row]:
+        """The units in rows of about the same load, each row with its ``header``, which its first item holds."""
+        room = max(1, self.tokens_per_micro_batch - header)
+        rows = []
+        for bin_ in spread([row_tokens(unit) for unit in units], room, self.world_size):
+            first, *others = [item for k in sorted(bin_) for item in units[k]] or dead_row()
+            rows.append((replace(first, shared=0), *others))
+        return rows
 
     def _split_evenly(self, items: Sequence[Item]) -> list[list[MicroBatch]]:
         """Rows in padded micro-batches.
@@ -170,6 +190,13 @@ class Layout:
                 current = []
             current.append(row)
         return [*groups, tuple(current)] if current else groups
+
+
+def _common_beginning(items: Sequence[Item]) -> int:
+    """How many tokens all prompts begin with."""
+    prompts = [item.segment.ids[: item.segment.answer_start] for item in items]
+    pairs = zip(min(prompts), max(prompts), strict=False) if prompts else ()  # all others lie between these two
+    return next((n for n, (a, b) in enumerate(pairs) if a != b), min(map(len, prompts), default=0))
 
 
 def dead_row() -> Row:

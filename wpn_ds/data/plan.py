@@ -42,8 +42,8 @@ class Item:
 
     Attributes:
         index: its place among the plan's items of the same role; of a retain segment, its number in the data.
-        shared: how many of its first tokens are not computed again: they are those of the last item before it in the
-            row that shares nothing.
+        shared: how many of its first tokens, its prompt or the beginning of it, are not computed again: they are those
+            of the last item before it in the row that shares nothing.
     """
 
     segment: Segment

@@ -86,7 +86,7 @@ class Policy:
                 return
         if refused is not None and job.config.model.attention != "auto":
             raise refused
-        self.layout = replace(job.layout, flat=False, share_prefix=False)
+        self.layout = replace(job.layout, flat=False, share_prefix=False, share_header=False)
         if refused is not None:
             self.attention = lm.config._attn_implementation = default_attention(lm.config)
             announce(job.world, f"packed attention is off, rows get a dense mask: {refused}")

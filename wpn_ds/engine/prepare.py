@@ -153,7 +153,7 @@ def prepare(given: Config) -> Job:
         tokenizer=tokenizer,
         total_steps=total_steps,
         terms=terms,
-        layout=_layout(config, lm_config, encoding.row_length, world),
+        layout=_layout(config, lm_config, terms, encoding.row_length, world),
         examples=texts.examples,
         held_out=texts.held_out,
         probe=texts.probe,
@@ -301,7 +301,7 @@ def _starting_model(config: Config, model_path: str, world: World) -> tuple[Sour
     return source, lm_config
 
 
-def _layout(config: Config, lm_config: Any, row_length: int, world: World) -> Layout:
+def _layout(config: Config, lm_config: Any, terms: Terms, row_length: int, world: World) -> Layout:
     """Flat if the attention is ours, which takes texts one by one.
 
     Raises:
@@ -321,6 +321,7 @@ def _layout(config: Config, lm_config: Any, row_length: int, world: World) -> La
         world.size,
         flat=flat,
         share_prefix=flat and config.data.share_prefix,
+        share_header=flat and config.data.share_prefix and not terms.pools,
     )
 
 

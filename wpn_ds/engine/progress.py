@@ -38,7 +38,9 @@ def describe(job: Job, policy: Policy, first: StepPlan, peak_flops: float, telem
         "model": f"{job.source.name_or_path}, {parameters:,} parameters, {lm.dtype}",
         "ranks": f"{job.world.size} on {job.world.device.type}, ZeRO stage {job.zero_stage}, "
         f"peak {peak_flops / 1e12:.3g} TFLOP/s each",
-        "attention": policy.attention.removeprefix("wpn_") + ", prompts shared" * layout.share_prefix,
+        "attention": policy.attention.removeprefix("wpn_")
+        + ", prompts shared" * layout.share_prefix
+        + " or their header" * layout.share_header,
         "prompts": f"the first as the model reads it: {_shortened(repr(job.first_prompt))}",
         "data": f"{len(job.examples.forget)} forget, {len(job.examples.retain)} retain; "
         f"cut: {cut.prompts} prompts, {cut.answers} answers",

@@ -270,6 +270,11 @@ class Terms:
         return frozenset(role for term in self.answers if term.score is not None for role in term.roles)
 
     @cached_property
+    def pools(self) -> bool:
+        """Whether the states of prompts and answers are pooled."""
+        return any(term.vectors is not None for term in self.answers)
+
+    @cached_property
     def predicted(self) -> frozenset[Role]:
         """The roles whose tokens go through the head."""
         return frozenset(term.role for term in self.tokens) | self.scored

@@ -115,7 +115,8 @@ class DataConfig:
     """Put several texts into one row; turn it off for models that fail the packing self-check."""
 
     share_prefix: bool = True
-    """Compute a prompt once for all its answers in a micro-batch (with packing; not with --attention sdpa or eager)."""
+    """Compute a prompt once for all its answers in a micro-batch, or what all prompts begin with if that saves more
+    (with packing; not with --attention sdpa or eager)."""
 
     def __post_init__(self) -> None:
         require(self, "max_length", self.max_length >= 4, "at least 4")  # BOS, prompt, answer, with the prompt in half
