@@ -61,6 +61,7 @@ GROUPS = (IN_DISTRIBUTION, OUT_OF_DISTRIBUTION, ATTACKS, OPEN, OVER_REFUSAL, SAM
 _TITLES = {
     "train": "training prompts",
     "heldout": "held-out prompts",
+    "new_categories": "new-category prompts",
     "attack": "attack prompts",
     "advbench": "AdvBench",
     "harmbench": "HarmBench",
