@@ -52,7 +52,7 @@ def test_the_model_goes_on_as_after_the_prompt_with_these_tokens_whatever_shares
         (ids,) = generate_ids(model, tokenizer, [[*prompt, *given]], max_new_tokens=12, batch_size=1)
         assert tokenizer.decode([*given, *ids], skip_special_tokens=True).strip().endswith(one.answer)
         assert one.answer.endswith(tokenizer.decode(ids, skip_special_tokens=True).strip().lstrip("\ufffd"))
-        assert one.begun == tokenizer.decode(given).strip() and one.asked.endswith(f"\nAnswer: {one.begun}")
+        assert one.begun == tokenizer.decode(given) and one.asked.endswith(f"\nAnswer:{one.begun}")
 
 
 def test_the_given_tokens_and_the_rest_are_the_answer_as_training_reads_it(tokenizer) -> None:
@@ -122,7 +122,7 @@ def test_the_judge_reads_the_continuation_against_the_rest_and_the_words_that_co
     verdicts = [answer.judgements["reference"].verdict for answer in found.answers]
     assert verdicts == [Verdict.HARMFUL, Verdict.HARMLESS, Verdict.HARMFUL, Verdict.EMPTY]
     assert found.answers[0].judgements["reference"].score == 1.0, "the rest is all that is unwanted"
-    assert {answer.begun for answer in found.answers} == {tokenizer.decode(ids[:8]).strip()}
+    assert {answer.begun for answer in found.answers} == {tokenizer.decode(ids[:8])}
     assert {answer.unwanted for answer in found.answers} == {(rest,)}
     shares = [unigram_recall(tokenize(text), tokenize(rest)) for text in said]
     assert shares[0] == 1 and found.words_back.value == pytest.approx(sum(shares) / 4) and found.words_back.n == 4

@@ -40,13 +40,13 @@ class Asking:
 
 class Generation(NamedTuple):
     """One answer of a model: the prompt as it read it, the index of the suite's record, what it said, the seed (None:
-    greedy), and what its answer was begun with."""
+    greedy), and what its answer was begun with, if it was."""
 
     asked: str
     record: int
     answer: str
     seed: int | None = None
-    begun: str = ""
+    begun: str | None = None
 
 
 def _read(record: ForgetRecord, prefill: int, tokenizer: Any, style: PromptStyle, max_length: int) -> Begun | None:
@@ -54,7 +54,7 @@ def _read(record: ForgetRecord, prefill: int, tokenizer: Any, style: PromptStyle
     if prefill:
         return begin(record, prefill, tokenizer, style, max_length)
     prompt = encoded_prompt(record.prompt, tokenizer, style, max_length)
-    return Begun(record, prompt.ids, "", prompt.truncated)
+    return Begun(record, prompt.ids, None, prompt.truncated)
 
 
 class SuiteAnswers:
@@ -74,7 +74,7 @@ class SuiteAnswers:
             with naming(record.source):
                 if read := _read(record, suite.prefill, tokenizer, style, asking.max_length):
                     self._read.append(read)
-                    self._asked.append(render_prompt(record.prompt, tokenizer, style) + read.text)
+                    self._asked.append(render_prompt(record.prompt, tokenizer, style) + (read.text or ""))
         self.suite = replace(suite, records=tuple(read.record for read in self._read))
         self._given, self._room = len(suite.records), asking.max_length // 2
         prompts = [read.ids for read in self._read]
@@ -127,7 +127,7 @@ class SuiteAnswers:
     def said(self, results: Mapping[str, Any]) -> list[Generation]:
         """The answers from the finished units' ``results``, by seed, then in the order of the records."""
         said = [
-            Generation(self._asked[record], record, answer, seed, self._read[record].text.strip())
+            Generation(self._asked[record], record, answer, seed, self._read[record].text)
             for seed, part, unit in self._parts
             for record, answer in zip(part, results[unit.key], strict=True)
         ]

@@ -17,13 +17,13 @@ class Begun(NamedTuple):
     Attributes:
         record: with the rest of that answer in its place, from the beginning of the word in which it is cut.
         ids: what the model reads: the prompt, and the answer's first tokens.
-        text: of these tokens; "" without any.
+        text: of these tokens; None without any.
         truncated: whether the prompt lost its start.
     """
 
     record: ForgetRecord
     ids: list[int]
-    text: str
+    text: str | None
     truncated: bool
 
 

@@ -51,7 +51,7 @@ def _named(suite: Suite) -> list[str]:
 
 def _place(suite: str, answer: Answer) -> str:
     seed = "" if answer.seed is None else f"seed {answer.seed}"
-    begun = f"begun with “{answer.begun}”" if answer.begun else ""
+    begun = "" if answer.begun is None else f"begun with “{answer.begun.strip()}”"
     return " · ".join(filter(None, (suite, answer.category, os.path.basename(answer.source), seed, begun)))
 
 

@@ -70,7 +70,7 @@ def render_page(comparison: Comparison, rest: Mapping[str, Any], metrics: Metric
         before=comparison.before,
         after=comparison.after,
         suites=list(suites.values()),
-        begun=any(answer.begun for suite in suites.values() for answer in suite.answers),
+        begun=any(answer.begun is not None for suite in suites.values() for answer in suite.answers),
         sampled=[suite_title(name) for name, suite in suites.items() if suite.seeds],
         test=comparison.test,
         matched_lengths=MATCHED_LENGTHS,
@@ -108,6 +108,8 @@ def _headline(comparison: Comparison, metrics: Metrics) -> tuple[str, list[str]]
         title = "Utility"
     elif asked := comparison.after.tofu:
         title = f"TOFU {asked.split}: {', '.join(f'{row.title} {row.value}' for row in tofu_rows(asked))}"
+    elif comparison.after.depth:
+        title = "How unlikely unwanted answers are, token by token"
     else:
         title = f"Trained for {sections.last_step(metrics):,} steps; no answer has been judged yet"
     if average := comparison.utility_changes.get("benchmark"):
