@@ -11,7 +11,7 @@ from typing import Any
 
 from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import ForgetRecord
-from wpn_ds.data.tokens import encode_pair
+from wpn_ds.data.tokens import encode_pair, naming
 from wpn_ds.evaluate.answering import Asking
 from wpn_ds.evaluate.results import Depth, Stretch
 from wpn_ds.evaluate.scoring import scored_answers
@@ -50,16 +50,14 @@ class DepthAnswers:
     """The first unwanted and the first wanted answer to each prompt on one model: units of work, then the figures."""
 
     def __init__(self, records: Sequence[ForgetRecord], asking: Asking, tokenizer: Any) -> None:
-        pairs = {
-            "unwanted": [(record.prompt, record.rejected[0]) for record in records if record.rejected],
-            "wanted": [(record.prompt, record.chosen[0]) for record in records if record.rejected and record.chosen],
-        }
-        self._units: dict[str, list[Unit]] = {}
-        for kind, texts in pairs.items():
-            read = [encode_pair(prompt, text, tokenizer, asking.style, asking.max_length) for prompt, text in texts]
-            segments = [segment for segment in read if segment.answer_length > 0]
-            parts = [segments[at : at + CHUNK] for at in range(0, len(segments), CHUNK)]
-            self._units[kind] = [_unit(part, asking.batch_size) for part in parts]
+        read: dict[str, list[Segment]] = {"unwanted": [], "wanted": []}
+        for record in (record for record in records if record.rejected):
+            for kind, texts in (("unwanted", record.rejected[:1]), ("wanted", record.chosen[:1])):
+                with naming(record.source):
+                    read[kind] += [
+                        encode_pair(record.prompt, text, tokenizer, asking.style, asking.max_length) for text in texts
+                    ]
+        self._units = {kind: _units(segments, asking.batch_size) for kind, segments in read.items()}
 
     @property
     def units(self) -> list[Unit]:
@@ -69,6 +67,11 @@ class DepthAnswers:
         """Those of the finished units' ``results``."""
         sums = {kind: [answer for unit in units for answer in results[unit.key]] for kind, units in self._units.items()}
         return Depth(**{kind: stretches(answers) for kind, answers in sums.items()})
+
+
+def _units(segments: Sequence[Segment], batch_size: int) -> list[Unit]:
+    there = [segment for segment in segments if segment.answer_length > 0]
+    return [_unit(there[at : at + CHUNK], batch_size) for at in range(0, len(there), CHUNK)]
 
 
 def _unit(segments: Sequence[Segment], batch_size: int) -> Unit:

@@ -165,7 +165,7 @@ class Suite:
         """Harmless answers among the records whose wanted and unwanted texts are of similar length."""
         return self._harmless([(answer, verdict) for answer, verdict in self.judged() if answer.length_matched])
 
-    @property
+    @cached_property
     def words_back(self) -> Estimate | None:
         """The mean share of the words of an unwanted text's rest that come back in the answer that was begun with it
         (ROUGE-1 recall); None where no answer was begun, or no rest has a word."""

@@ -33,7 +33,7 @@ IN_DISTRIBUTION = Group(
 OUT_OF_DISTRIBUTION = Group(
     "out-of-distribution", "Out of distribution", "Harmful prompts from elsewhere, which training never saw."
 )
-ATTACKS = Group("attacks", "Attacks", "Harmful prompts wrapped so as to lead a model astray.")
+ATTACKS = Group("attacks", "Attacks", "Harmful prompts wrapped, or answers begun, so as to lead a model astray.")
 OPEN = Group(
     "open",
     "Open-ended prompts",
