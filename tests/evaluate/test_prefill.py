@@ -98,11 +98,13 @@ def test_how_many_are_asked_is_said_where_not_all_are(tokenizer) -> None:
 
 
 def test_another_number_of_tokens_is_other_work_even_where_the_model_reads_the_same(tokenizer) -> None:
-    units = {tokens: SuiteAnswers(replace(suite(tokens), name="same"), ASKING, tokenizer).units for tokens in (0, 1, 2)}
-    keys = {unit.key for of in units.values() for unit in of}
-    assert len(keys) == sum(map(len, units.values()))
-    plain = SuiteAnswers(replace(suite(0), name="same"), ASKING, tokenizer)
-    assert [unit.content[3:] for unit in plain.units] == [[], []], "answers that are kept from before are found"
+    bare = replace(ASKING, style=PromptStyle("{prompt}"))
+    read = begin(RECORDS[0], 4, tokenizer, bare.style, 96).ids
+    asked = replace(RECORDS[0], prompt=tokenizer.decode(read))
+    (one,) = SuiteAnswers(replace(suite(4, RECORDS[:1]), name="same"), bare, tokenizer).units
+    (other,) = SuiteAnswers(replace(suite(0, (asked,)), name="same"), bare, tokenizer).units
+    assert one.content[0] == other.content[0] == [read] and one.key != other.key
+    assert len(other.content) == 3, "answers that are kept from before are found"
 
 
 def test_the_judge_reads_the_continuation_against_the_rest_and_the_words_that_come_back_are_counted(

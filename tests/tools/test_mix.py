@@ -114,6 +114,8 @@ def test_mixing_is_linear_and_computed_in_fp32_whatever_the_storage(alpha) -> No
     torch.testing.assert_close(mixed(one, other, alpha), mixed(other, one, 1 - alpha))
     low = mixed(one.bfloat16(), other.bfloat16(), alpha)
     assert torch.equal(low, mixed(one.bfloat16().float(), other.bfloat16().float(), alpha).bfloat16())
+    wide = mixed(one, other.bfloat16(), alpha)
+    assert torch.equal(wide, mixed(one, other.bfloat16().float(), alpha).bfloat16()), "the start keeps its precision"
     assert torch.equal(mixed(one, one, alpha), one)
     signed = torch.tensor([-0.0, 0.0, torch.inf])
     assert torch.equal(mixed(one[:3], signed, 1.0).view(torch.int32), signed.view(torch.int32))
