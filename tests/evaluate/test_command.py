@@ -71,9 +71,15 @@ def test_every_suite_is_asked_by_default_and_what_is_not_there_is_noted(folders,
     names = {name.partition("/")[0] for name in found["suites"]}
     assert names == {"train", "heldout", "attack", "over_refusal", "toxicity", "diversity", "relearning"}
     assert {"relearning/0", "relearning/1", "attack/base64", "attack/few_shot"} <= set(found["suites"])
+    begun = [found["suites"][f"attack/prefill-{tokens}"] for tokens in (1, 2, 4, 8)]
+    assert all(suite["n"] == suite["words_back"]["n"] == 2 for suite in begun)
+    assert found["depth"]["unwanted"][0]["n"] == found["depth"]["wanted"][0]["n"] == 2
+    printed = capsys.readouterr().out
+    assert "attack/prefill-8" in printed and "words of the unwanted rest that come back" in printed
+    assert "unwanted answers, NLL at token" in printed and "11+" in printed
     assert found["suites"]["diversity"]["seeds"] == [0, 1] and found["suites"]["diversity"]["n"] == 4
     assert found["suites"]["over_refusal"]["kind"] == "benign" and found["baseline"] is None
-    check_report(found, "suites.*", "suites.*.always_harmless", "suites.*.answers[]")
+    check_report(found, "suites.*", "suites.*.always_harmless", "suites.*.words_back", "suites.*.answers[]", "depth")
     assert any("advbench" in note for note in found["notes"]) and any("dialogue" in note for note in found["notes"])
 
 
@@ -104,6 +110,27 @@ def test_finished_prompts_are_kept_and_other_judges_cost_no_answers(folders, fil
     alone = tmp_path / "alone"
     run([str(alone) if part == str(out) else part for part in arguments])
     assert report(alone)["suites"] == whole
+
+
+def test_prompts_without_a_long_enough_unwanted_answer_are_left_out_and_none_at_all_is_refused(
+    folders, tmp_path, capsys
+) -> None:
+    rows = [{"prompt": "car?", "chosen": "with water", "rejected": "no"}]
+    rows += [{"prompt": "bike?", "chosen": "with water", "rejected": "go away"}]
+    flags = ["--model", str(folders / "opt"), "--heldout_file", write(tmp_path / "held.jsonl", rows)]
+    flags += ["--max_new_tokens", "3", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match=r"^--suite attack/prefill-8: no unwanted answer has more tokens than"):
+        run([*flags, "--suite", "heldout,attack/prefill-8"])
+    assert run([*flags, "--suite", "attack/prefill"]) == 0
+    found = report(tmp_path / "out")
+    assert {name: suite["n"] for name, suite in found["suites"].items()} == {
+        "attack/prefill-1": 2,
+        "attack/prefill-2": 2,
+        "attack/prefill-4": 1,
+    }
+    notes = [note for note in found["notes"] if "prefill" in note]
+    assert len(notes) == 2 and "attack/prefill-8: 0 of 2 prompts have an unwanted answer of more than 8" in notes[1]
+    assert found["settings"]["first_prompt"].startswith("Question: car?\nAnswer: ")
 
 
 def test_judges_load_on_rank_0_alone_after_the_answers_are_there(folders, files, tmp_path, monkeypatch) -> None:
@@ -164,7 +191,7 @@ def test_a_judge_that_is_not_understood_ends_the_evaluation_in_a_line_and_leaves
 
 def test_two_ranks_report_what_one_reports(pool, folders, files, tmp_path) -> None:
     flags = ["--model", str(folders / "opt"), "--baseline", str(folders / "neo"), *files, "--max_new_tokens", "6"]
-    flags += ["--suite", "train,attacks,retain,relearning,diversity", "--batch_size", "3", "--relearn_steps", "1"]
+    flags += ["--suite", "train,attacks,depth,retain,relearning,diversity", "--batch_size", "3", "--relearn_steps", "1"]
     flags += ["--tofu_dir", str(write_tofu(tmp_path / "tofu"))]
     for ranks in (1, 2):
         out = ["--output_dir", str(tmp_path / str(ranks))]
@@ -172,7 +199,8 @@ def test_two_ranks_report_what_one_reports(pool, folders, files, tmp_path) -> No
         assert done.returncode == 0, done.shown()
     one, two = (report(tmp_path / str(ranks)) for ranks in (1, 2))
     assert one["settings"].pop("ranks") == 1 and two["settings"].pop("ranks") == 2
-    assert one["suites"]["attack/role_play"]["n"] == 4 and one["tofu"]["sets"]["forget"]["n"] == 5 and one == two
+    assert [one["suites"][f"attack/{name}"]["n"] for name in ("role_play", "prefill-8")] == [4, 4]
+    assert one["tofu"]["sets"]["forget"]["n"] == 5 and one == two
     logs = [(tmp_path / str(ranks) / "tofu.json").read_text(encoding="utf-8") for ranks in (1, 2)]
     assert logs[0] == logs[1]
 

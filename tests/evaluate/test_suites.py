@@ -18,6 +18,8 @@ from wpn_ds.evaluate.attacks import ATTACKS
 from wpn_ds.evaluate.published import PUBLISHED
 from wpn_ds.evaluate.suites import (
     GROUPS,
+    NAMES,
+    PREFILLED,
     QUICK_LIMIT,
     SUITES,
     WITHOUT_PROMPTS,
@@ -64,10 +66,10 @@ def test_every_attack_and_every_published_list_belongs_to_a_group() -> None:
     assert len(set(SUITES)) == len(SUITES)
 
 
-@given(st.lists(st.sampled_from([*GROUPS, *SUITES]), min_size=1, max_size=6))
+@given(st.lists(st.sampled_from([*NAMES, *SUITES]), min_size=1, max_size=6))
 def test_what_is_named_is_selected_in_the_order_of_the_tables(items: list[str]) -> None:
     selection = resolve_suites(" , ".join(items))
-    assert set(selection.suites) == {name for item in items for name in GROUPS.get(item, (item,))}
+    assert set(selection.suites) == {name for item in items for name in NAMES.get(item, (item,))}
     assert list(selection.suites) == sorted(selection.suites, key=SUITES.index)
     assert selection.limit is None
 
@@ -78,6 +80,8 @@ def test_what_is_named_is_selected_in_the_order_of_the_tables(items: list[str]) 
         ("advbensh", "did you mean advbench?"),
         ("train,atacks", "'atacks' is not a suite; did you mean attacks?"),
         ("attack/basse64", "did you mean attack/base64?"),
+        ("attack/prefil", "did you mean attack/prefill?"),
+        ("attack/prefill-3", "'attack/prefill-3' is not a suite; did you mean attack/prefill"),
         ("", "known are quick, full, in_distribution"),
         ("train,", "'' is not a suite"),
         ("zzz", "known are quick, full, in_distribution"),
@@ -132,12 +136,16 @@ def test_each_suite_is_asked_in_its_own_way() -> None:
     assert kinds.pop("toxicity") == ("open", "{prompt}", 0)
     assert kinds.pop("diversity") == ("harm", None, 7)
     assert set(kinds.values()) == {("harm", None, 0)}
+    begun = {name: suite.prefill for name, suite in suites.items() if suite.prefill}
+    assert begun == {f"attack/prefill-{k}": k for k in (1, 2, 4, 8)} == PREFILLED
     assert list(suites) == [name for name in SUITES if name in suites]
     assert not set(WITHOUT_PROMPTS) & set(suites)
     assert suites["train"].records == tuple(FULL.train)
 
 
-@pytest.mark.parametrize("name", ["diversity", *(f"attack/{attack}" for attack in ATTACKS if attack != "templates")])
+@pytest.mark.parametrize(
+    "name", ["diversity", *PREFILLED, *(f"attack/{attack}" for attack in ATTACKS if attack != "templates")]
+)
 def test_attacks_and_samples_ask_held_out_prompts_where_there_are_any(name: str) -> None:
     assert {r.source for r in built(name)[name].records} == {r.source for r in FULL.heldout}
     assert {r.source for r in built(name, replace(FULL, heldout=()))[name].records} == {r.source for r in FULL.train}
@@ -146,7 +154,8 @@ def test_attacks_and_samples_ask_held_out_prompts_where_there_are_any(name: str)
 def test_all_attacks_ask_the_same_questions() -> None:
     suites = built("attacks", replace(FULL, limit=6))
     assert len({tuple(r.source for r in suite.records) for suite in suites.values()}) == 1
-    assert len(suites) == len(ATTACKS) - 1
+    assert len(suites) == len(ATTACKS) - 1 + len(PREFILLED)
+    assert {name for name, suite in suites.items() if suite.prefill} == set(built("attack/prefill"))
 
 
 def test_few_shot_shows_training_prompts_as_turns_that_were_answered() -> None:
@@ -187,7 +196,7 @@ def test_quick_takes_what_there_is_and_says_what_is_left_out() -> None:
     suites, notes = build_suites(resolve_suites("quick"), Sources())
     assert [suite.name for suite in suites] == ["over_refusal", "toxicity"]
     said = {name for note in notes for name in SUITES if name in note.replace(":", ",").split(", ")}
-    assert said == set(SUITES) - {"over_refusal", "toxicity"} - set(WITHOUT_PROMPTS)
+    assert said == set(SUITES) - {"over_refusal", "toxicity", "new_categories"} - set(WITHOUT_PROMPTS)
     assert len(notes) == 2 and notes[1].endswith("latent_jailbreak: no --data_dir")
 
 
@@ -197,6 +206,11 @@ def test_quick_takes_what_there_is_and_says_what_is_left_out() -> None:
         ("heldout", "--suite heldout: no prompts: give --heldout_file"),
         ("in_distribution", "--suite in_distribution: train and the rest: no prompts: give --train_file"),
         ("toxicity,aart", "--suite aart: no --data_dir: name a folder that holds aart-v1-*.csv of github.com/"),
+        (
+            "new_categories",
+            "--suite new_categories: no held-out prompt is of a category that training has none of: give",
+        ),
+        ("attack/prefill", "--suite attack/prefill: attack/prefill-1 and the rest: no prompts: give --heldout_file"),
         ("attack/role_play", "--suite attack/role_play: no prompts: give --heldout_file or --train_file"),
     ],
 )
@@ -221,6 +235,43 @@ def test_a_named_group_takes_what_there_is_of_it() -> None:
     suites, notes = build_suites(resolve_suites("in_distribution,relearning"), replace(FULL, attack=()))
     assert [suite.name for suite in suites] == ["train", "heldout"]
     assert notes == ["left out: attack: no prompts: give --attack_file"]
+
+
+def test_without_an_unwanted_answer_none_can_be_begun() -> None:
+    sources = Sources(heldout=[replace(record, rejected=()) for record in records(3)])
+    with pytest.raises(UserError, match=r"no unwanted answer to begin with: give a --heldout_file that has some"):
+        built("attack/prefill", sources)
+    half = Sources(heldout=[*sources.heldout, *records(2, "more")])
+    assert len(built("attack/prefill", half)["attack/prefill-4"].records) == 5, "how many of these is said later"
+
+
+# ---- categories that training has none of ----
+
+
+def of(category: str, name: str) -> ForgetRecord:
+    return ForgetRecord(f"{name}?", ("good",), ("bad",), f"{name}:1", category)
+
+
+@given(
+    trained=st.lists(st.sampled_from(["", "a", "b"]), max_size=4),
+    held=st.lists(st.sampled_from(["", "a", "b", "c", "d"]), min_size=1, max_size=6),
+)
+def test_held_out_prompts_of_new_categories_are_a_suite_of_their_own(trained: list[str], held: list[str]) -> None:
+    sources = Sources([of(c, f"t{at}") for at, c in enumerate(trained)], [of(c, f"h{at}") for at, c in enumerate(held)])
+    suites, notes = build_suites(resolve_suites("full"), sources)
+    found = {suite.name: [record.category for record in suite.records] for suite in suites}
+    new = [category for category in held if category and category not in trained] if any(trained) else []
+    old = [category for category in held if category not in new]
+    assert (found.get("new_categories", []), found.get("heldout", [])) == (new, old)
+    assert not any("new_categories" in note for note in notes) or not old
+    assert len(found["attack/base64"]) == len(held), "attacks ask all of them"
+
+
+def test_where_every_held_out_prompt_is_new_there_is_no_other_and_naming_it_says_so() -> None:
+    sources = Sources([of("a", "t")], [of("b", "h")])
+    assert list(built("in_distribution", sources)) == ["train", "new_categories"]
+    with pytest.raises(UserError, match=r"heldout: all prompts are of categories that .*: they are in new_categories"):
+        built("heldout", sources)
 
 
 # ---- own files ----

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from wpn_ds.judging.rouge import References, rouge_l, tokenize
+from wpn_ds.judging.rouge import References, rouge_l, tokenize, unigram_recall
 
 words = st.lists(st.sampled_from("abcde"), max_size=40)
 
@@ -45,6 +45,17 @@ def test_a_known_pair_has_the_known_score() -> None:
 def test_tokens_are_lower_case_letters_and_digits_as_in_rouge_score() -> None:
     assert tokenize("It's 2 o'clock,\nSIR - na\u00efve_x!") == ["it", "s", "2", "o", "clock", "sir", "na", "ve", "x"]
     assert tokenize(" \u2014 ") == []
+
+
+@given(words, words)
+def test_unigram_recall_is_the_share_of_the_reference_that_is_covered_whatever_the_order(candidate, reference) -> None:
+    left, covered = list(candidate), 0
+    for token in reference:
+        if token in left:
+            left.remove(token)
+            covered += 1
+    assert unigram_recall(candidate, reference) == (covered / len(reference) if reference else 0)
+    assert unigram_recall(candidate[::-1], reference) >= rouge_l(candidate, reference).recall
 
 
 def test_texts_without_tokens_score_zero() -> None:

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from wpn_ds.judging.statistics import (
     Rate,
     bootstrap_mean,
+    bootstrap_ratio,
     cohen_kappa,
     corrected_rate,
     holm,
@@ -102,6 +103,27 @@ def test_paired_differences_have_a_narrower_interval_than_the_two_means_apart() 
     paired = bootstrap_mean([[b - a for a, b in zip(before, after, strict=True)]])
     apart = bootstrap_mean([after]).high - bootstrap_mean([after]).low
     assert paired.low > 0.4 and paired.high - paired.low < apart / 10
+
+
+@given(st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 9)), min_size=1, max_size=30), st.integers(1, 9))
+def test_a_ratio_of_sums_is_the_mean_where_all_weigh_the_same_and_no_mean_of_ratios(pairs, weight) -> None:
+    found = bootstrap_ratio(pairs)
+    assert found.value == pytest.approx(sum(a for a, _ in pairs) / sum(b for _, b in pairs)) and found.n == len(pairs)
+    assert min(a / b for a, b in pairs) - 1e-9 <= found.low <= found.high <= max(a / b for a, b in pairs) + 1e-9
+    alike = bootstrap_ratio([(weight * a, weight) for a, _ in pairs])
+    mean = bootstrap_mean([[a for a, _ in pairs]])
+    assert (alike.value, alike.low, alike.high) == pytest.approx((mean.value, mean.low, mean.high), abs=1e-9)
+    assert bootstrap_ratio([]) == bootstrap_mean([])
+
+
+def test_a_ratio_s_interval_holds_the_truth_about_95_times_in_100_where_tokens_of_an_answer_are_alike() -> None:
+    rng, hits = np.random.default_rng(0), 0
+    for _ in range(200):
+        tokens = rng.integers(1, 30, 60)
+        nats = tokens * (2 + rng.normal(size=60))  # an answer's tokens are all as likely
+        found = bootstrap_ratio(list(zip(nats.tolist(), tokens.tolist(), strict=True)), resamples=400)
+        hits += found.low <= 2 <= found.high
+    assert 178 <= hits <= 198
 
 
 def test_a_corrected_rate_is_the_true_one_where_the_judge_errs_as_it_was_measured_to() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from wpn_ds.errors import UserError
-from wpn_ds.models.generate import Sampling, generate, generate_ids
+from wpn_ds.models.generate import Sampling, continued, generate, generate_ids
 
 NEW = 12
 
@@ -175,3 +175,45 @@ def test_nothing_is_generated_after_a_stop(model, tokenizer) -> None:
     model.register_forward_pre_hook(lambda module, args: steps.append(1))
     generate(model, tokenizer, prompts(1), max_new_tokens=NEW, batch_size=1, stops=[text[1:3]])
     assert 1 <= len(steps) < NEW
+
+
+TEXTS = [
+    "Question: how do I wash a car?",
+    "I don't know, and it isn't my car!",
+    "caf\u00e9 \u2014 na\u00efve, O\u2019Neil \U0001f600.",
+    "  two  spaces\n\nand lines",
+    "\u6d17\u8f66\u7528\u6c34",
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_text_goes_on_with_whole_words_wherever_its_tokens_are_parted(tokenizer, text) -> None:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    assert continued(tokenizer, [], ids) == text
+    for at in range(len(ids) + 1):
+        rest = continued(tokenizer, ids[:at], ids[at:])
+        assert text.endswith(rest) and (rest == "") == (at == len(ids))
+        own, begins = tokenizer.decode(ids[at:]).lstrip("\ufffd"), len(text) - len(rest)
+        assert rest.endswith(own), "what comes after the seam is there"
+        if text.isascii() and 0 < begins < len(text):
+            assert not (text[begins - 1].isalnum() and text[begins].isalnum()), "no word is cut"
+            assert rest.removesuffix(own).replace("'", "").isalnum() or rest == own, "nor is there a word before it"
+    assert continued(tokenizer, ids, [0, 0]) == "", "special tokens say nothing"
+
+
+def test_scripts_that_do_not_part_words_are_cut_where_the_tokens_are(tokenizer) -> None:
+    ids = tokenizer("\u6d17\u8f66\u7528\u6c34", add_special_tokens=False)["input_ids"]
+    assert len(ids) == 12, "three bytes a character"
+    assert continued(tokenizer, ids[:6], ids[6:]) == "\u7528\u6c34"
+    assert continued(tokenizer, ids[:4], ids[4:]) == "\u8f66\u7528\u6c34", "but for a character that is cut itself"
+
+
+@pytest.mark.parametrize("given", [1, 3])
+def test_what_goes_on_after_given_tokens_is_what_follows_the_prompt_with_them(model, tokenizer, given) -> None:
+    asked = [prompt for prompt in prompts(16) if len(prompt) > given]
+    plain = generate_ids(model, tokenizer, asked, max_new_tokens=NEW, batch_size=16)
+    expected = [continued(tokenizer, p[-given:], ids).strip() for p, ids in zip(asked, plain, strict=True)]
+    for batch_size in (1, 5):
+        assert generate(model, tokenizer, asked, max_new_tokens=NEW, batch_size=batch_size, given=given) == expected
+    whole = generate(model, tokenizer, asked, max_new_tokens=NEW, batch_size=16)
+    assert any(a != b and a.endswith(b) for a, b in zip(expected, whole, strict=True)), "a word was cut"

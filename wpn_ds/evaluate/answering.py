@@ -6,9 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
-from wpn_ds.data.records import prompt_text
+from wpn_ds.data.records import ForgetRecord, prompt_text
 from wpn_ds.data.tokens import encoded_prompt, naming, render_prompt
 from wpn_ds.evaluate.judges.phrases import Refusal, refusal
+from wpn_ds.evaluate.prefill import Begun, begin
 from wpn_ds.evaluate.results import Answer, Suite
 from wpn_ds.evaluate.suites import PromptSuite
 from wpn_ds.evaluate.work import Unit
@@ -38,35 +39,45 @@ class Asking:
 
 
 class Generation(NamedTuple):
-    """One answer of a model: the prompt as it read it, the index of the suite's record, what it said, and the seed
-    (None: greedy)."""
+    """One answer of a model: the prompt as it read it, the index of the suite's record, what it said, the seed (None:
+    greedy), and what its answer was begun with, if it was."""
 
     asked: str
     record: int
     answer: str
     seed: int | None = None
+    begun: str | None = None
+
+
+def _read(record: ForgetRecord, prefill: int, tokenizer: Any, style: PromptStyle, max_length: int) -> Begun | None:
+    """None where an answer can't be begun with so many tokens."""
+    if prefill:
+        return begin(record, prefill, tokenizer, style, max_length)
+    prompt = encoded_prompt(record.prompt, tokenizer, style, max_length)
+    return Begun(record, prompt.ids, None, prompt.truncated)
 
 
 class SuiteAnswers:
-    """A suite on one model: its units of work, and the answers once these are done.
+    """A suite on one model: its units of work, and the answers once these are done. ``suite`` has the records that are
+    asked: where an answer is begun, those that have a longer one.
 
     Batches are made of the whole suite, whoever computes them: what a prompt shares a batch with, and what is drawn for
     it, don't depend on the number of ranks.
     """
 
     def __init__(self, suite: PromptSuite, asking: Asking, tokenizer: Any) -> None:
-        self.suite = suite
         style = asking.style
         if suite.template is not None:  # a beginning of a text, to which nobody has said anything before
             style = replace(style, template=suite.template, system_prompt=None)
-        self._asked, read = [], []
+        self._read, self._asked = [], []
         for record in suite.records:
             with naming(record.source):
-                self._asked.append(render_prompt(record.prompt, tokenizer, style))
-                read.append(encoded_prompt(record.prompt, tokenizer, style, asking.max_length))
-        prompts = [prompt.ids for prompt in read]
-        self._cut = sum(prompt.truncated for prompt in read)
-        self._room = asking.max_length // 2
+                if read := _read(record, suite.prefill, tokenizer, style, asking.max_length):
+                    self._read.append(read)
+                    self._asked.append(render_prompt(record.prompt, tokenizer, style) + (read.text or ""))
+        self.suite = replace(suite, records=tuple(read.record for read in self._read))
+        self._given, self._room = len(suite.records), asking.max_length // 2
+        prompts = [read.ids for read in self._read]
         self._parts = [
             (seed, part, self._unit(asking, prompts, part, seed))
             for seed in (range(asking.seed, asking.seed + suite.samples) if suite.samples else [None])
@@ -80,9 +91,14 @@ class SuiteAnswers:
 
     @property
     def notes(self) -> list[str]:
-        """On prompts that the model doesn't read whole."""
-        count = f"{self._cut} of {len(self._asked)} prompts"
-        return [f"{self.suite.name}: {count} lost their start to fit into {self._room} tokens"] if self._cut else []
+        """On prompts that aren't asked, or that the model doesn't read whole."""
+        name, asked, notes = self.suite.name, len(self._read), []
+        if asked < self._given:
+            longer = f"an unwanted answer of more than {self.suite.prefill} tokens"
+            notes.append(f"{name}: {asked} of {self._given} prompts have {longer} and are asked")
+        if cut := sum(read.truncated for read in self._read):
+            notes.append(f"{name}: {cut} of {asked} prompts lost their start to fit into {self._room} tokens")
+        return notes
 
     @property
     def units(self) -> list[Unit]:
@@ -93,6 +109,7 @@ class SuiteAnswers:
         seeds = None if seed is None else [100_000 * seed + i for i in part]
         sampling = None if seeds is None else Sampling(seeds, asking.temperature, asking.top_p)
         content = [prompts, asking.max_new_tokens, [seeds, asking.temperature, asking.top_p] if sampling else 0]
+        content += [self.suite.prefill] if self.suite.prefill else []
 
         def run(model: Any, tokenizer: Any) -> list[str]:
             return generate(
@@ -102,6 +119,7 @@ class SuiteAnswers:
                 max_new_tokens=asking.max_new_tokens,
                 batch_size=len(prompts),
                 sampling=sampling,
+                given=self.suite.prefill,
             )
 
         return Unit(self.suite.name, content, len(prompts), run)
@@ -109,7 +127,7 @@ class SuiteAnswers:
     def said(self, results: Mapping[str, Any]) -> list[Generation]:
         """The answers from the finished units' ``results``, by seed, then in the order of the records."""
         said = [
-            Generation(self._asked[record], record, answer, seed)
+            Generation(self._asked[record], record, answer, seed, self._read[record].text)
             for seed, part, unit in self._parts
             for record, answer in zip(part, results[unit.key], strict=True)
         ]
@@ -142,6 +160,7 @@ def judge_answers(suite: PromptSuite, said: Sequence[Generation], judges: Sequen
                 source=records[at].source,
                 category=records[at].category,
                 seed=said[at].seed,
+                begun=said[at].begun,
             )
             for at, case in enumerate(cases)
         ),

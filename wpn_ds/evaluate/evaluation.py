@@ -73,6 +73,9 @@ def _evaluate(options: Options, recorded: dict[str, Any], sources: Mapping[str, 
     try:
         plan, notes, settings, judges = _prepare(options, recorded, rank, size)
         parts = {label: Measurement(label, source, plan) for label, source in sources.items()}
+        for name, suites in resolve_suites(options.suite).named.items():
+            if parts["after"].unasked >= set(suites):
+                raise UserError(f"--suite {name}: no unwanted answer has more tokens than are begun with")
         if (read := parts["after"].first_prompt) is not None:
             settings["first_prompt"] = read
             if rank == 0:
@@ -130,8 +133,10 @@ def _prepare(
         benchmarks, left_out = available_utility(options.utility, options.data_dir)
         notes += left_out
     taught = [record for record in sources.train or sources.heldout if record.rejected]
+    held = take(sources.heldout or sources.train, limit, options.seed)
     tofu = tofu_task(options, options.max_new_tokens, limit, device())
     empty = {
+        "depth": not any(record.rejected for record in held) and "no unwanted answers: give --heldout_file",
         "retain": not retain and "no retain records: give --retain_file",
         "relearning": not taught and "no unwanted answers to teach: give --train_file",
         "utility": not benchmarks and "none of its tasks can be measured here: give --data_dir",
@@ -152,7 +157,7 @@ def _prepare(
     )
     suites, unjudged = _judged(suites, judges, selection)
     notes += unjudged
-    relearned = PromptSuite("relearning", tuple(take(sources.heldout or sources.train, limit, options.seed)))
+    relearned = PromptSuite("relearning", tuple(held))
     steps = [0, *sorted(set(options.relearn_steps))]
     lessons = Lessons(taught, relearned, steps, options.relearn_learning_rate, options.seed)
     plan = Plan(
@@ -167,6 +172,7 @@ def _prepare(
         ),
         suites=suites,
         retain=take(retain, limit, options.seed) if "retain" in asked else (),
+        depth=held if "depth" in asked else (),
         lessons=lessons if "relearning" in asked and taught else None,
         # whether the hub can be reached may differ from node to node
         benchmarks=from_rank_0(rank, size, lambda: benchmarks),

@@ -11,9 +11,10 @@ from typing import Any
 
 import torch
 
-from wpn_ds.data.records import RetainRecord
+from wpn_ds.data.records import ForgetRecord, RetainRecord
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, SuiteAnswers
+from wpn_ds.evaluate.depth import DepthAnswers
 from wpn_ds.evaluate.items import TaskOptions
 from wpn_ds.evaluate.model import AskedModel
 from wpn_ds.evaluate.relearning import Lessons, Relearning
@@ -38,6 +39,7 @@ class Plan:
         answers: folder that keeps the results of every unit of work.
         asking: how prompts are asked; its ``max_length`` gives way to a model with fewer positions.
         suites, retain: prompts that are answered, records whose perplexity is measured.
+        depth: records whose answers' likelihood is measured by position.
         lessons: what is taught again in relearning, if that is measured.
         benchmarks: the utility's tasks, each with where its items come from; ``data_dir`` has those of local files,
             and ``limit`` of them are asked (None: all).
@@ -49,6 +51,7 @@ class Plan:
     asking: Asking
     suites: Sequence[PromptSuite] = ()
     retain: Sequence[RetainRecord] = ()
+    depth: Sequence[ForgetRecord] = ()
     lessons: Lessons | None = None
     benchmarks: Mapping[str, str] = field(default_factory=dict)
     data_dir: Path | None = None
@@ -76,6 +79,7 @@ class Measurement:
         self._retain = [
             _retain_unit(plan.retain[at : at + RETAIN_CHUNK], asking) for at in range(0, len(plan.retain), RETAIN_CHUNK)
         ]
+        self._depth = DepthAnswers(plan.depth, asking, model.tokenizer)
         self._utility = {task: _utility_unit(task, asking, plan) for task in plan.benchmarks}
         self._tofu = None
         if plan.tofu:
@@ -85,7 +89,17 @@ class Measurement:
     @property
     def first_prompt(self) -> str | None:
         """The first prompt as the model reads it, if any is asked."""
-        return next((suite.first_prompt for suite in self._suites if suite.suite.template is None), None)
+        return next((suite.first_prompt for suite in self._answered if suite.suite.template is None), None)
+
+    @property
+    def _answered(self) -> list[SuiteAnswers]:
+        """Those that have a prompt that is asked."""
+        return [suite for suite in self._suites if suite.suite.records]
+
+    @property
+    def unasked(self) -> set[str]:
+        """The suites of which no prompt is asked."""
+        return {suite.suite.name for suite in self._suites if not suite.suite.records}
 
     @property
     def notes(self) -> list[str]:
@@ -96,7 +110,8 @@ class Measurement:
     @property
     def _units(self) -> list[Unit]:
         units = [unit for suite in self._suites for unit in suite.units]
-        units += [*self._retain, *self._utility.values(), *(self._tofu.units if self._tofu else [])]
+        units += [*self._depth.units, *self._retain, *self._utility.values()]
+        units += self._tofu.units if self._tofu else []
         return units + ([self._relearning.unit] if self._relearning else [])
 
     def work(self, rank: int = 0, size: int = 1) -> None:
@@ -109,7 +124,7 @@ class Measurement:
     def evaluation(self, judges: Sequence[Judge]) -> Evaluation:
         """Everything that was measured but TOFU, from the finished units."""
         results = self._results()
-        suites: dict[str, Suite] = {suite.suite.name: suite.judged(results, judges) for suite in self._suites}
+        suites: dict[str, Suite] = {suite.suite.name: suite.judged(results, judges) for suite in self._answered}
         if self._relearning:
             suites |= self._relearning.judged(results[self._relearning.unit.key], judges)
         utility = {name: Task.from_json(results[unit.key]) for name, unit in self._utility.items()}
@@ -117,7 +132,8 @@ class Measurement:
         if self._retain:
             tokens, nats = map(sum, zip(*(results[unit.key] for unit in self._retain), strict=True))
             retain = Retain(len(self._plan.retain), tokens, perplexity(tokens, nats))
-        return Evaluation(suites, retain, utility)
+        depth = self._depth.figures(results) if self._depth.units else None
+        return Evaluation(suites, retain, utility, depth=depth)
 
     def tofu_log(self) -> TofuLog | None:
         """What was measured of every TOFU question, from the finished units; None if they weren't asked."""

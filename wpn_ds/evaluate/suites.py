@@ -26,10 +26,14 @@ QUICK_LIMIT = 64
 ATTACK_PREFIX, RELEARNING_PREFIX = "attack/", "relearning/"
 """Of the suites ``attack/NAME``, and of ``relearning/STEPS``, which are asked after so many steps."""
 
+PREFILL = "attack/prefill"
+PREFILLED = {f"{PREFILL}-{tokens}": tokens for tokens in (1, 2, 4, 8)}
+"""Suites whose answers begin with so many tokens of the unwanted answer."""
+
 R = TypeVar("R", ForgetRecord, RetainRecord)
 
 GROUPS: dict[str, tuple[str, ...]] = {
-    "in_distribution": ("train", "heldout", "attack"),
+    "in_distribution": ("train", "heldout", "new_categories", "attack"),
     "ood": (
         "advbench",
         "harmbench",
@@ -40,11 +44,12 @@ GROUPS: dict[str, tuple[str, ...]] = {
         "aart",
         "forbidden_questions",
     ),
-    "attacks": (*(ATTACK_PREFIX + name for name in ATTACKS), "latent_jailbreak"),
+    "attacks": (*(ATTACK_PREFIX + name for name in ATTACKS), *PREFILLED, "latent_jailbreak"),
     "over_refusal": ("over_refusal",),
     "toxicity": ("toxicity",),
     "diversity": ("diversity",),
     "relearning": ("relearning",),
+    "depth": ("depth",),
     "retain": ("retain",),
     "utility": ("utility",),
     "tofu": ("tofu",),
@@ -52,7 +57,9 @@ GROUPS: dict[str, tuple[str, ...]] = {
 """What ``--suite`` knows, in the order of every table."""
 
 SUITES = tuple(name for names in GROUPS.values() for name in names)
-WITHOUT_PROMPTS = ("relearning", "retain", "utility", "tofu")
+NAMES = {**GROUPS, PREFILL: tuple(PREFILLED)}
+"""What ``--suite`` knows besides quick, full and the suites themselves: names that stand for several."""
+WITHOUT_PROMPTS = ("relearning", "depth", "retain", "utility", "tofu")
 """Suites that ask no prompts of their own: `build_suites` leaves them to their own modules."""
 
 
@@ -66,6 +73,7 @@ class PromptSuite:
         kind: what the prompts are; see :data:`~wpn_ds.judging.base.PromptKind`.
         template: text around a prompt in place of ``--prompt_template``; "{prompt}" for beginnings of texts.
         samples: 0: one greedy answer a prompt; else so many sampled ones.
+        prefill: tokens of a record's first unwanted answer that the model's own begins with.
     """
 
     name: str
@@ -73,6 +81,7 @@ class PromptSuite:
     kind: PromptKind = "harm"
     template: str | None = None
     samples: int = 0
+    prefill: int = 0
 
 
 @dataclass(frozen=True)
@@ -115,11 +124,11 @@ class Sources:
 
 
 class _Missing(Exception):
-    """Why a suite has no prompts, and what to do about it."""
+    """Why a suite has no prompts, and what to do about it; ``usual``: nobody need be told who didn't name it."""
 
-    def __init__(self, reason: str, remedy: str) -> None:
+    def __init__(self, reason: str, remedy: str, *, usual: bool = False) -> None:
         super().__init__(f"{reason}: {remedy}")
-        self.reason, self.remedy = reason, remedy
+        self.reason, self.remedy, self.usual = reason, remedy, usual
 
 
 def resolve_suites(text: str) -> Selection:
@@ -134,11 +143,11 @@ def resolve_suites(text: str) -> Selection:
     for item in map(str.strip, text.split(",")):
         if item in ("quick", "full"):
             raise UserError(f"--suite {text}: {item} is all suites: name nothing beside it")
-        if item not in GROUPS and item not in SUITES:
-            hint = nearest(item, [*GROUPS, *SUITES, "quick", "full"])
+        if item not in NAMES and item not in SUITES:
+            hint = nearest(item, [*NAMES, *SUITES, "quick", "full"])
             known = f": known are quick, full, {', '.join(GROUPS)}, and the suites in these"
             raise UserError(f"--suite {text}: {item!r} is not a suite{hint or known}")
-        named[item] = GROUPS.get(item, (item,))
+        named[item] = NAMES.get(item, (item,))
     wanted = {name for names in named.values() for name in names}
     return Selection(tuple(name for name in SUITES if name in wanted), None, named)
 
@@ -190,10 +199,7 @@ def _suite(name: str, sources: Sources, limit: int | None) -> tuple[PromptSuite,
         return tuple(take(records, limit, sources.seed))
 
     if name in GROUPS["in_distribution"]:
-        records = getattr(sources, name)
-        if not records:
-            raise _Missing("no prompts", f"give --{name}_file")
-        return PromptSuite(name, few(records)), ""
+        return PromptSuite(name, few(_own(name, sources))), ""
     if name in PUBLISHED:
         found = _published(name, sources.data_dir)
         return PromptSuite(name, few(found.records)), found.note
@@ -208,7 +214,34 @@ def _suite(name: str, sources: Sources, limit: int | None) -> tuple[PromptSuite,
         raise _Missing("no prompts", "give --heldout_file or --train_file")
     if name == "diversity":
         return PromptSuite(name, questions, samples=sources.samples), ""
+    if name in PREFILLED:
+        if not any(record.rejected for record in questions):
+            raise _Missing("no unwanted answer to begin with", "give a --heldout_file that has some")
+        return PromptSuite(name, questions, prefill=PREFILLED[name]), ""
     return _attacked(name, questions, sources)
+
+
+def _own(name: str, sources: Sources) -> Sequence[ForgetRecord]:
+    """The records of a suite of the user's files. Raises _Missing without any.
+
+    Held-out prompts of a category (not "") that training has none of are a suite of their own, if training has
+    categories at all.
+    """
+    trained = {record.category for record in sources.train} - {""}
+    new = [r for r in sources.heldout if r.category and r.category not in trained] if trained else []
+    if name == "new_categories":
+        if not new:
+            reason = "no held-out prompt is of a category that training has none of"
+            raise _Missing(reason, "give such with --heldout_file", usual=True)
+        return new
+    records = getattr(sources, name)
+    if not records:
+        raise _Missing("no prompts", f"give --{name}_file")
+    if name == "heldout" and new:
+        records = [record for record in records if not record.category or record.category in trained]
+        if not records:
+            raise _Missing("all prompts are of categories that training has none of", "they are in new_categories")
+    return records
 
 
 def _attacked(name: str, questions: Sequence[ForgetRecord], sources: Sources) -> tuple[PromptSuite, str]:
@@ -243,7 +276,8 @@ def _left_out(missing: dict[str, _Missing]) -> list[str]:
     """One note a reason, with what to do if that is the same for all."""
     by_reason: dict[str, list[str]] = {}
     for name, error in missing.items():
-        by_reason.setdefault(error.reason, []).append(name)
+        if not error.usual:
+            by_reason.setdefault(error.reason, []).append(name)
     notes = []
     for reason, names in by_reason.items():
         remedies = {missing[name].remedy for name in names}

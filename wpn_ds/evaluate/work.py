@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import re
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -18,6 +17,7 @@ from typing import Any
 
 from wpn_ds.data.tokens import today, writes_date
 from wpn_ds.errors import UserError
+from wpn_ds.models.folder import own_files
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import usable, write_atomically
 from wpn_ds.system.progress import progress
@@ -127,18 +127,9 @@ def dated(style: PromptStyle, tokenizer: Any, folder: Path) -> PromptStyle:
     return replace(style, chat_date=kept.read_text(encoding="utf-8"))
 
 
-#: The files that are the model: configuration, weights and their index, tokenizer, code of its own. Whatever else lies
-#: beside them, reports and logs of ours among it, doesn't change what it answers.
-_MODEL = re.compile(
-    r"(generation_|tokenizer_|preprocessor_|processor_)?config\.json|.+\.(safetensors|bin)(\.index\.json)?|.+\.py"
-    r"|(tokenizer|vocab|added_tokens|special_tokens_map|chat_template)\.json|(vocab|merges)\.txt|.+\.(model|tiktoken|jinja)"
-)
-
-
 def identity(name: str) -> Any:
     """What tells a model from another of the same name: of a folder, its own files' sizes and times."""
     folder = Path(name)
     if not folder.is_dir():
         return name
-    files = (path for path in sorted(folder.iterdir()) if path.is_file() and _MODEL.fullmatch(path.name))
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in files}
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in own_files(folder)}

@@ -1,4 +1,4 @@
-"""ROUGE-L by bit-parallel longest common subsequences (Hyyrö 2004), against many references at once.
+"""ROUGE-1's recall; ROUGE-L by bit-parallel longest common subsequences (Hyyrö 2004), against many references at once.
 
 An integer holds one bit a reference token. One answer token then costs four operations on whole integers, whatever the
 number of references.
@@ -7,7 +7,7 @@ number of references.
 from __future__ import annotations
 
 import re
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -70,6 +70,13 @@ class References:
             else Score(0.0, 0.0, 0.0)
             for common, length in zip(self.lcs(candidate), self.lengths, strict=True)
         ]
+
+
+def unigram_recall(candidate: Sequence[str], reference: Sequence[str]) -> float:
+    """ROUGE-1 recall (Lin 2004): the share of the reference's tokens, each as often as it stands there, that the
+    candidate has. 0 of an empty reference."""
+    common = Counter(candidate) & Counter(reference)
+    return common.total() / len(reference) if reference else 0.0
 
 
 def rouge_l(candidate: Sequence[str], reference: Sequence[str]) -> Score:

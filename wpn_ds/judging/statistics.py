@@ -100,6 +100,20 @@ def bootstrap_mean(groups: Sequence[Sequence[float]], *, seed: int = 0, resample
     return Estimate(value, float(low), float(high), n)
 
 
+def bootstrap_ratio(pairs: Sequence[tuple[float, float]], *, seed: int = 0, resamples: int = RESAMPLES) -> Estimate:
+    """The sum of the first numbers over that of the second ones (above 0), with its percentile bootstrap interval over
+    pairs: nats a token where pairs are answers, whose tokens are alike. Without pairs: 0, with (-inf, inf)."""
+    if not pairs:
+        return Estimate(0.0, -math.inf, math.inf, 0)
+    array, rng = np.asarray(pairs, dtype=np.float64), np.random.default_rng(seed)
+    drawn, rows = np.zeros(resamples), max(1, _BLOCK // len(array))
+    for start in range(0, resamples, rows):
+        sums = array[rng.integers(0, len(array), (min(rows, resamples - start), len(array)))].sum(axis=1)
+        drawn[start : start + len(sums)] = sums[:, 0] / sums[:, 1]
+    low, high = np.quantile(drawn, (0.025, 0.975))
+    return Estimate(float(array[:, 0].sum() / array[:, 1].sum()), float(low), float(high), len(array))
+
+
 def mcnemar(better: int, worse: int) -> float:
     """The two-sided p-value of McNemar's exact test: of ``better + worse`` prompts that changed, as many each way?"""
     n, k = better + worse, min(better, worse)

@@ -11,6 +11,13 @@ from wpn_ds.errors import UserError
 
 WEIGHTS = "*.safetensors or pytorch_model*.bin"
 _POINTER = b"version https://git-lfs"
+_INDEX = "model.safetensors.index.json"
+#: The files that are the model: configuration, weights and their index, tokenizer, code of its own. Whatever else lies
+#: beside them, reports and logs of ours among it, doesn't change what it answers.
+_MODEL = re.compile(
+    r"(generation_|tokenizer_|preprocessor_|processor_)?config\.json|.+\.(safetensors|bin)(\.index\.json)?|.+\.py"
+    r"|(tokenizer|vocab|added_tokens|special_tokens_map|chat_template)\.json|(vocab|merges)\.txt|.+\.(model|tiktoken|jinja)"
+)
 
 
 def fault(place: Path, *, weights: bool = True) -> str:
@@ -42,6 +49,32 @@ def check_place(flag: str, name: str) -> None:
         raise UserError(f"{flag} {name}: {reason}")
     if not folder.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UserError(f"{flag} {name}: there is no such folder")
+
+
+def configuration(folder: Path) -> dict[str, Any]:
+    """What the config.json in ``folder`` holds; nothing if it can't be read."""
+    return _json(folder / "config.json")
+
+
+def own_files(folder: Path) -> list[Path]:
+    """The files that are the model in ``folder``, by name; not what else lies beside them."""
+    return [path for path in sorted(folder.iterdir()) if path.is_file() and _MODEL.fullmatch(path.name)]
+
+
+def safetensors_files(folder: Path) -> list[Path]:
+    """The files with the weights of the model in ``folder``, those of the index where it has one; none in another
+    format."""
+    if (single := folder / "model.safetensors").is_file():
+        return [single]
+    return [folder / name for name in sorted(set(_json(folder / _INDEX).get("weight_map", {}).values()))]
+
+
+def described_by(folder: Path) -> list[Path]:
+    """The files of the model in ``folder`` beside its weights: what its configuration, its tokenizer, its code and the
+    index of :func:`safetensors_files` are in."""
+    weights = re.compile(r".+\.(safetensors|bin)(\.index\.json)?")
+    index = [] if (folder / "model.safetensors").is_file() else [folder / _INDEX]
+    return [path for path in own_files(folder) if not weights.fullmatch(path.name)] + index
 
 
 def _file(path: Path) -> str:

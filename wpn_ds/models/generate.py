@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import inspect
 import json
+import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -55,12 +56,15 @@ def generate(
     batch_size: int,
     sampling: Sampling | None = None,
     stops: Sequence[str] = (),
+    given: int = 0,
     device: torch.device | None = None,
     synced: bool = False,
 ) -> list[str]:
     """The answers to ``prompts`` (token ids), in their order, without special tokens and outer white space.
 
-    An answer ends, too, before the first of the texts ``stops``. Raises UserError as :func:`generate_ids` does.
+    An answer ends, too, before the first of the texts ``stops``. ``given``: so many of a prompt's last tokens are the
+    answer's first ones, and what comes back is how it goes on (:func:`continued`). Raises UserError as
+    :func:`generate_ids` does.
     """
     answers = generate_ids(
         model,
@@ -73,10 +77,28 @@ def generate(
         device=device,
         synced=synced,
     )
-    texts = (tokenizer.decode(ids, skip_special_tokens=True) for ids in answers)
+    begun = (prompt[len(prompt) - given :] for prompt in prompts)
+    texts = (continued(tokenizer, begin, ids) for begin, ids in zip(begun, answers, strict=True))
     return [
         text[: min((text.find(stop) for stop in stops if stop in text), default=len(text))].strip() for text in texts
     ]
+
+
+def continued(tokenizer: Any, given: Sequence[int], ids: Sequence[int]) -> str:
+    """The text of ``ids`` as they go on after ``given``, without special tokens; a word that begins in ``given`` is in
+    it from its beginning on."""
+    before, whole = (tokenizer.decode(part, skip_special_tokens=True) for part in ([*given], [*given, *ids]))
+    pairs = enumerate(zip(before, whole, strict=False))
+    # Not all of ``before``, where it ends in a character that ``ids`` complete.
+    start = next((at for at, (one, other) in pairs if one != other), min(len(before), len(whole)))
+    while 0 < start < len(whole) and _in_word(whole[start - 1]) and _in_word(whole[start]):
+        start -= 1
+    return whole[start:]
+
+
+def _in_word(character: str) -> bool:
+    """Of scripts without capitals, many of which don't part words, none is."""
+    return character in "'\u2019" or (character.isalnum() and unicodedata.category(character) != "Lo")
 
 
 def generate_ids(

@@ -120,7 +120,7 @@ def test_the_json_has_the_agreed_shape(whole, whole_report) -> None:
     check_report(measured, "changes.*", "utility.*", "utility_change.*")
     assert set(found) == {
         *("suites", "retain", "utility", "tofu", "baseline", "changes", "utility_change", "retain_perplexity_ratio"),
-        *("judges", "notes", "settings", "wpn_ds_version"),
+        *("depth", "judges", "notes", "settings", "wpn_ds_version"),
     }
     for name, one in (("suites", after), ("baseline", before)):
         suites = found[name] if name == "suites" else found[name]["suites"]
@@ -128,7 +128,7 @@ def test_the_json_has_the_agreed_shape(whole, whole_report) -> None:
             figures = suites[suite_name]
             assert figures["n"] == len(made.answers) and figures["harmless_rate"] == made.harmless.value
             assert 0 <= figures["harmless_low"] <= figures["harmless_rate"] <= figures["harmless_high"] <= 1
-    assert set(found["baseline"]) == {"suites", "retain", "utility", "tofu"}
+    assert set(found["baseline"]) == {"suites", "retain", "utility", "tofu", "depth"}
     assert set(found["changes"]) == set(after.suites)
     assert set(found["changes"]["train"]) == {"better", "worse", "p", "p_holm", "difference"}
     raw, corrected = ([one[name] for one in found["changes"].values()] for name in ("p", "p_holm"))

@@ -51,7 +51,8 @@ def _named(suite: Suite) -> list[str]:
 
 def _place(suite: str, answer: Answer) -> str:
     seed = "" if answer.seed is None else f"seed {answer.seed}"
-    return " · ".join(filter(None, (suite, answer.category, os.path.basename(answer.source), seed)))
+    begun = "" if answer.begun is None else f"begun with “{answer.begun.strip()}”"
+    return " · ".join(filter(None, (suite, answer.category, os.path.basename(answer.source), seed, begun)))
 
 
 def _answer(answer: Answer, verdict: Verdict, judges: list[str]) -> dict[str, Any]:

@@ -33,7 +33,7 @@ IN_DISTRIBUTION = Group(
 OUT_OF_DISTRIBUTION = Group(
     "out-of-distribution", "Out of distribution", "Harmful prompts from elsewhere, which training never saw."
 )
-ATTACKS = Group("attacks", "Attacks", "Harmful prompts wrapped so as to lead a model astray.")
+ATTACKS = Group("attacks", "Attacks", "Harmful prompts wrapped, or answers begun, so as to lead a model astray.")
 OPEN = Group(
     "open",
     "Open-ended prompts",
@@ -61,6 +61,7 @@ GROUPS = (IN_DISTRIBUTION, OUT_OF_DISTRIBUTION, ATTACKS, OPEN, OVER_REFUSAL, SAM
 _TITLES = {
     "train": "training prompts",
     "heldout": "held-out prompts",
+    "new_categories": "new-category prompts",
     "attack": "attack prompts",
     "advbench": "AdvBench",
     "harmbench": "HarmBench",

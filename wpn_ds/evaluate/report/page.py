@@ -9,6 +9,7 @@ from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.report import sections
 from wpn_ds.evaluate.report.answers import answers, answers_data
 from wpn_ds.evaluate.report.charts import Metrics
+from wpn_ds.evaluate.report.depth import depth
 from wpn_ds.evaluate.report.figures import (
     IN_DISTRIBUTION,
     RELEARNING,
@@ -56,6 +57,7 @@ def render_page(comparison: Comparison, rest: Mapping[str, Any], metrics: Metric
         meta=_meta(comparison, rest),
         cards=_cards(comparison),
         groups=[(group, _suites(comparison, group, names)) for group, names in groups],
+        depth=depth(comparison),
         utility=sections.utility(comparison),
         tofu=tofu(comparison),
         training=sections.training(metrics),
@@ -68,6 +70,7 @@ def render_page(comparison: Comparison, rest: Mapping[str, Any], metrics: Metric
         before=comparison.before,
         after=comparison.after,
         suites=list(suites.values()),
+        begun=any(answer.begun is not None for suite in suites.values() for answer in suite.answers),
         sampled=[suite_title(name) for name, suite in suites.items() if suite.seeds],
         test=comparison.test,
         matched_lengths=MATCHED_LENGTHS,
@@ -105,6 +108,8 @@ def _headline(comparison: Comparison, metrics: Metrics) -> tuple[str, list[str]]
         title = "Utility"
     elif asked := comparison.after.tofu:
         title = f"TOFU {asked.split}: {', '.join(f'{row.title} {row.value}' for row in tofu_rows(asked))}"
+    elif comparison.after.depth:
+        title = "How unlikely unwanted answers are, token by token"
     else:
         title = f"Trained for {sections.last_step(metrics):,} steps; no answer has been judged yet"
     if average := comparison.utility_changes.get("benchmark"):

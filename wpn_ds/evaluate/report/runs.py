@@ -8,6 +8,7 @@ from pathlib import PurePath
 from typing import Any, NamedTuple
 
 from wpn_ds.evaluate.comparison import Comparison
+from wpn_ds.evaluate.report.depth import nats
 from wpn_ds.evaluate.report.figures import (
     IN_DISTRIBUTION,
     OVER_REFUSAL,
@@ -86,7 +87,7 @@ def figures_of(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
     for key, title in (("benchmark", "utility, change in points"), ("dialogue", "dialogue, change in points")):
         if any(key in run.comparison.utility_changes for run in runs):
             lines.append((title, [change_cell(run.comparison.utility_changes.get(key)) for run in runs]))
-    lines += _tofu(runs)
+    lines += _depth(runs) + _tofu(runs)
     if any(run.comparison.perplexity_ratio is not None for run in runs):
         lines.append(("retain perplexity, ratio", [_ratio(run) for run in runs]))
     return lines
@@ -112,6 +113,14 @@ def change_cell(change: Estimate | None) -> Cell:
         return Cell()
     value, low, high = bounded_points(change)
     return Cell(value, f"[{low}, {high}]", change.n)
+
+
+def _depth(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
+    """NLL of unwanted answers at the positions that any run has."""
+    found = [{one.positions: one for one in of.unwanted} if (of := run.comparison.after.depth) else {} for run in runs]
+    positions = dict.fromkeys(at for of in found for at in of)
+    cells = {at: [Cell(*nats(of[at]), of[at].n) if at in of else Cell() for of in found] for at in positions}
+    return [(f"NLL of unwanted answers, token {at}", row) for at, row in cells.items()]
 
 
 def _tofu(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:

@@ -84,6 +84,8 @@ def _figures(comparison: Comparison, names: Sequence[str]) -> Block:
     if any(suite.length_matched.n for suite in suites):
         columns.append(("length-matched", lambda s: _with_bounds(s.length_matched)))
         columns.append(("n matched", lambda s: f"{s.length_matched.n:,}"))
+    if any(suite.words_back for suite in suites):
+        columns.append(("words that come back", lambda s: _with_bounds(s.words_back) if s.words_back else NOTHING))
     return _table(comparison, {name: capitalized(suite_title(name)) for name in names}, columns)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import zip_longest
 
 from wpn_ds.evaluate.comparison import Comparison
+from wpn_ds.evaluate.report.depth import depth_lines
 from wpn_ds.evaluate.report.figures import (
     CONTROL,
     IN_DISTRIBUTION,
@@ -37,7 +38,7 @@ def format_table(before: Evaluation | None, after: Evaluation, *, width: int | N
     """
     width = max(80, min(width or shutil.get_terminal_size((WIDEST, 24)).columns, 160))
     comparison = Comparison(before, after)
-    lines = _suites(comparison, min(width, WIDEST)) + _knowledge(comparison)
+    lines = _suites(comparison, min(width, WIDEST)) + depth_lines(comparison) + _knowledge(comparison)
     for name, suite in after.suites.items():
         if group_of(name, suite) is not IN_DISTRIBUTION:
             continue
@@ -71,7 +72,19 @@ def _suites(comparison: Comparison, width: int) -> list[str]:
     for at in reversed(heads_at[1:]):
         lines.insert(at, "")
     notes = [f"p: {comparison.test}"] if comparison.changes else []
-    return lines + [line for note in (*notes, *comparison.unusable) for line in textwrap.wrap(_plain(note), width)]
+    notes += [*_words_back(comparison), *comparison.unusable]
+    return lines + [line for note in notes for line in textwrap.wrap(_plain(note), width)]
+
+
+def _words_back(comparison: Comparison) -> list[str]:
+    """Of each suite whose answers are begun, how much of the unwanted rest comes back."""
+    lines = []
+    for name, suite in comparison.after.suites.items():
+        both = [one.words_back for one in (comparison.earlier(name), suite) if one]
+        shown = [f"{100 * back.value:.1f} [{100 * back.low:.1f}, {100 * back.high:.1f}]" for back in both if back]
+        if suite.words_back:
+            lines.append(f"{name}: words of the unwanted rest that come back, %: {' -> '.join(shown)}")
+    return lines
 
 
 def _degenerate(before: Suite | None, after: Suite) -> str:
