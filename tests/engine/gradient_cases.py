@@ -83,7 +83,7 @@ VARIATIONS = [
     case(nll_power=1.0, scoring="likelihood", targets="live", negatives="own", temperature=1.0),
     case(nll_power=1.0, scoring="likelihood", targets="live", negatives="own", temperature=1.0, several=False),
     *STEP_SCORES,
-    *(case(**BY_LIKELIHOOD, stage=stage) for stage in (0, 1, 2)),
+    *(case(**BY_LIKELIHOOD, stage=stage) for stage in (0, 2)),
     case(**BY_LIKELIHOOD, stage=0, layout="padded", ascent=0.4),
     *(
         case(**BY_LIKELIHOOD | {"scoring": "likelihood_ratio", "temperature": 10.0}, pooling="sum", layout=layout)

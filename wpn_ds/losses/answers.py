@@ -38,7 +38,7 @@ def pooling_matrix(start: Tensor, stop: Tensor, width: int, pooling: Pooling) ->
         weights = (place == n).float()
     elif pooling == "sum":
         weights = torch.ones_like(place, dtype=torch.float32)
-    else:  # as a softmax of p log t no power overflows; in fp64, so that the row's width doesn't show in fp32
+    else:  # as a softmax of p log t no power overflows; in fp64, since p log t has lost up to 4e-6 of a weight in fp32
         log_place = place.double().log().masked_fill(~inside, 0)
         weights = torch.softmax((pooling * log_place).masked_fill(~inside, float("-inf")), dim=1).float()
     return weights * inside
