@@ -25,6 +25,7 @@ BASE = {
     "several": True,
     "checkpointing": False,
     "pooling": "weighted",
+    "power": 1.0,
     "scoring": "cosine",
     "negatives": "step",
     "retain_loss": "kl",
@@ -35,6 +36,7 @@ BASE = {
     "beta": 1.0,
     "gamma": 0.0,
     "nll": 1.3,
+    "nll_power": 0.0,
     "harmonise": False,
     "headed": False,
 }
@@ -55,6 +57,17 @@ MATRIX = [
 ASCENT = [
     case(ascent=0.4, layout=layout, several=several) for layout in ("shared", "padded") for several in (True, False)
 ]
+BY_LIKELIHOOD = {"scoring": "likelihood", "targets": "live", "negatives": "step", "temperature": 1.0}
+#: Every answer's score against the whole step's, which any rank and micro-batch may hold; and position weights.
+STEP_SCORES = [
+    *(
+        case(**BY_LIKELIHOOD, layout=layout, several=several)
+        for layout in ("shared", "padded")
+        for several in (True, False)
+    ),
+    case(**BY_LIKELIHOOD, power=2.5, nll_power=1.5, layout="flat"),
+    case(**BY_LIKELIHOOD, power=-1.0, nll_power=-0.5, layout="rows", checkpointing=True, ascent=0.4),
+]
 #: One change at a time: other stages, and every other setting of the objective.
 VARIATIONS = [
     *(case(stage=stage) for stage in (0, 1, 2)),
@@ -65,6 +78,19 @@ VARIATIONS = [
     case(targets="detached"),
     case(pooling="mean"),
     case(pooling="last", targets="live"),
+    case(power=2.0),
+    case(power=0.0, targets="live", layout="padded"),
+    case(nll_power=2.0),
+    case(nll_power=1.0, layout="padded", several=False),
+    case(nll_power=1.0, scoring="likelihood", targets="live", negatives="own", temperature=1.0),
+    case(nll_power=1.0, scoring="likelihood", targets="live", negatives="own", temperature=1.0, several=False),
+    *STEP_SCORES,
+    *(case(**BY_LIKELIHOOD, stage=stage) for stage in (0, 2)),
+    case(**BY_LIKELIHOOD, stage=0, layout="padded", ascent=0.4),
+    *(
+        case(**BY_LIKELIHOOD | {"scoring": "likelihood_ratio", "temperature": 10.0}, pooling="sum", layout=layout)
+        for layout in ("shared", "padded")
+    ),
     case(scoring="dot", temperature=20.0),
     case(scoring="likelihood", targets="live", negatives="own", temperature=1.0),
     case(scoring="likelihood", targets="live", negatives="own", temperature=1.0, several=False),
@@ -126,7 +152,7 @@ FAMILY = [
     case(harmonise=True),
 ]  # fmt: skip
 #: Two forwards of each micro-batch must drop the same activations.
-REPLAY = case(targets="live", dropout=0.3)
+REPLAYS = [case(targets="live", dropout=0.3), case(**BY_LIKELIHOOD, dropout=0.3)]
 
 
 def name_of(case: dict) -> str:

@@ -8,7 +8,6 @@ from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import torch
 from safetensors.torch import save_file
@@ -23,7 +22,7 @@ from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.policy import build_engine
 from wpn_ds.engine.reading import Reader
 from wpn_ds.engine.start import FrozenModel
-from wpn_ds.engine.step import Step, states_of
+from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
 from wpn_ds.engine.tabulate import Tabulator
 from wpn_ds.jobs.distributed import World, init, sum_over_ranks
@@ -54,6 +53,7 @@ def objective_of(case: dict) -> Objective:
     kind = find(case["objective"])
     settings = {
         "nll_weight": case["nll"],
+        "nll_position_power": case["nll_power"],
         "retain_weight": WEIGHTS["retain"] if case["objective"] != "ga" else 0.0,
         "retain_loss": case["retain_loss"],
         "ascent_weight": case["ascent"],
@@ -61,6 +61,7 @@ def objective_of(case: dict) -> Objective:
         "wpn_weight": WEIGHTS["npair"],
         "beta": case["beta"],
         "gamma": case["gamma"],
+        "wpn_position_power": case["power"],
         **{f"wpn_{name}": case[name] for name in ("pooling", "scoring", "temperature", "targets", "negatives")},
     }
     own = {entry.name for entry in fields(kind)}
@@ -135,23 +136,17 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
     runs: list[int] = []
     norm = next(m for name, m in lm.named_modules() if name.endswith((".0.self_attn_layer_norm", ".0.ln_1")))
     norm.register_forward_hook(lambda *_: runs.append(1))
-    watched: list[dict[str, torch.Tensor]] = []
-
-    def watching(*arguments: Any) -> Any:
-        states = states_of(*arguments)
-        watched.append({name: values.detach().clone() for name, (values, _) in states.items()})
-        return states
-
-    with mock.patch("wpn_ds.engine.step.states_of", watching):
-        result = step(plan)
+    hidden: list[torch.Tensor] = []
+    policy.engine.module.register_forward_hook(lambda *call: hidden.append(call[-1].hidden.detach().clone()))
+    result = step(plan)
     two_passes = count > 1 and any(t.coupled and not plan.is_local(plan.mask(t.pairs)) for t in terms.answers)
-    detached = any(t.answers == "detached" and t.vectors for t in terms.answers)  # read once more, before the step
+    # These are read once more, before the step.
+    detached = any(t.answers == "detached" and t.vectors is not None for t in terms.answers)
     passes = [bool(plan.roles(k) & {Role.WANTED, Role.UNWANTED}) for k in range(count)]
-    if two_passes and not terms.scored:
-        firsts, seconds = watched[: sum(passes)], watched[sum(passes) :]
-        for first, second in zip(firsts, seconds, strict=True):
-            for name in first:
-                assert torch.equal(first[name], second[name]), "the second forward isn't the first again"
+    if two_passes:
+        firsts, seconds = hidden[: sum(passes)], hidden[sum(passes) :][: sum(passes)]
+        same = [torch.equal(first, second) for first, second in zip(firsts, seconds, strict=True)]
+        assert all(same), "the second forward isn't the first again"
     planned = count + two_passes * sum(passes)
     again = count if case["checkpointing"] else 0
     assert detached or len(runs) == planned + again, "the case isn't the one it says it is"

@@ -116,18 +116,19 @@ def sequence(lm, ids) -> tuple[Tensor, Tensor]:
     return hidden, torch.log_softmax(lm.lm_head(hidden), -1)
 
 
-def weights(n: int, kind: str) -> Tensor:
+def weights(n: int, kind: str, power: float) -> Tensor:
     if kind == "sum":
         return torch.ones(n, dtype=torch.float64)
     if kind == "mean":
         return torch.full((n,), 1 / n, dtype=torch.float64)
     if kind == "last":
         return torch.eye(n, dtype=torch.float64)[-1]
-    return torch.tensor([2 * t / (n * (n + 1)) for t in range(1, n + 1)], dtype=torch.float64)
+    rising = torch.tensor([t**power for t in range(1, n + 1)], dtype=torch.float64)
+    return rising / rising.sum()
 
 
-def pooled(hidden: Tensor, start: int, stop: int, kind: str) -> Tensor:
-    return (weights(stop - start, kind)[:, None] * hidden[start:stop]).sum(0)
+def pooled(hidden: Tensor, start: int, stop: int, *kind: Any) -> Tensor:
+    return (weights(stop - start, *kind)[:, None] * hidden[start:stop]).sum(0)
 
 
 def objective(lm, start_lm, examples, retain, settings) -> dict[str, Tensor]:
@@ -135,7 +136,7 @@ def objective(lm, start_lm, examples, retain, settings) -> dict[str, Tensor]:
 
     ``start_lm`` is the starting model: of vectors, of the KL and of likelihoods.
     """
-    kind, scoring = settings["pooling"], settings["scoring"]
+    kind, scoring = (settings["pooling"], settings["power"]), settings["scoring"]
     answers = []
     for e, example in enumerate(examples):
         for wanted, side in ((True, example.wanted), (False, example.unwanted)):
@@ -162,16 +163,17 @@ def objective(lm, start_lm, examples, retain, settings) -> dict[str, Tensor]:
                         e,
                         wanted,
                         answer.text_id,
-                        pooled(hidden, segment.prompt_start, segment.answer_start, kind),
-                        pooled(target_hidden, segment.answer_start, len(segment.ids), kind),
-                        (weights(len(own), kind) * score).sum(),
+                        pooled(hidden, segment.prompt_start, segment.answer_start, *kind),
+                        pooled(target_hidden, segment.answer_start, len(segment.ids), *kind),
+                        (weights(len(own), *kind) * score).sum(),
                         own,
                         begun,
                     )
                 )
 
     objective = settings["objective"]
-    nll = torch.cat([answer.now for answer in answers if answer.wanted])
+    wanted = [answer.now for answer in answers if answer.wanted]
+    nll = torch.cat([len(now) * weights(len(now), "weighted", settings["nll_power"]) * now for now in wanted])
     retained = []
     for segment in retain:
         _, logp = sequence(lm, segment.ids)
@@ -190,6 +192,9 @@ def objective(lm, start_lm, examples, retain, settings) -> dict[str, Tensor]:
         weights_of["retain"] = 0
     parts |= ORACLES[objective](settings, answers)
     parts = {name: value for name, value in parts.items() if weights_of.setdefault(name, 1.0)}
+    if settings["nll_power"] and "nll" in parts:
+        parts["nll_weighted"], weights_of["nll_weighted"] = parts.pop("nll"), weights_of["nll"]
+        parts["loss/nll"], weights_of["loss/nll"] = -torch.cat(wanted).mean(), 0.0  # only logged
     if settings["harmonise"]:
         gradients = []
         for names in (parts.keys() - {"retain"}, {"retain"}):

@@ -155,7 +155,8 @@ def one_rank(plan: StepPlan) -> StepPlan:
 
 
 def start_of(terms: Terms, examples: ExampleSet, engine: Engine, layout: Layout, world: World, said: Said) -> Start:
-    banks = {t.name: Bank.of(examples, said.vectors) for t in terms.answers if t.vectors and t.answers == "frozen"}
+    frozen = [t for t in terms.answers if t.vectors is not None and t.answers == "frozen"]
+    banks = {t.name: Bank.of(examples, said.vectors) for t in frozen}
     scores = {t.name: said.scores for t in terms.answers if t.relative}
     reader = Reader(engine, layout, PAD, world)
     return Start(terms, examples, reader, banks, scores, reference=RolledReference())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
 from wpn_ds.data.plan import Segment
 from wpn_ds.engine.step import label_gradients, means_of, states_of
 from wpn_ds.models.packed import Output
-from wpn_ds.objectives.terms import NPair, OnAnswers, Role, Terms
+from wpn_ds.objectives.terms import NPair, OnAnswers, OnTokens, Role, Terms
 from wpn_ds.objectives.wpn import WPN
 
 ONE = layout("rows")
@@ -29,9 +30,14 @@ several = settings(max_examples=25, deadline=None, suppress_health_check=[Health
 # ---- the plain method ----
 
 
-def pooled(states: Tensor, kind: str) -> Tensor:
+def position_weights(n: int, power: float) -> Tensor:
+    weights = torch.tensor([t**power for t in range(1, n + 1)], dtype=torch.float64)
+    return weights / weights.sum()
+
+
+def pooled(states: Tensor, kind: str, power: float) -> Tensor:
     n = len(states)
-    weights = {"weighted": [2 * t / (n * (n + 1)) for t in range(1, n + 1)], "mean": [1 / n] * n, "sum": [1.0] * n}
+    weights = {"weighted": position_weights(n, power).tolist(), "mean": [1 / n] * n, "sum": [1.0] * n}
     weights["last"] = [0.0] * (n - 1) + [1.0]
     return (torch.tensor(weights[kind], dtype=torch.float64)[:, None] * states).sum(0)
 
@@ -49,7 +55,7 @@ def divergence(logits: Tensor) -> Tensor:
 
 def expected(objective: WPN, examples: ExampleSet, model: Model, said: Said) -> dict[str, Tensor]:
     """Means over the step, item by item, after METHODS section 1, with their gradients."""
-    kind, pairs, nll, retain = objective.wpn_pooling, [], [], []
+    kind, pairs, nll, retain = (objective.wpn_pooling, objective.wpn_position_power), [], [], []
     by_likelihood = objective.wpn_scoring.startswith("likelihood")
     sides: dict[Role, list] = {Role.WANTED: [], Role.UNWANTED: []}
     for e, example in enumerate(examples.forget):
@@ -59,11 +65,11 @@ def expected(objective: WPN, examples: ExampleSet, model: Model, said: Said) -> 
                 states = model.states(s.ids)
                 own = logprobs(model, states, s.ids, s.answer_start)
                 frozen = objective.wpn_targets == "reference"
-                vector = said.vectors[answer.answer_id] if frozen else pooled(states[s.answer_start :], kind)
-                score = pooled(own[:, None], kind)[0]
+                vector = said.vectors[answer.answer_id] if frozen else pooled(states[s.answer_start :], *kind)
+                score = pooled(own[:, None], *kind)[0]
                 if objective.wpn_scoring == "likelihood_ratio":
                     score = score - said.scores[answer.answer_id]
-                prompt = pooled(states[s.prompt_start : s.answer_start], kind)
+                prompt = pooled(states[s.prompt_start : s.answer_start], *kind)
                 sides[role].append((e, answer.text_id, prompt, vector, score, own))
     unwanted = sides[Role.UNWANTED]
     for e, _, prompt, vector, score, own in sides[Role.WANTED]:
@@ -78,39 +84,50 @@ def expected(objective: WPN, examples: ExampleSet, model: Model, said: Said) -> 
 
         gaps = [((s(n[3], n[4]) - s(vector, score)) / objective.wpn_temperature).exp() for n in negatives]
         pairs.append(torch.log1p(torch.stack(gaps).sum()) if gaps else torch.zeros((), dtype=torch.float64))
-        nll.append(-own)
+        nll.append(-own * len(own) * position_weights(len(own), objective.nll_position_power))
     for segment in examples.retain:
         states = model.states(segment.ids)
         if objective.retain_loss == "nll":
             retain.append(-logprobs(model, states, segment.ids, segment.answer_start))
         else:
             retain.append(divergence((states @ model.head)[segment.answer_start - 1 : -1]))
-    parts = {"npair": torch.stack(pairs).mean(), "nll": torch.cat(nll).mean()}
+    parts = {"npair": torch.stack(pairs).mean()}
+    parts["nll_weighted" if objective.nll_position_power else "nll"] = torch.cat(nll).mean()
     parts["ascent"] = torch.cat([own for *_, own in unwanted]).mean()
     return parts | ({"retain": torch.cat(retain).mean()} if retain else {})
 
 
+#: Pooling and power; half of them as they are by default.
+RISES = st.sampled_from([1.0, 1.0, -1.0, 0.0, 2.5]).map(lambda power: ("weighted", power))
+
+
+def built(pooling: tuple[str, float], **flags: Any) -> WPN:
+    return WPN(wpn_pooling=pooling[0], wpn_position_power=pooling[1], **flags)
+
+
 BY_VECTORS = st.builds(
-    WPN,
-    wpn_pooling=st.sampled_from(["weighted", "mean", "last"]),
+    built,
+    pooling=RISES | st.sampled_from([("mean", 1.0), ("last", 1.0)]),
     wpn_scoring=st.sampled_from(["cosine", "dot"]),
     wpn_temperature=st.sampled_from([0.2, 3.0]),
     wpn_targets=st.sampled_from(["reference", "live"]),
     wpn_negatives=st.sampled_from(["step", "own"]),
     wpn_weight=st.just(0.7),
     nll_weight=st.just(1.3),
+    nll_position_power=st.sampled_from([0.0, 0.0, 1.5]),
     retain_weight=st.just(2.0),
     retain_loss=st.sampled_from(["kl", "nll"]),
     ascent_weight=st.sampled_from([0.0, 0.4]),
 )
 BY_LIKELIHOOD = st.builds(
-    WPN,
-    wpn_pooling=st.sampled_from(["weighted", "mean", "last", "sum"]),
+    built,
+    pooling=RISES | st.sampled_from([("mean", 1.0), ("last", 1.0), ("sum", 1.0)]),
     wpn_scoring=st.sampled_from(["likelihood", "likelihood_ratio"]),
     wpn_temperature=st.sampled_from([1.0, 10.0]),
     wpn_targets=st.just("live"),
-    wpn_negatives=st.just("own"),
+    wpn_negatives=st.sampled_from(["step", "own"]),
     nll_weight=st.sampled_from([0.0, 1.3]),
+    nll_position_power=st.sampled_from([0.0, 0.0, -0.5]),
     retain_loss=st.sampled_from(["kl", "nll"]),
     ascent_weight=st.sampled_from([0.0, 0.4]),
 )
@@ -149,6 +166,31 @@ def test_every_term_s_sum_is_the_same_however_the_step_is_split(world, examples,
     assert split.counts == whole.counts
     for name, total in split.totals.items():
         assert total.item() == pytest.approx(whole.totals[name].item(), rel=1e-9, abs=1e-9), name
+
+
+@several
+@given(**STEPS, power=st.sampled_from([-1.0, 0.5, 2.0]))
+def test_a_token_counts_by_its_place_and_an_answer_by_its_length(world, examples, layout, seed, power) -> None:
+    sides = {
+        OnTokens("up", 1.3, Role.WANTED, power=power): [a.segment for e in examples.forget for a in e.wanted],
+        OnTokens("down", 0.4, Role.UNWANTED, ascend=True, power=power): [
+            a.segment for e in examples.forget for a in e.unwanted
+        ],
+    }
+    terms, plain = Terms(tuple(sides), ()), Model.make(seed)
+    plan = plan_of(examples, layout, roles=terms.read)
+    taken = take(terms, examples, plan, layout, world, Model.make(seed), Said.of(examples))
+    total = torch.zeros((), dtype=torch.float64)
+    for term, segments in sides.items():
+        own = [logprobs(plain, plain.states(s.ids), s.ids, s.answer_start) for s in segments]
+        sign = 1 if term.ascend else -1
+        weighted = [len(logp) * (position_weights(len(logp), power) * logp).sum() for logp in own]
+        mean = sign * torch.stack(weighted).sum() / sum(map(len, own))
+        assert taken.means[f"{term.name}_weighted"] == pytest.approx(mean.item(), rel=1e-5)
+        assert taken.means[f"loss/{term.name}"] == pytest.approx(sign * torch.cat(own).mean().item(), rel=1e-5)
+        total = total + term.weight * mean
+    gradients = torch.autograd.grad(total, [plain.mix, plain.head])
+    torch.testing.assert_close((taken.model.mix.grad, taken.model.head.grad), gradients, rtol=1e-4, atol=1e-6)
 
 
 @several
@@ -196,10 +238,12 @@ def test_means_carry_the_terms_names_and_the_step_s_counts(world, examples, obje
     sums = take(terms, examples, plan, ONE, world, Model.make(0), Said.of(examples)).sums
     frozen = objective.wpn_targets == "reference"
     figures = {"sim/positive", "sim/negative", "sim/margin"} | ({"norm/anchor"} if frozen else set())
-    assert sums.totals.keys() == sums.counts.keys() == terms.weights.keys() | figures
+    plain = {"loss/nll"} if "nll_weighted" in terms.weights else set()
+    assert sums.totals.keys() == sums.counts.keys() == terms.weights.keys() | figures | plain
     pairs = sum(len(e.wanted) for e in examples.forget)
     assert all(sums.counts[name] == pairs for name in {"npair"} | figures)
-    roles = {"nll": Role.WANTED, "retain": Role.RETAIN, "ascent": Role.UNWANTED}
+    roles = {"nll": Role.WANTED, "nll_weighted": Role.WANTED, "loss/nll": Role.WANTED}
+    roles |= {"retain": Role.RETAIN, "ascent": Role.UNWANTED}
     assert all(sums.counts[name] == plan.label_tokens[role] for name, role in roles.items() if name in sums.counts)
     margin = sums.totals["sim/positive"] - sums.totals["sim/negative"]
     assert sums.totals["sim/margin"].item() == pytest.approx(margin.item(), abs=1e-9)

@@ -73,6 +73,10 @@ def test_vectors_and_scores_are_computed_once_for_a_pooling(world, tmp_path) -> 
     for _ in range(2):
         tabulator.scores("sum", EXAMPLES.answers)
     assert len(built) == 3
+    for pooling in (2.0, 2.5, 2.0, "weighted"):
+        tabulator.vectors(pooling, EXAMPLES.answers)
+        tabulator.scores(pooling, EXAMPLES.answers)
+    assert len(built) == 8, "each power has its own tables"
     training = reader.engine.module.train()
     assert torch.equal(first, Tabulator(reader, tables, silent).vectors("weighted", EXAMPLES.answers))
     pooled_states(reader, "weighted", [EXAMPLES.answers[0].segment], "answer")

@@ -145,12 +145,15 @@ def test_early_stopping_needs_to_know_where_the_run_began(tmp_path) -> None:
         refuse_other_run(old, now, tmp_path)
 
 
-def test_a_checkpoint_from_before_a_setting_has_its_default(tmp_path) -> None:
+@pytest.mark.parametrize(
+    ("name", "default"), [("ascent_weight", 0.0), ("wpn_position_power", 1.0), ("nll_position_power", 0.0)]
+)
+def test_a_checkpoint_from_before_a_setting_has_its_default(tmp_path, name, default) -> None:
     old = replace(state(1), settings={"reference": "sharded"})
     now = replace(state(0), settings=DEFAULTS)
     assert refuse_other_run(old, now, tmp_path) == []
-    with pytest.raises(UserError, match=r"ascent_weight is 1.0, but .* was written with 0.0"):
-        refuse_other_run(old, replace(now, settings=now.settings | {"ascent_weight": 1.0}), tmp_path)
+    with pytest.raises(UserError, match=f"{name} is 2.0, but .* was written with {default}"):
+        refuse_other_run(old, replace(now, settings=now.settings | {name: 2.0}), tmp_path)
 
 
 #: A manifest as it was while all that a run goes on with stood side by side, with something of every part.

@@ -16,7 +16,8 @@ from tests.engine.gradient_cases import (
     ASCENT,
     FAMILY,
     MATRIX,
-    REPLAY,
+    REPLAYS,
+    STEP_SCORES,
     VARIATIONS,
     WEIGHTS,
     make_examples,
@@ -76,7 +77,7 @@ def compare(folder: Path, saved: Path, case: dict) -> float:
 def test_one_step_equals_the_plain_gradient_for_every_layout(pool, models, family, ranks, tmp_path):
     cases = MATRIX if family != "opt-350m" else MATRIX[-2:]
     if family == "opt" and ranks < 4:
-        cases = cases + (VARIATIONS if ranks == 2 else ASCENT) + FAMILY
+        cases = cases + (VARIATIONS if ranks == 2 else ASCENT + STEP_SCORES) + FAMILY
     pool.call(ranks, WORKER, cases, models / family, tmp_path)
     errors = {name_of(c): compare(models / family, tmp_path / f"{k}.safetensors", c) for k, c in enumerate(cases)}
     print({name: f"{error:.1e}" for name, error in errors.items()})
@@ -88,9 +89,10 @@ def test_the_harmonised_cases_have_gradients_that_oppose_each_other_and_such_tha
     assert min(cosines) < -0.01 and max(cosines) > 0.01, cosines
 
 
-def test_dropout_is_the_same_in_both_forwards_of_a_step(pool, models, tmp_path):
-    pool.call(2, WORKER, [REPLAY], models / "opt", tmp_path)  # the worker compares the two forwards' states
-    _, start, gradients = expected(models / "opt", objective_key(REPLAY))
+@pytest.mark.parametrize("case", REPLAYS, ids=name_of)
+def test_dropout_is_the_same_in_both_forwards_of_a_step(pool, models, tmp_path, case):
+    pool.call(2, WORKER, [case], models / "opt", tmp_path)  # the worker compares the two forwards' states
+    _, start, gradients = expected(models / "opt", objective_key(case))
     with safe_open(tmp_path / "0.safetensors", "pt") as weights:
         name = "model.decoder.layers.0.fc1.weight"
         update = start[name].detach() - weights.get_tensor(name).double()

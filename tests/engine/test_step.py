@@ -193,6 +193,7 @@ def test_a_beat_that_raises_leaves_the_step_before_anything_has_changed(world, t
         (WPN(wpn_targets="live", wpn_scoring="dot"), "topk"),
         (WPN(wpn_scoring="likelihood", wpn_temperature=10.0), "topk"),
         (WPN(wpn_scoring="likelihood_ratio", wpn_pooling="sum", wpn_temperature=10.0), "states"),
+        (WPN(wpn_scoring="likelihood", wpn_negatives="step", wpn_position_power=2.0, nll_position_power=1.0), "states"),
         (WPN(retain_loss="nll"), "states"),
         (WPN(ascent_weight=0.5), "states"),
         *((built_in()[name](), "states") for name in built_in() if name != "wpn"),

@@ -303,6 +303,9 @@ def test_resuming_another_run_is_refused_in_one_line(pool, unbroken, tiny, tmp_p
     assert (unbroken / "DONE").exists()
 
 
+POWERS = ("--wpn_position_power", "2", "--nll_position_power", "0.5")
+
+
 @pytest.mark.parametrize(
     ("ds", "model", "extra"),
     [
@@ -311,6 +314,7 @@ def test_resuming_another_run_is_refused_in_one_line(pool, unbroken, tiny, tmp_p
         ("zero2", "gpt_neo", ["--packing", "false", "--retain_loss", "nll"]),
         ("zero3", "gpt_neo", ["--bf16", "--gradient_checkpointing", "--wpn_negatives", "bank", "--harmonise"]),
         ("zero3_offload", "opt", ["--wpn_scoring", "likelihood_ratio", "--eval_steps", "2", "--warmup_steps", "2"]),
+        ("zero3", "opt", ["--wpn_scoring", "likelihood", "--wpn_negatives", "step", *POWERS]),
     ],
 )
 def test_every_configuration_trains_and_exports(train, tmp_path, ds, model, extra):
@@ -319,7 +323,7 @@ def test_every_configuration_trains_and_exports(train, tmp_path, ds, model, extr
     nll = [m["eval/nll_wanted"] for m in metrics(out) if "eval/nll_wanted" in m]
     assert nll[-1] < nll[0]
     parts = {*MEASURED, *REFERENCE_WPN, *(flag for flag in extra if flag in FROZEN["metrics"])}
-    if {"live", "likelihood_ratio"} & set(extra):
+    if {"live", "likelihood", "likelihood_ratio"} & set(extra):
         parts.remove("--wpn_targets reference")
     check_metrics(metric_names(out / "metrics.jsonl"), *parts)
     AutoModelForCausalLM.from_pretrained(out)

@@ -10,27 +10,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from wpn_ds.losses.answers import pool, pooling_matrix
+from wpn_ds.losses.answers import Pooling, pool, pooling_matrix
 
-KINDS = ("weighted", "mean", "last", "sum")
+POWERS = (-1.5, 0.0, 0.5, 2.0)
+KINDS = ("weighted", "mean", "last", "sum", *POWERS)
 SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12)).map(lambda s: (s[0], s[0] + s[1])), max_size=5)
 quick = settings(max_examples=60, deadline=None)
 
 
-def matrix(spans: Sequence[tuple[int, int]], width: int, kind: str) -> Tensor:
+def matrix(spans: Sequence[tuple[int, int]], width: int, kind: Pooling) -> Tensor:
     start, stop = torch.tensor(list(spans), dtype=torch.long).reshape(-1, 2).T
     return pooling_matrix(start, stop, width, kind)
 
 
-def weights(n: int, kind: str) -> Tensor:
+def weights(n: int, kind: Pooling) -> Tensor:
     return matrix([(0, n)], n, kind)[0]
 
 
-def plain(states: Tensor, start: int, stop: int, kind: str) -> Tensor:
+def plain(states: Tensor, start: int, stop: int, kind: Pooling) -> Tensor:
     """METHODS' formula, a token at a time, in fp64."""
     n, total = stop - start, torch.zeros(states.shape[1], dtype=torch.float64)
     for t in range(1, n + 1):
-        weight = {"weighted": t / (n * (n + 1) / 2), "mean": 1 / n, "last": float(t == n), "sum": 1.0}[kind]
+        if isinstance(kind, float):
+            weight = t**kind / sum(k**kind for k in range(1, n + 1))
+        else:
+            weight = {"weighted": t / (n * (n + 1) / 2), "mean": 1 / n, "last": float(t == n), "sum": 1.0}[kind]
         total += weight * states[start + t - 1].double()
     return total
 
@@ -49,6 +53,33 @@ def test_weights_rise_evenly_from_the_first_token_to_n_times_as_much_at_the_last
     own = weights(n, "weighted").double()
     assert (own[-1] / own[0]).item() == pytest.approx(n, rel=1e-5)
     assert torch.allclose(own.diff(), own[0].expand(n - 1), rtol=1e-3)
+
+
+@quick
+@given(st.integers(1, 3000))
+def test_the_powers_0_and_1_are_equal_weights_and_evenly_rising_ones(n) -> None:
+    assert torch.equal(weights(n, 0.0), weights(n, "mean"))
+    assert torch.allclose(weights(n, 1.0), weights(n, "weighted"), rtol=1e-6, atol=0)
+
+
+@quick
+@given(st.integers(1, 3000), st.floats(-4, 4))
+def test_weights_of_a_power_are_as_that_power_of_the_places_up_to_their_last_bit(n, power) -> None:
+    plain = torch.arange(1, n + 1, dtype=torch.float64) ** power
+    torch.testing.assert_close(weights(n, power).double(), plain / plain.sum(), rtol=6e-8, atol=0)
+
+
+@pytest.mark.parametrize(("power", "place"), [(1e6, -1), (-1e6, 0)])
+def test_a_huge_power_leaves_one_token_and_overflows_nothing(power, place) -> None:
+    assert weights(4000, power)[place] == 1 and weights(4000, power).count_nonzero() == 1
+
+
+@quick
+@given(start=st.integers(0, 40), n=st.integers(1, 300), after=st.integers(0, 400), power=st.floats(-3, 3))
+def test_a_power_s_weights_are_the_same_bits_in_a_row_of_any_width(start, n, after, power) -> None:
+    row = matrix([(start, start + n)], start + n + after, power)[0]
+    assert torch.equal(row[start : start + n], weights(n, power))
+    assert not row[:start].any() and not row[start + n :].any()
 
 
 def test_mean_and_sum_weigh_all_tokens_alike_and_last_only_the_last() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -134,7 +135,10 @@ def test_wpn_by_vectors_is_an_npair_of_pooled_states(pooling, scoring, targets, 
 @pytest.mark.parametrize(("scoring", "relative"), [("likelihood", False), ("likelihood_ratio", True)])
 def test_wpn_by_likelihood_is_an_npair_of_scores(pooling, scoring, relative) -> None:
     terms = Terms.of(named("wpn", wpn_pooling=pooling, wpn_scoring=scoring, wpn_temperature=0.3))
-    assert terms.answers == (OnAnswers("npair", 1.0, NPair(0.3), "own", score=pooling, relative=relative),)
+    own = OnAnswers("npair", 1.0, NPair(0.3), "own", score=pooling, relative=relative)
+    assert terms.answers == (own,)
+    flags = {"wpn_pooling": pooling, "wpn_scoring": scoring, "wpn_temperature": 0.3, "wpn_negatives": "step"}
+    assert Terms.of(named("wpn", **flags)).answers == (replace(own, pairs="step"),)
 
 
 @pytest.mark.parametrize("name", built_in())

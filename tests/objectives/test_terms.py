@@ -83,6 +83,23 @@ def test_terms_that_go_together_are_taken_as_they_are(terms) -> None:
     assert made_of(*terms).weights == {term.name: term.weight for term in terms}
 
 
+def test_a_term_with_position_weights_is_minimised_under_a_name_of_its_own() -> None:
+    assert made_of(changed(NLL, power=2.0), ASCENT).weights == {"nll_weighted": 1.0, "ascent": 1.0}
+    with pytest.raises(UserError, match=r"^retain: only wanted and unwanted tokens have position weights"):
+        changed(RETAIN, power=2.0)
+    with pytest.raises(UserError, match=r"^nll: power is inf: give a number$"):
+        changed(NLL, power=float("inf"))
+
+
+@pytest.mark.parametrize(("term", "field"), [(PAIRS, "score"), (VECTORS, "vectors")])
+def test_a_pooling_is_a_name_or_a_power(term, field) -> None:
+    for power in (-1.0, 0.0, 2, 2.5):
+        assert getattr(made_of(changed(term, **{field: power})).answers[0], field) == power
+    for other in ("media", float("inf"), float("nan"), [1.0]):
+        with pytest.raises(UserError, match=f"{field} is .*: give one of weighted, mean, last, sum, or a number"):
+            changed(term, **{field: other})
+
+
 def test_terms_without_a_weight_are_left_out_with_their_faults_and_retain_terms_without_retain_data() -> None:
     terms = made_of(NLL, changed(ASCENT, name="nll", weight=0.0), changed(PAIRS, weight=0.0), RETAIN)
     assert terms.every == [NLL, RETAIN]

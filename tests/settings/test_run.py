@@ -99,6 +99,8 @@ def with_effect(values: dict[str, Any]) -> dict[str, Any]:
         values.pop("forgotten_below", None)
     if not values.get("redraw_steps"):
         values = {name: value for name, value in values.items() if not name.startswith("redraw_")}
+    if values.get("wpn_pooling", "weighted") != "weighted":
+        values.pop("wpn_position_power", None)
     own = {name: values[name] for name in ("nll_weight", "preference_weight") if name in values}
     if not Terms.of(built_in()[values["objective"]](**own)).compares_wanted:
         values.pop("wanted_file", None)

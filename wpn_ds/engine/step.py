@@ -43,7 +43,7 @@ from wpn_ds.losses.answers import (
     pooling_matrix,
 )
 from wpn_ds.models.packed import Output
-from wpn_ds.objectives.terms import NPair, OnAnswers, Role, Terms
+from wpn_ds.objectives.terms import NPair, OnAnswers, OnTokens, Role, Terms
 
 
 @dataclass
@@ -203,11 +203,17 @@ class Step:
     def _label_weights(self, batch: Batch, plan: StepPlan, gradients: Cached) -> Tensor:
         """``[P]`` coefficients of the labels' losses in what is minimised."""
         of_role = dict.fromkeys(Role, 0.0)
+        by_position: list[Tensor] = []
         for term in self.terms.tokens:
-            weight = -term.weight if term.ascend else term.weight
-            of_role[term.role] += weight / max(1, plan.label_tokens[term.role])
+            weight = (-term.weight if term.ascend else term.weight) / max(1, plan.label_tokens[term.role])
+            if term.power:
+                by_position.append(weight * position_weights(term, batch))
+            else:
+                of_role[term.role] += weight
         device = batch.label_ids.device
         weights = torch.cat([torch.full((n,), of_role[role], device=device) for role, n in batch.label_counts.items()])
+        for own in by_position:
+            weights = weights + own
         for answers in self.terms.answers:
             if answers.score is not None and answers.name in gradients:
                 weights = weights + label_gradients(answers, gradients[answers.name], batch, len(weights))
@@ -225,8 +231,11 @@ class Step:
         """A micro-batch's share of the terms on tokens and of those of ``compared``, added to ``sums``."""
         on_tokens: dict[str, Mean] = {}
         for term in self.terms.tokens:
-            total = output.losses[batch.labels_of(term.role)].sum()
-            on_tokens[term.name] = Mean(-total if term.ascend else total, plan.label_tokens[term.role])
+            total, count = output.losses[batch.labels_of(term.role)].sum(), plan.label_tokens[term.role]
+            if term.power:
+                on_tokens[f"loss/{term.name}"] = Mean(-total if term.ascend else total, count)
+                total = (output.losses * position_weights(term, batch)).sum()
+            on_tokens[term.minimised] = Mean(-total if term.ascend else total, count)
         on_answers: dict[str, Mean] = {}
         for answers in compared:
             means = means_of(answers, states_of(answers, output, batch), plan, said[answers.name])
@@ -309,6 +318,16 @@ def _with_every_weight(loss: Tensor, output: Output) -> Tensor:
 def _gradient_norm(engine: Any) -> Tensor:
     grads = [p.grad for p in engine.module.parameters() if p.grad is not None]
     return torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(g.float()) for g in grads]))
+
+
+# ---- terms on tokens ----
+
+
+def position_weights(term: OnTokens, batch: Batch) -> Tensor:
+    """``[P]`` how often each label counts in the sum of a term with position weights; 0 for those of another role."""
+    spans = {Role.WANTED: batch.wanted_labels, Role.UNWANTED: batch.unwanted_labels}[term.role]
+    weights = pooling_matrix(spans.start, spans.stop, len(batch.label_ids), term.power)
+    return ((spans.stop - spans.start)[:, None] * weights).sum(0)
 
 
 # ---- terms on whole answers ----

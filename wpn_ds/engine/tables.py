@@ -40,7 +40,7 @@ class Tables:
     fingerprint: Mapping[str, str]
 
     def load_or_build(
-        self, kind: str, settings: Mapping[str, str], shapes: Shapes, world: World, build: Callable[[], Blocks]
+        self, kind: str, settings: Mapping[str, str | float], shapes: Shapes, world: World, build: Callable[[], Blocks]
     ) -> dict[str, Tensor]:
         """The columns of ``shapes`` (name to shape and numpy type), in host memory, mapped from their files.
 

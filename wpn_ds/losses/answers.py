@@ -12,14 +12,16 @@ from torch import Tensor
 
 # ---- one state an answer ----
 
-Pooling = Literal["weighted", "mean", "last", "sum"]
+#: By name, or by the power p of weights ``w_t`` proportional to ``t^p``.
+Pooling = Literal["weighted", "mean", "last", "sum"] | float
 
 
 def pooling_matrix(start: Tensor, stop: Tensor, width: int, pooling: Pooling) -> Tensor:
     """``[S, width]`` fp32: row k holds the weights of tokens ``start[k]:stop[k]``, and is zero elsewhere.
 
     With n tokens in the span, counted t = 1..n: ``weighted``: ``w_t = t / (n(n+1)/2)`` (SGPT, arXiv 2202.08904);
-    ``mean``: ``1/n``; ``last``: the last token alone; ``sum``: 1 each. Counted per span and not per row, they know
+    ``mean``: ``1/n``; ``last``: the last token alone; ``sum``: 1 each; a number p: ``w_t = t^p / (1^p + ... + n^p)``,
+    of which ``mean`` is p = 0, ``weighted`` p = 1 and ``last`` the limit. Counted per span and not per row, they know
     nothing of padding, packing or the prompt before an answer; fp32, since bf16 integers are inexact above 256.
 
     Pooling is then one matrix product, whose sum has a fixed order (a scatter's has not, on a GPU), and the matrix is
@@ -34,8 +36,11 @@ def pooling_matrix(start: Tensor, stop: Tensor, width: int, pooling: Pooling) ->
         weights = (1 / n.double()).float().expand_as(place)
     elif pooling == "last":
         weights = (place == n).float()
-    else:
+    elif pooling == "sum":
         weights = torch.ones_like(place, dtype=torch.float32)
+    else:  # as a softmax of p log t no power overflows; in fp64, since p log t has lost up to 4e-6 of a weight in fp32
+        log_place = place.double().log().masked_fill(~inside, 0)
+        weights = torch.softmax((pooling * log_place).masked_fill(~inside, float("-inf")), dim=1).float()
     return weights * inside
 
 

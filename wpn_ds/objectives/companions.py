@@ -23,6 +23,10 @@ class Companions(Objective):
     nll_weight: float = 0.0
     """Weight of the likelihood of the wanted answers; 0 leaves it out."""
 
+    nll_position_power: float = 0.0
+    """Power p of position weights in the likelihood of the wanted answers, t^p at an answer's token t, scaled to a mean
+    of 1 in each answer: 0 equal ones, more a rise, less than 0 a fall."""
+
     retain_weight: float = 1.0
     """Weight of the retain term; 0 leaves it out."""
 
@@ -37,7 +41,7 @@ class Companions(Objective):
     ) -> Iterator[OnTokens]:
         """The terms nll, retain and ascent. ``unwanted``, ``start``: what unwanted tokens are compared to, if not to
         themselves; as ``target`` and ``start`` of :class:`OnTokens`."""
-        yield OnTokens("nll", self.nll_weight, Role.WANTED)
+        yield OnTokens("nll", self.nll_weight, Role.WANTED, power=self.nll_position_power)
         yield OnTokens("retain", self.retain_weight, Role.RETAIN, "start" if self.retain_loss == "kl" else "token")
         yield OnTokens("ascent", self.ascent_weight, Role.UNWANTED, unwanted or "token", start, ascend=True)
 

@@ -10,6 +10,7 @@ No torch here, nor at the top of an objective's file: ``--help`` has none to wai
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import Field, dataclass, fields
 from enum import IntEnum
@@ -49,6 +50,9 @@ class OnTokens:
             :class:`~wpn_ds.losses.likelihood.LabelTarget`.
         start: the function asks for those log-probabilities (unwanted tokens only).
         ascend: the term is minus that mean: minimising it makes the tokens unlikely.
+        power: p of position weights (wanted and unwanted tokens only): token t of an answer of n tokens counts
+            ``n t^p / (1^p + ... + n^p)`` times, which are n in all. The plain mean is then logged as ``loss/<name>``,
+            and what is minimised as ``loss/<name>_weighted``.
     """
 
     name: str
@@ -57,6 +61,7 @@ class OnTokens:
     target: Literal["token", "start"] | Callable[[Tensor, Tensor | None], LabelTarget] = "token"
     start: bool = False
     ascend: bool = False
+    power: float = 0.0
 
     def __post_init__(self) -> None:
         _check_term(self)
@@ -66,6 +71,15 @@ class OnTokens:
             raise UserError(
                 f'{self.name}: target is {self.target!r}: give "token", "start" or a function of token ids and start'
             )
+        if not _is_number(self.power):
+            raise UserError(f"{self.name}: power is {self.power!r}: give a number")
+        if self.power and self.role is Role.RETAIN:
+            raise UserError(f"{self.name}: only wanted and unwanted tokens have position weights: leave power out")
+
+    @property
+    def minimised(self) -> str:
+        """The name of what is minimised."""
+        return f"{self.name}_weighted" if self.power else self.name
 
 
 @dataclass(frozen=True)
@@ -89,10 +103,10 @@ class OnAnswers:
             are the wanted answers, each with all its negatives.
         pairs: which unwanted answers a wanted one is compared to: those of its ``own`` prompt, of the whole ``step``,
             of the data set (``bank``: an NPair of frozen vectors only); ``alone``: none, they stand for themselves.
-        score: pooling of the tokens' log-probabilities.
+        score: pooling of the tokens' log-probabilities: a name, or the power p of weights that are as ``t^p``.
         beta: factor of such scores; times it they are logged as rewards.
         relative: such scores are counted from those of the starting model.
-        vectors: pooling of the tokens' hidden states.
+        vectors: pooling of the tokens' hidden states, as ``score``.
         similarity: of the pooled states.
         answers: whose states the answers' vectors are: the starting model's (``frozen``), the current model's without
             gradient (``detached``) or with it (``live``). Prompts are always live.
@@ -120,8 +134,9 @@ class OnAnswers:
             "answers": ("frozen", "detached", "live"),
         }
         for name, allowed in choices.items():
-            if (given := getattr(self, name)) not in allowed:
-                known = ", ".join(choice for choice in allowed if choice)
+            given, powers = getattr(self, name), allowed is pooling
+            if given not in allowed and not (powers and _is_number(given)):
+                known = ", ".join(choice for choice in allowed if choice) + ", or a number" * powers
                 raise UserError(f"{self.name}: {name} is {given!r}: give one of {known}")
         if not (isinstance(self.loss, NPair) or callable(self.loss)):
             raise UserError(f"{self.name}: loss is {self.loss!r}: give a function of margins, or an NPair")
@@ -140,6 +155,10 @@ class OnAnswers:
     def roles(self) -> frozenset[Role]:
         """Whose answers are compared."""
         return frozenset({Role.UNWANTED} if self.pairs == "alone" else {Role.WANTED, Role.UNWANTED})
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _check_term(term: OnTokens | OnAnswers) -> None:
@@ -261,8 +280,8 @@ class Terms:
 
     @property
     def weights(self) -> dict[str, float]:
-        """The weight of each term by its name; other figures are only logged."""
-        return {term.name: term.weight for term in self.every}
+        """The weight of each mean that is minimised, by its name; other figures are only logged."""
+        return {t.name: t.weight for t in self.answers} | {t.minimised: t.weight for t in self.tokens}
 
     @cached_property
     def scored(self) -> frozenset[Role]:
