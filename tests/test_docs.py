@@ -326,7 +326,7 @@ def known_flags() -> frozenset[str]:
     calls += [("train", "--objective", path.stem) for path in (ROOT / "launch/recipes/objectives").glob("*.yaml")]
     texts = [help_of(*words) for words in calls]
     texts += [
-        importlib.import_module(f"benchmarks.{name}").parser().format_help() for name in ("gpu", "tofu", "result")
+        importlib.import_module(f"benchmarks.{name}").parser().format_help() for name in ("gpu", "tofu", "real")
     ]
     ours = {flag for text in texts for flag in flags_in(text)}
     headers = "".join(path.read_text() for path in slurm_scripts())
