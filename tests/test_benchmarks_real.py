@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,10 @@ from hypothesis import strategies as st
 from benchmarks import real, real_cells, real_plan, real_table
 from benchmarks.real_cells import Bench, write_data
 from benchmarks.real_plan import METHODS, SEARCH, SMALL, Cell, Sizes, plan, wanted
+from benchmarks.setting import FORGET
 from wpn_ds.errors import UserError
+from wpn_ds.evaluate.benchmarks import BENCHMARKS
+from wpn_ds.evaluate.published import PUBLISHED
 from wpn_ds.settings.run import parse_args
 from wpn_ds.tools.ablate.grid import flags
 
@@ -352,6 +356,21 @@ def test_no_prompt_that_is_asked_is_in_what_is_trained_nor_known_to_a_judge(shar
     ]
 
 
+def few(shared: Path, folder: Path) -> Path:
+    """The published files that a run reads, of benchmarks and PKU's triples the first lines."""
+    cut = {file for benchmark in BENCHMARKS.values() for file in benchmark.files} | {real_cells.HELD_OUT.split("/")[-1]}
+    whole = [file for prompts in PUBLISHED.values() for file in prompts.files]
+    whole += [FORGET["pku"], real_cells.LABELLED, real_cells.INSTRUCTIONS]
+    for source in {path for file in (*cut, *whole) for path in shared.rglob(file)}:
+        place = folder / source.relative_to(shared)
+        place.parent.mkdir(parents=True, exist_ok=True)
+        if source.name in cut:
+            place.write_text("".join(source.read_text().splitlines(keepends=True)[:20]))
+        else:
+            place.symlink_to(source)
+    return folder
+
+
 def test_a_small_run_that_is_stopped_goes_on_to_its_end(shared_data, tmp_path, pool, monkeypatch, capsys) -> None:
     trained: list[str] = []
     stop_at = 2
@@ -371,17 +390,20 @@ def test_a_small_run_that_is_stopped_goes_on_to_its_end(shared_data, tmp_path, p
 
     monkeypatch.setattr(real_cells, "launch", launch)
     monkeypatch.setenv("WPN_DS_CACHE", str(tmp_path / "cache"))
-    kinds = ("judge", "start", "choose", "unlearn", "ask", "know", "relearn", *(["mix"] if find_spec(MIX) else []))
-    argv = ["--small", "--work", str(tmp_path), "--data", str(shared_data), "--only", ",".join(kinds)]
+    data = few(shared_data, tmp_path / "published")
+    asked_for = ["ask/pku/wpn", "ask/pku/nll-kl", "know/pku/wpn", "know/pku/start", "relearn/pku/wpn"]
+    asked_for += ["mix/pku/wpn"] if find_spec(MIX) else []
+    argv = ["--small", "--work", str(tmp_path), "--data", str(data), "--only", ",".join(asked_for)]
     with pytest.raises(KeyboardInterrupt):
         real.main(argv)
     before = json.loads((tmp_path / "real.json").read_text())["cells"]
-    assert list(before) == ["judge/pku", "start/original", "start/pku"]
+    assert list(before) == ["judge/pku", "start/pku"]
     assert real.main(argv) == 0
     assert trained == ["pku/start", "pku/wpn/0.0001-0", "pku/wpn/0.0001-0", "pku/nll-kl/0.0001-0"]
     known = json.loads((tmp_path / "real.json").read_text())
+    assert all(any(name.startswith(of) for name in known["cells"]) for of in asked_for)
     cells = known["cells"]
-    assert {name.split("/")[0] for name in cells} == {*kinds} and {k: cells[k] for k in before} == before
+    assert {name: cells[name] for name in before} == before
     assert known["goal"]["n"] == len(real_cells.UNSEEN["pku"]) * SMALL.ask == known["npair_adds"]["n"]
     assert known["choices"] == {"pku/wpn": 1e-4, "pku/nll-kl": 1e-4}
     given_to = {of["training"]["tokens_given"] for name, of in cells.items() if name.startswith("unlearn/")}
@@ -390,15 +412,15 @@ def test_a_small_run_that_is_stopped_goes_on_to_its_end(shared_data, tmp_path, p
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "data/pku/heldout.jsonl").read_text().splitlines()]
     assert str(tmp_path) not in text and not any(json.dumps(prompt)[1:-1] in text for prompt in prompts)
     capsys.readouterr()
-    weights = tmp_path / "weights" / "pku" / "wpn" / "0.0001-0"
-    real_cells.shutil.rmtree(weights)
-    bench_again = Bench(tmp_path / "model", shared_data, tmp_path, SMALL)
-    folder, _ = real_cells._weights(bench_again, "pku", "wpn", 1e-4, 0, cells)
-    assert folder == weights and trained[-1] == "pku/wpn/0.0001-0" and len(trained) == 5
-    assert "not those that were measured" not in capsys.readouterr().err
-    real_cells.shutil.rmtree(weights)
-    other = {**cells, "choose/pku/wpn/0.0001": {"training": {"weights": "other"}}}
-    real_cells._weights(bench_again, "pku", "wpn", 1e-4, 0, other)
+    again, weights = Bench(tmp_path / "model", data, tmp_path, SMALL), tmp_path / "weights/pku/wpn/0.0001-0"
+    kept = weights.rename(tmp_path / "kept")
+    assert real_cells._weights(again, "pku", "wpn", 1e-4, 0, cells)[0] == weights and len(trained) == 5
+    assert "not those that were measured" not in capsys.readouterr().err, "the same training gives the same weights"
+    monkeypatch.setattr(real_cells, "launch", lambda *_: shutil.copytree(kept, weights) and 0)
+    shutil.rmtree(weights)
+    (kept / "record.json").unlink()
+    other = {**cells, "choose/pku/wpn/0.0001": {"training": {"weights": "others"}}}
+    real_cells._weights(again, "pku", "wpn", 1e-4, 0, other)
     assert "not those that were measured" in capsys.readouterr().err
 
 
