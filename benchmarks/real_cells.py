@@ -35,6 +35,7 @@ from benchmarks.real_plan import (
     settings_of,
 )
 from benchmarks.setting import FORGET
+from wpn_ds.cli import main as wpn_ds
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.examples import build_examples
 from wpn_ds.data.layout import ORDER_FORMAT, retain_seed, step_indices
@@ -554,15 +555,18 @@ def _mix(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _mixed(start: Path, unlearned: Path, alpha: float, bench: Bench) -> Iterator[Path]:
-    """A folder with ``start + alpha (unlearned - start)``, as long as it is needed (arXiv 2406.09179)."""
-    from wpn_ds.tools.mix import run as mix
+    """A folder with ``start + alpha (unlearned - start)``, as long as it is needed (arXiv 2406.09179).
 
+    Raises:
+        UserError: they could not be mixed; the command has said why.
+    """
     folder = bench.work / "weights" / "mixed"
     shutil.rmtree(folder, ignore_errors=True)
+    given = {"start": str(start), "unlearned": str(unlearned), "alpha": alpha, "output_dir": str(folder)}
     with _into(folder.with_suffix(".log")):
-        mix(
-            ["--start", str(start), "--unlearned", str(unlearned), "--alpha", str(alpha), "--output_dir", str(folder)],
-        )
+        code = wpn_ds(["mix", *flags(given)])
+    if code:
+        raise UserError(f"wpn-ds mix ended with exit code {code}")
     try:
         yield folder
     finally:
