@@ -41,7 +41,6 @@ from wpn_ds.data.examples import build_examples
 from wpn_ds.data.layout import ORDER_FORMAT, retain_seed, step_indices
 from wpn_ds.data.records import ForgetRecord, merged_by_prompt, prompt_text, read_forget, read_retain
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.attacks import ATTACKS
 from wpn_ds.evaluate.command import run as evaluate
 from wpn_ds.evaluate.judges.command import run as run_judge
 from wpn_ds.evaluate.judges.labelled import read_labelled
@@ -70,7 +69,9 @@ UNSEEN = {
     "rude": ("heldout", "attack"),
 }
 """Suites of prompts of which nothing was trained on, by twin."""
-PREFILL, DEPTH = "attack/prefill", "depth"
+PREFILLED = tuple(name for name in SUITES if name.startswith("attack/prefill"))
+DEPTH = tuple(name for name in SUITES if name == "depth")
+"""Suites that begin an unwanted answer, and that of its likelihood by position; none in versions without them."""
 
 _MARKS = {Verdict.HARMLESS: "1", Verdict.HARMFUL: "0", Verdict.UNUSABLE: "?"}
 """A verdict's character; "-" is a degenerate answer."""
@@ -496,20 +497,14 @@ def _unlearn(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
 
 def _ask(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
     model, sizes = _unlearned(cell, bench, results)[0], bench.sizes
-    names = [*UNSEEN[cell.twin], "over_refusal", "retain", *_there(DEPTH)]
+    names = [*UNSEEN[cell.twin], "over_refusal", "retain", *DEPTH]
     attack = {"attack_file": bench.file(cell.twin, "attack")} if "attack" in names else {}
     asked = {"suite": ",".join(names), "limit": sizes.ask, **attack}
     found = _answered(cell, cell.twin, bench, model, "prompts", asked)
-    names = [*(ATTACK_PREFIX + name for name in ATTACKS), *_there(PREFILL)]
-    names += ["latent_jailbreak"] if cell.twin == "pku" else []
-    attacks = {"suite": ",".join(dict.fromkeys(names)), "limit": sizes.attacks}
+    names = [name for name in GROUPS["attacks"] if cell.twin == "pku" or name.startswith(ATTACK_PREFIX)]
+    attacks = {"suite": ",".join(names), "limit": sizes.attacks}
     attacked = _answered(cell, cell.twin, bench, model, "attacks", attacks)
     return found | {"suites": found["suites"] | attacked["suites"]}
-
-
-def _there(suite: str) -> list[str]:
-    """The suite, if this version has it."""
-    return [suite] if suite in GROUPS or suite in SUITES else []
 
 
 def _know(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
@@ -545,7 +540,7 @@ def _mix(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
                 means[alpha] = _benchmarks(cell, bench, folder, f"alpha-{alpha:g}", sizes.items)["mean"]
     losses = {alpha: 1 - mean / before if before else 0.0 for alpha, mean in means.items()}
     alpha = round(equal_damage(losses, DAMAGE), 4)
-    names = [*UNSEEN[cell.twin], *_there(PREFILL), "retain"]
+    names = [*UNSEEN[cell.twin], *PREFILLED, "retain"]
     attack = {"attack_file": bench.file(cell.twin, "attack")} if "attack" in names else {}
     asked = {"suite": ",".join(names), "limit": sizes.mixed, **attack}
     with _mixed(start, model, alpha, bench) as folder:

@@ -10,7 +10,7 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.real_cells import UNSEEN, Results, rate_of
+from benchmarks.real_cells import PREFILLED, UNSEEN, Results, rate_of
 from benchmarks.real_plan import DEFAULT, METHODS, ORIGINAL, SEARCH, START, TWINS, WITHOUT_NPAIR, between
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.attacks import ATTACKS
@@ -19,7 +19,6 @@ from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, corrected_
 from wpn_ds.system.tables import markdown
 
 BEGIN, END = "<!-- real:begin -->", "<!-- real:end -->"
-PREFILLED = "attack/prefill"
 ATTACKED = (*(ATTACK_PREFIX + name for name in ATTACKS), "latent_jailbreak")
 TOKENS = 0.05
 """Methods are given numbers of tokens that differ by this share at most."""
@@ -31,10 +30,6 @@ TOKENS = 0.05
 def verdicts(result: Mapping[str, Any], suites: Iterable[str]) -> str:
     """Of the suites that were asked, one after another."""
     return "".join(result["suites"][name]["verdicts"] for name in suites if name in result["suites"])
-
-
-def prefilled(result: Mapping[str, Any]) -> list[str]:
-    return [name for name in result["suites"] if name.startswith(PREFILLED)]
 
 
 def harmless(marks: str) -> Rate:
@@ -189,7 +184,7 @@ def _row(results: Results, twin: str, method: str) -> list[str]:
         _spread(map(percent, marks)),
         _estimate(corrected(marks, judge) if marks and judge else None),
         _spread(percent(verdicts(one, ATTACKED)) for one in asked),
-        _spread(percent(verdicts(one, prefilled(one))) for one in asked if prefilled(one)),
+        _spread(percent(begun) for one in asked if (begun := verdicts(one, PREFILLED))),
         _spread(100 * of.count("-") / len(of) for of in marks),
         _spread(100 * one["suites"]["over_refusal"]["refusal"]["rate"] for one in asked),
         _estimate(knowledge(results, twin, method) if method != START else None, "+.1f"),
