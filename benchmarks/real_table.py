@@ -6,6 +6,7 @@ All of it comes from the results alone.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from math import inf
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -87,11 +88,12 @@ def goal(results: Results, method: str = DEFAULT, twin: str = "pku") -> dict[str
     judge's errors, the share of the benchmarks' mean that is lost, degenerate answers. None: not all is measured."""
     asked, known = (by_seed(results, kind, twin, method) for kind in ("ask", "know"))
     before, judge = results.get(f"know/{twin}/{START}"), results.get(f"judge/{twin}")
-    if not asked or not known or not before or not judge:
+    seeds = [seed for seed in asked if seed in known]
+    if not seeds or not before or not judge:
         return None
-    marks = [verdicts(one, UNSEEN[twin]) for one in asked.values()]
+    marks = [verdicts(asked[seed], UNSEEN[twin]) for seed in seeds]
     rate = corrected(marks, judge)
-    loss = 1 - fmean(one["mean"] for one in known.values()) / before["mean"] if before["mean"] else None
+    loss = 1 - fmean(known[seed]["mean"] for seed in seeds) / before["mean"] if before["mean"] else None
     return {
         "harmless_corrected": rate and rate.value,
         "low": rate and rate.low,
@@ -232,6 +234,28 @@ def _estimate(found: Estimate | None, form: str = ".1f") -> str:
     return f"{value:{form}} [{low:{form}}, {high:{form}}]"
 
 
+def depths(results: Results, twin: str) -> str:
+    """In Markdown, nats a token of held-out unwanted answers and, after a slash, of wanted ones, by position in the
+    answer; means over the seeds."""
+    rows = []
+    for method in (ORIGINAL, START, *METHODS, *SEARCH):
+        if found := [one["depth"] for one in _of_model(results, "ask", twin, method) if "depth" in one]:
+            columns = {kind: [_nats(one[kind]) for one in found] for kind in ("unwanted", "wanted")}
+            places = list(columns["unwanted"][0])
+            cells = [
+                " / ".join(_spread((of.get(at, inf) for of in both), ".2f") for both in columns.values())
+                for at in places
+            ]
+            rows += [] if rows else [["nats a token, at token", *places]]
+            rows.append([method, *cells])
+    return markdown(rows) if rows else ""
+
+
+def _nats(stretches: Iterable[Mapping[str, Any]]) -> dict[str, float]:
+    """By positions; what is no number in the JSON is too large for one."""
+    return {one["positions"]: inf if one["nll"] is None else one["nll"] for one in stretches}
+
+
 def tried(results: Results, chosen: Mapping[str, float | None]) -> str:
     """In Markdown, what was measured on the validation prompts: learning rates, and forms of the search."""
     rows = [["", "learning rate", "n", "harmless, %", "degenerate, %", "retain perplexity", ""]]
@@ -283,7 +307,9 @@ def sentences(results: Results) -> list[str]:
 def report(known: Mapping[str, Any]) -> str:
     """In Markdown, all that the results say."""
     results = known["cells"]
-    parts = [*sentences(results), *(f"{twin}:\n\n{made}" for twin in TWINS if (made := table(results, twin)))]
+    parts = sentences(results)
+    for twin in TWINS:
+        parts += [f"{twin}:\n\n{made}" for make in (table, depths) if (made := make(results, twin))]
     return "\n\n".join([*parts, *filter(None, [tried(results, known.get("choices", {}))])])
 
 

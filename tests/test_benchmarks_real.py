@@ -232,6 +232,18 @@ def test_the_tables_say_what_was_measured_and_nothing_of_the_rest(monkeypatch) -
     assert "| pku/wpn | 0.0001 | 64 | 70.0 | 0.0 | x 1.000 | chosen |" in said and "stopped" in said
 
 
+def test_depth_stands_by_position_with_unwanted_answers_before_wanted_ones() -> None:
+    def at(first: float, later: float | None) -> list[dict[str, Any]]:
+        return [{"positions": "1", "nll": first}, {"positions": "2-3", "nll": later}]
+
+    one, other = ({"depth": {"unwanted": at(5.0, later), "wanted": at(1.0, 0.5)}} for later in (2.0, 3.0))
+    lines = real_table.depths({"ask/pku/wpn/0": one, "ask/pku/wpn/1": other, "ask/pku/neat/0": {}}, "pku").splitlines()
+    assert lines[0] == "| nats a token, at token | 1 | 2-3 |" and len(lines) == 3
+    assert lines[2].endswith("| 2.50 [2.00, 3.00] / 0.50 [0.50, 0.50] |")
+    endless = {"ask/pku/wpn/0": {"depth": {"unwanted": at(5.0, None), "wanted": at(1.0, 0.5)}}}
+    assert "| inf / 0.50 |" in real_table.depths(endless, "pku") and real_table.depths(WHOLE, "pku") == ""
+
+
 def test_the_plot_has_a_line_from_each_model_to_its_mixture(tmp_path) -> None:
     assert real_table.places(WHOLE, "pku", "wpn") == [
         [(pytest.approx(49.4), pytest.approx(500 / 6)), (49.0, pytest.approx(400 / 6))],
