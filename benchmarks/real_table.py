@@ -237,7 +237,7 @@ def _estimate(found: Estimate | None, form: str = ".1f") -> str:
 def depths(results: Results, twin: str) -> str:
     """In Markdown, nats a token of held-out unwanted answers and, after a slash, of wanted ones, by position in the
     answer; means over the seeds."""
-    rows = []
+    rows: list[list[str]] = []
     for method in (ORIGINAL, START, *METHODS, *SEARCH):
         if found := [one["depth"] for one in _of_model(results, "ask", twin, method) if "depth" in one]:
             columns = {kind: [_nats(one[kind]) for one in found] for kind in ("unwanted", "wanted")}
