@@ -36,7 +36,7 @@ UNKNOWN = "--zzzzzz"
 OF_OTHERS = {"--hostfile", "--master_port", "--exclude", "--shm-size", "--logdir"}
 """Flags of deepspeed, sbatch, docker and TensorBoard that the text speaks of."""
 
-MADE = {"benchmarks/results.json", "slurm/cluster.env"}
+MADE = {"benchmarks/results.json", "benchmarks/real.json", "slurm/cluster.env"}
 """Files that a user or a command makes."""
 
 OWN = "ipo.py:IPO"
