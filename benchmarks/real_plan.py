@@ -85,7 +85,7 @@ class Sizes:
     start: int = 256
     forget: int = 384
     validation: int = 64
-    retain: int = 256
+    retain: int = 192
     kept: int = 96
     start_epochs: int = 3
     updates: Mapping[str, int] = field(default_factory=lambda: {"pku": 24, "rude": 40})
