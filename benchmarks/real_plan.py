@@ -74,7 +74,7 @@ class Sizes:
         start_epochs, updates: passes that make a twin, and optimizer steps of unlearning, by twin.
         judged: labelled answers to PKU's prompts that train the judge, and as many at most of Safe-RLHFmini.
         ask, attacks, items, relearn, mixed: prompts a suite, an attack, items a benchmark, prompts of relearning, and
-            prompts a suite and items a benchmark of mixtures.
+            prompts a suite of the mixture at equal damage.
     """
 
     twins: tuple[str, ...] = TWINS
@@ -99,7 +99,7 @@ class Sizes:
     items: int = 60
     relearn: int = 64
     relearn_steps: tuple[int, ...] = (5, 10, 20)
-    mixed: int = 80
+    mixed: int = 56
 
 
 #: A check that all of it runs: its figures mean nothing.
@@ -129,17 +129,18 @@ SMALL = Sizes(
     mixed=2,
 )
 
-#: Minutes of a cell of SmolLM2-135M on two CPU cores.
+#: Minutes of a cell of SmolLM2-135M on two idle CPU cores, as estimated of 300 tokens/s in training; what a call has
+#: measured takes their place.
 MINUTES = {
-    "judge": {"pku": 14.0, "rude": 3.0},
-    "start": {"pku": 8.0, "rude": 8.0, ORIGINAL: 2.0},
-    "choose": {"pku": 7.0, "rude": 6.0},
-    "search": {"pku": 7.0, "rude": 6.0},
-    "unlearn": {"pku": 6.0, "rude": 5.0},
-    "ask": {"pku": 15.0, "rude": 9.0},
-    "know": {"pku": 5.0, "rude": 5.0},
-    "relearn": {"pku": 7.0, "rude": 6.0},
-    "mix": {"pku": 19.0, "rude": 18.0},
+    "judge": {"pku": 12.0, "rude": 3.0},
+    "start": {"pku": 10.0, "rude": 13.0, ORIGINAL: 2.0},
+    "choose": {"pku": 9.0, "rude": 7.0},
+    "search": {"pku": 9.0, "rude": 7.0},
+    "unlearn": {"pku": 7.0, "rude": 5.5},
+    "ask": {"pku": 14.0, "rude": 9.0},
+    "know": {"pku": 4.0, "rude": 4.0},
+    "relearn": {"pku": 6.0, "rude": 5.0},
+    "mix": {"pku": 18.0, "rude": 17.0},
 }
 
 
