@@ -36,7 +36,7 @@ UNKNOWN = "--zzzzzz"
 OF_OTHERS = {"--hostfile", "--master_port", "--exclude", "--shm-size", "--logdir"}
 """Flags of deepspeed, sbatch, docker and TensorBoard that the text speaks of."""
 
-MADE = {"benchmarks/results.json", "slurm/cluster.env"}
+MADE = {"benchmarks/results.json", "benchmarks/real.json", "slurm/cluster.env"}
 """Files that a user or a command makes."""
 
 OWN = "ipo.py:IPO"
@@ -326,7 +326,7 @@ def known_flags() -> frozenset[str]:
     calls += [("train", "--objective", path.stem) for path in (ROOT / "launch/recipes/objectives").glob("*.yaml")]
     texts = [help_of(*words) for words in calls]
     texts += [
-        importlib.import_module(f"benchmarks.{name}").parser().format_help() for name in ("gpu", "tofu", "result")
+        importlib.import_module(f"benchmarks.{name}").parser().format_help() for name in ("gpu", "tofu", "real")
     ]
     ours = {flag for text in texts for flag in flags_in(text)}
     headers = "".join(path.read_text() for path in slurm_scripts())
