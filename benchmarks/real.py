@@ -28,7 +28,9 @@ from benchmarks.real_cells import ZERO, Bench, require_data, run_cell, write_dat
 from benchmarks.real_plan import METHODS, SEARCH, SMALL, Cell, Sizes, expected_minutes, plan, wanted
 from benchmarks.setting import SHARED, make_model
 from wpn_ds.errors import UserError, nearest
+from wpn_ds.evaluate.model import device
 from wpn_ds.jobs.local import TRAIN, require_here, say
+from wpn_ds.models.speed import faster_in_bf16
 from wpn_ds.settings.parse import Count, Positive, convert
 from wpn_ds.system.files import sha256, write_atomically
 from wpn_ds.system.lock import locked
@@ -136,6 +138,7 @@ def ready(options: argparse.Namespace, sizes: Sizes) -> Bench:
         options.batch_size,
         options.ranks,
         options.tokens_per_micro_batch,
+        faster_in_bf16(device()),
     )
     write_data(bench)
     os.environ.setdefault("WPN_DS_CACHE", str(work / "cache"))
@@ -189,7 +192,7 @@ def run_all(cells: Sequence[Cell], bench: Bench, known: dict[str, Any], path: Pa
             say(f"{cell.name} FAILED: {error}")
             failed.append(cell.name)
             continue
-        done[cell.name] = rounded(found | {"minutes": (time.monotonic() - started) / 60})
+        done[cell.name] = rounded(found | {"minutes": (time.monotonic() - started) / 60, "bf16": bench.bf16})
         write_results(path, known)
     return failed
 

@@ -88,6 +88,7 @@ class Bench:
     Attributes:
         model: the pretrained model's folder. data: the published files. work: weights, answers, logs.
         batch_size, ranks, tokens: prompts at a time; processes of a training, and tokens of their micro-batches.
+        bf16: the number format.
     """
 
     model: Path
@@ -97,6 +98,7 @@ class Bench:
     batch_size: int = 32
     ranks: int = 1
     tokens: int = 4096
+    bf16: bool = False
 
     def file(self, twin: str, name: str) -> str:
         return str(self.work / "data" / twin / f"{name}.jsonl")
@@ -249,7 +251,7 @@ def _budget(bench: Bench, twin: str) -> dict[str, Any]:
         "warmup_steps": 2,
         "save_steps": 0,
         "probe_prompts": 0,
-        "bf16": True,
+        "bf16": bench.bf16,
     }
 
 
@@ -384,7 +386,7 @@ def _evaluated(cell: Cell, bench: Bench, model: Path, part: str, asked: Mapping[
         say(f"{cell.name}: evaluate {part} of {place.name}")
         given = {"model": str(model), "output_dir": str(folder), "batch_size": bench.batch_size, **asked}
         with _into(folder.with_suffix(".log")):
-            evaluate([*flags(given), "--bf16"])
+            evaluate(flags(given | {"bf16": bench.bf16}))
     return json.loads((folder / REPORT_JSON).read_text(encoding="utf-8"))  # type: ignore[no-any-return]
 
 

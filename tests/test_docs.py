@@ -325,9 +325,7 @@ def known_flags() -> frozenset[str]:
     calls = [(command, *more) for command in found for more in ([()] + [(name,) for name in subcommands(command)])]
     calls += [("train", "--objective", path.stem) for path in (ROOT / "launch/recipes/objectives").glob("*.yaml")]
     texts = [help_of(*words) for words in calls]
-    texts += [
-        importlib.import_module(f"benchmarks.{name}").parser().format_help() for name in ("gpu", "tofu", "real")
-    ]
+    texts += [importlib.import_module(f"benchmarks.{name}").parser().format_help() for name in ("gpu", "tofu", "real")]
     ours = {flag for text in texts for flag in flags_in(text)}
     headers = "".join(path.read_text() for path in slurm_scripts())
     ours |= set(re.findall(r"^#SBATCH (--[\w-]+)", headers, re.MULTILINE))

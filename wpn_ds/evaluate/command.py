@@ -11,7 +11,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import JUDGE_HELP
 from wpn_ds.evaluate.suites import GROUPS, QUICK_LIMIT
 from wpn_ds.evaluate.tofu.data import DEFAULT_SPLIT
-from wpn_ds.settings.parse import Count, Flag, Positive, Share, option, parse
+from wpn_ds.settings.parse import Count, Positive, Share, option, parse
 from wpn_ds.settings.style import StyleFlags
 
 JUDGES = ("reference", "phrases", "resemblance")
@@ -57,7 +57,7 @@ class AskingFlags:
     """Tokens of an answer at most (default: 48, and 200 in the suite tofu)."""
     batch_size: Count = 32
     """Prompts that are answered at a time."""
-    bf16: Flag = False
+    bf16: bool | None = None
     """Load the models in bfloat16 instead of fp32 (default: as it was trained)."""
     limit: Count | None = option(None, metavar="N")
     """At most N prompts of every suite, and N items of every benchmark."""

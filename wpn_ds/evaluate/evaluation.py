@@ -179,7 +179,7 @@ def _prepare(
         data_dir=options.data_dir,
         limit=limit,
         tofu=tofu,
-        bf16=options.bf16 or bool(recorded.get("bf16")),
+        bf16=bool(recorded.get("bf16")) if options.bf16 is None else options.bf16,
     )
     return plan, notes, _settings(options, files, plan, size), judges
 
