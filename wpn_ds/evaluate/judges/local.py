@@ -56,7 +56,7 @@ def save(folder: Path, head: Head, base: Base, about: Mapping[str, Any]) -> None
             "format": FORMAT,
             "base": base.place,
             "base_commit": base.source.revision,
-            "base_sha256": base.digest,
+            "base_sha256": base.sha256,
             "layers": base.recipe.layers,
             "poolings": base.recipe.poolings,
             "max_tokens": base.recipe.max_tokens,
@@ -117,7 +117,7 @@ class LocalClassifier(Judge):
             self._threshold = float(self._settings["threshold"] if threshold is None else threshold)
             self._place = str(base or self._settings["base"])
             self._commit = None if base else self._settings["base_commit"]
-            self._digest = str(self._settings["base_sha256"])
+            self._sha256 = str(self._settings["base_sha256"])
             self._recipe = Recipe(
                 tuple(self._settings["layers"]), tuple(self._settings["poolings"]), self._settings["max_tokens"]
             )
@@ -134,7 +134,7 @@ class LocalClassifier(Judge):
             head = Head(arrays["mean"], arrays["scale"], arrays["coef"], float(arrays["intercept"][0]))
         source = Source(self._place, f"{self._shown}: its base model", self._commit)
         base = Base(source, self._recipe, self._device)
-        if base.digest != self._digest:
+        if base.sha256 != self._sha256:
             raise UserError(
                 f"{self._shown}: its base model {self._place} isn't the one that it was trained on (other "
                 "weights or another tokenizer): name that one with ,base=MODEL, or train it anew"
