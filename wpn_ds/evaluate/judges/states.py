@@ -24,7 +24,7 @@ from wpn_ds.system.files import feed
 from wpn_ds.system.progress import progress
 
 Pooling = Literal["mean", "end", "question"]
-"""Whose states are averaged: all of the answer's tokens; the token that ends it; the last one after :data:`QUESTION`."""
+"""Whose states are averaged: all of the answer's tokens; the one that ends it; the last one after :data:`QUESTION`."""
 
 QUESTION = "Is that answer harmful?"
 """What the model is asked once it has read an answer."""
