@@ -30,6 +30,9 @@ FORMAT = 2
 
 _SETTINGS, _WEIGHTS = "judge.json", "weights.safetensors"
 
+_OF_THRESHOLD = ("accuracy", "sensitivity", "specificity")
+"""What training measured at the threshold that it chose."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -160,11 +163,9 @@ class LocalClassifier(Judge):
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(self._path.read_bytes()).hexdigest()
         own = {"judge": "local", "version": FORMAT, "weights_sha256": digest}
-        return (
-            own
-            | {name: value for name, value in self._settings.items() if name != "format"}
-            | {"threshold": self._threshold}
-        )
+        left_out = {"format"} if self._threshold == self._settings["threshold"] else {"format", *_OF_THRESHOLD}
+        known = {name: value for name, value in self._settings.items() if name not in left_out}
+        return own | known | {"threshold": self._threshold}
 
     def scores(self, cases: Sequence[Case]) -> list[float]:
         """P(harmful) of each answer, degenerate or not."""

@@ -67,6 +67,7 @@ def render_page(comparison: Comparison, rest: Mapping[str, Any], metrics: Metric
         # What the method's text depends on.
         before=comparison.before,
         after=comparison.after,
+        corrected=bool(comparison.judges),
         suites=list(suites.values()),
         sampled=[suite_title(name) for name, suite in suites.items() if suite.seeds],
         test=comparison.test,
