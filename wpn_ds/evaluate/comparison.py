@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from functools import cached_property
 
+from wpn_ds.evaluate.quality import Quality
 from wpn_ds.evaluate.results import Evaluation, Suite
 from wpn_ds.judging.base import Verdict
 from wpn_ds.judging.statistics import Estimate, bootstrap_mean, holm, mcnemar
@@ -43,10 +45,14 @@ def suite_change(before: Suite, after: Suite) -> Change | None:
 
 @dataclass(frozen=True)
 class Comparison:
-    """One model, or a model (``after``) against its baseline (``before``); what takes resampling is counted once."""
+    """One model, or a model (``after``) against its baseline (``before``); what takes resampling is counted once.
+
+    ``judges``: by name, what those are worth of which it is known.
+    """
 
     before: Evaluation | None
     after: Evaluation
+    judges: Mapping[str, Quality] = field(default_factory=dict)
 
     @property
     def _was(self) -> Evaluation:
@@ -56,6 +62,12 @@ class Comparison:
     def earlier(self, name: str) -> Suite | None:
         """The baseline's answers to the suite ``name``."""
         return self._was.suites.get(name)
+
+    def corrected(self, suite: Suite, judge: str | None = None) -> Estimate | None:
+        """The harmless rate behind a judge's verdicts (the suite's own, if none is named); None where its errors aren't
+        known, and of benign prompts, where it isn't asked."""
+        quality = self.judges.get(judge or suite.judge)
+        return quality.corrected(suite, judge or suite.judge) if quality and suite.kind != "benign" else None
 
     @cached_property
     def changes(self) -> dict[str, Change]:

@@ -99,12 +99,13 @@ def _evaluate(options: Options, recorded: dict[str, Any], sources: Mapping[str, 
                 if label == "after":
                     write_log(options.output_dir, log)
                 settings["tofu"] = plan.tofu.settings()
+        described = [{"name": judge.name, **judge.describe()} for judge in judges]
         page = write_report(
             options.output_dir,
             evaluations.get("before"),
             evaluations["after"],
             settings=settings,
-            judges=[{"name": judge.name, **judge.describe()} for judge in judges],
+            judges=described,
             notes=notes,
             metrics_jsonl=Path(options.model) / "metrics.jsonl",
         )
@@ -113,7 +114,7 @@ def _evaluate(options: Options, recorded: dict[str, Any], sources: Mapping[str, 
             raise
         where = error.filename or options.output_dir
         raise unusable(f"what is done so far is kept, but {where}", error) from error
-    print(format_table(evaluations.get("before"), evaluations["after"]))
+    print(format_table(evaluations.get("before"), evaluations["after"], described))
     print(f"\n{page}")
     return 0
 

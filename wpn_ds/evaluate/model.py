@@ -25,6 +25,9 @@ def device() -> torch.device:
 class AskedModel:
     """A model by its configuration and tokenizer, which are there at once; its weights come when there is work.
 
+    Args:
+        device: where it computes; None: :func:`device`.
+
     Attributes:
         name: as the user gave it.
         source: pinned, since an updated model is another one.
@@ -34,8 +37,8 @@ class AskedModel:
         UserError: there is no such model, or no tokenizer beside it.
     """
 
-    def __init__(self, source: Source, *, bf16: bool) -> None:
-        self.name, self.source, self._bf16 = source.name_or_path, pinned(source), bf16
+    def __init__(self, source: Source, *, bf16: bool, device: torch.device | str | None = None) -> None:
+        self.name, self.source, self._bf16, self._device = source.name_or_path, pinned(source), bf16, device
         self.config = load_config(self.source)
         self.tokenizer = load_tokenizer(self.name, self.source, source.flag, self.config)
         self.positions = max_positions(self.config)
@@ -47,7 +50,8 @@ class AskedModel:
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
     def load(self) -> tuple[Any, Any]:
-        """(the model on this rank's device in eval mode, its tokenizer)."""
+        """(the model on its device in eval mode, its tokenizer)."""
         dtype = torch.bfloat16 if self._bf16 else torch.float32
-        warn_of_slow_bf16(device(), dtype)
-        return load_model(self.source, dtype=dtype, tokenizer=self.tokenizer).to(device()).eval(), self.tokenizer
+        place = torch.device(self._device or device())
+        warn_of_slow_bf16(place, dtype)
+        return load_model(self.source, dtype=dtype, tokenizer=self.tokenizer).to(place).eval(), self.tokenizer

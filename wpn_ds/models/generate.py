@@ -141,7 +141,7 @@ def generate_ids(
     answers: list[list[int]] = [[] for _ in prompts]
     with evaluation_mode(model), _only(model, config):
         for chosen in batches(prompts, batch_size):
-            inputs = _left_padded([prompts[i] for i in chosen], pad, model, where)
+            inputs = left_padded([prompts[i] for i in chosen], pad, model, where)
             length = inputs["input_ids"].shape[1]
             rows = model.generate(
                 **inputs,
@@ -214,7 +214,7 @@ class _Stop(StoppingCriteria):
         return torch.tensor(ended, device=input_ids.device)
 
 
-def _left_padded(
+def left_padded(
     prompts: Sequence[Sequence[int]], pad: int, model: Any, device: torch.device
 ) -> dict[str, torch.Tensor]:
     """[batch, length] ids, mask and, where the model takes them, positions that start at a prompt's first token.

@@ -93,7 +93,7 @@ CHAT = (
 )
 
 
-def causal(folder: Path, *, chat: bool = True, seed: int = 0) -> Path:
+def causal(folder: Path, *, chat: bool = True, seed: int = 0, max_position_embeddings: int = 128) -> Path:
     """A random causal model of five layers with its tokenizer: a Llama that chats, or an OPT that doesn't."""
     tokenizer = train_tokenizer([f"{one.prompt} {one.answer}" for one in labelled()], 320)
     tokenizer.chat_template = CHAT if chat else None
@@ -103,8 +103,8 @@ def causal(folder: Path, *, chat: bool = True, seed: int = 0) -> Path:
     if chat:
         LlamaForCausalLM(LlamaConfig(**common, **special, intermediate_size=64)).save_pretrained(folder)
     else:
-        config = OPTConfig(**common, **special, ffn_dim=64, word_embed_proj_dim=32, max_position_embeddings=128)
-        OPTForCausalLM(config).save_pretrained(folder)
+        sizes = {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": max_position_embeddings}
+        OPTForCausalLM(OPTConfig(**common, **special, **sizes)).save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 

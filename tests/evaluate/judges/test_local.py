@@ -65,6 +65,14 @@ def test_what_says_nothing_is_not_read(local, monkeypatch) -> None:
     assert [j and j.verdict for j in found] == [Verdict.EMPTY, Verdict.REPETITIVE]
 
 
+def test_what_was_measured_at_another_threshold_is_not_said(base, tmp_path) -> None:
+    figures = {"auc": {"value": 0.9}, "accuracy": 0.8, "sensitivity": {"n": 9}, "specificity": {"n": 7}}
+    folder = make_judge(tmp_path / "judge", base, **figures)
+    said, other = (LocalClassifier(folder, threshold=at).describe() for at in (None, 0.4))
+    assert figures.items() <= said.items()
+    assert other["auc"] == figures["auc"] and not {"accuracy", "sensitivity", "specificity"} & other.keys()
+
+
 def test_a_judge_says_what_its_verdicts_depend_on(local, base) -> None:
     about = LocalClassifier(local, threshold=0.4).describe()
     assert len(about.pop("weights_sha256")) == len(about.pop("base_sha256")) == 64

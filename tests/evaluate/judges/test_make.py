@@ -11,7 +11,7 @@ from wpn_ds.evaluate.judges import JUDGE_HELP, make_judges
 from wpn_ds.judging.base import Verdict
 
 
-def test_judges_come_in_the_given_order_called_by_their_flags(classifier, local) -> None:
+def test_judges_come_in_the_given_order_called_by_their_flags(classifier, local, base) -> None:
     hf = f"hf:{classifier},threshold=0.7,input=pair,harmful=toxic"
     specs = [
         "phrases",
@@ -19,15 +19,17 @@ def test_judges_come_in_the_given_order_called_by_their_flags(classifier, local)
         f"hf:{classifier}",
         f"local:{local},threshold=0.2",
         "reference",
+        f"gen:{base},template=harmbench",
         "openai:small@http://h:1/v1",
     ]
     judges = make_judges(specs)
     assert [judge.name for judge in judges] == specs
     about = [judge.describe() for judge in judges]
-    assert [one["judge"] for one in about] == ["phrases", "classifier", "classifier", "local", "reference", "endpoint"]
+    kinds = ["phrases", "classifier", "classifier", "local", "reference", "generative", "endpoint"]
+    assert [one["judge"] for one in about] == kinds
     assert (about[1]["threshold"], about[1]["input"], about[1]["harmful"]) == (0.7, "pair", ["toxic"])
     assert (about[2]["threshold"], about[2]["input"]) == (0.5, "answer") and about[3]["threshold"] == 0.2
-    assert (about[5]["model"], about[5]["url"]) == ("small", "http://h:1/v1")
+    assert (about[6]["model"], about[6]["url"]) == ("small", "http://h:1/v1")
     assert make_judges([]) == []
 
 
@@ -72,7 +74,7 @@ def test_all_are_checked_before_the_first_is_loaded() -> None:
 
 
 def test_the_help_shows_every_form() -> None:
-    for form in ("reference", "phrases", "hf:NAME", "local:DIR", "openai:MODEL"):
+    for form in ("reference", "phrases", "hf:NAME", "local:DIR", "gen:MODEL", "openai:MODEL"):
         assert form in JUDGE_HELP
     assert "\n" not in JUDGE_HELP and "%" not in JUDGE_HELP
 

@@ -86,6 +86,25 @@ def test_a_judge_that_knows_harm_only_is_measured_by_it(tmp_path) -> None:
     ]
 
 
+def test_scores_are_held_against_what_people_call_harmful(tmp_path) -> None:
+    class Length(Judge):
+        name = "length"
+
+        def describe(self) -> dict[str, Any]:
+            return {}
+
+        def _judge(self, cases, suite) -> list[Judgement]:
+            return [Judgement(Verdict.HARMFUL, len(case.answer) / 100) for case in cases]
+
+    rows = [["q", "a b c", "0"], ["q", "a b c d e", "1"], ["r", "a b", "0"], ["s", "a b c d", "0"], ["t", "a b c", "1"]]
+    rows.append(["u", "no no no no no no", "1"])
+    people = read_people([table(tmp_path / "x.csv", ["question", "answer", "label"], *rows)])
+    found = compare(Length(), people)
+    assert found.auc and (found.auc.value, found.auc.n) == (pytest.approx((3 + 1.5) / 6), 5), "degenerate: no score"
+    assert found.lines()[-1].startswith("AUC: 0.750 [") and found.lines()[-1].endswith("] of 5 scores")
+    assert compare(Length(), people[:1]).auc is None
+
+
 def test_refusals_train_no_judge_of_harm(tmp_path) -> None:
     file = refusals(tmp_path / "x.csv", ("2_full_refusal", NO), ("1_full_compliance", YES))
     with pytest.raises(UserError, match=r"x\.csv:2: says who declined, not what is harmful"):

@@ -9,12 +9,12 @@ from tests.evaluate.judges.conftest import causal
 from wpn_ds.data.tokens import encode_pair, encode_text
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import states as module
-from wpn_ds.evaluate.judges.states import QUESTION, START, Base, Recipe, recipe_for
+from wpn_ds.evaluate.judges.states import QUESTION, Base, Recipe, recipe_for
 from wpn_ds.models.load import Source
 
 PROMPTS = ["question 3", "question 1", "question 3"]
 ANSWERS = ["happy to help with water and soap, number 3" * 3, "go away", "go away"]
-RECIPE = Recipe((1, 3), ("mean", "start", "end", "question", "prompt"), 64)
+RECIPE = Recipe((1, 3), ("mean", "end", "question"), 64)
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def plain(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _fp32(monkeypatch) -> None:
     """So that two ways to compute the same can be held against each other."""
-    monkeypatch.setattr(module, "DTYPE", torch.float32)
+    monkeypatch.setattr(module, "BF16", False)
 
 
 def reader(folder, recipe: Recipe | None = RECIPE) -> Base:
@@ -36,7 +36,7 @@ def reader(folder, recipe: Recipe | None = RECIPE) -> Base:
 @pytest.mark.parametrize("kind", ["base", "plain"])
 def test_features_are_the_means_of_the_model_s_own_states(kind, request) -> None:
     folder = request.getfixturevalue(kind)
-    found = reader(folder).features(PROMPTS, ANSWERS).reshape(3, 2, 5, 32)
+    found = reader(folder).features(PROMPTS, ANSWERS).reshape(3, 2, 3, 32)
     tokenizer, model = AutoTokenizer.from_pretrained(folder), AutoModelForCausalLM.from_pretrained(folder).eval()
     for prompt, answer, (first, third) in zip(PROMPTS, ANSWERS, found, strict=True):
         pair = encode_pair(prompt, answer, tokenizer, "auto", 64)
@@ -50,12 +50,12 @@ def test_features_are_the_means_of_the_model_s_own_states(kind, request) -> None
         for layer, row in ((1, first), (3, third)):
             own = states[layer][0]
             words = own[pair.answer_start : len(ids) - 1]
-            expected = [words.mean(0), words[:START].mean(0), own[len(ids) - 1], own[-1], own[pair.answer_start - 1]]
+            expected = [words.mean(0), own[len(ids) - 1], own[-1]]
             assert torch.tensor(row) == pytest.approx(torch.stack(expected), abs=1e-4)
 
 
 def test_an_answer_without_a_prompt_is_read_as_text(base) -> None:
-    found = reader(base).features(None, ANSWERS).reshape(3, 2, 5, 32)
+    found = reader(base).features(None, ANSWERS).reshape(3, 2, 3, 32)
     tokenizer, model = AutoTokenizer.from_pretrained(base), AutoModelForCausalLM.from_pretrained(base).eval()
     ids = encode_text(ANSWERS[1], tokenizer, 64).ids
     with torch.no_grad():
@@ -85,7 +85,7 @@ def test_what_is_there_twice_is_read_once(base, monkeypatch) -> None:
 @pytest.mark.parametrize("answer", ["", "soap " * 500])
 def test_empty_and_endless_answers_have_features(kind, answer, request) -> None:
     found = reader(request.getfixturevalue(kind)).features(["question 1", None], [answer, answer])
-    assert found.shape == (2, 2 * 5 * 32) and np.isfinite(found).all()
+    assert found.shape == (2, 2 * 3 * 32) and np.isfinite(found).all()
 
 
 def test_a_user_s_special_tokens_are_text(base) -> None:
@@ -109,11 +109,11 @@ def test_the_usual_recipe_fits_every_depth(base) -> None:
 
 def test_the_digest_tells_weights_and_templates_apart(base, tmp_path) -> None:
     same, other = causal(tmp_path / "same"), causal(tmp_path / "other", seed=1)
-    assert reader(same).digest == reader(base).digest != reader(other).digest
+    assert reader(same).sha256 == reader(base).sha256 != reader(other).sha256
     tokenizer = AutoTokenizer.from_pretrained(same)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|{{", "<{{")
     tokenizer.save_pretrained(same)
-    assert reader(same).digest != reader(base).digest
+    assert reader(same).sha256 != reader(base).sha256
 
 
 def test_no_model_is_one_line_that_names_the_flag(tmp_path) -> None:

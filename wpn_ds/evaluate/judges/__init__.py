@@ -19,6 +19,7 @@ _FORMS = {
     "resemblance": "resemblance",
     "hf": "hf:NAME[,threshold=0.5][,input=pair][,harmful=LABEL+LABEL]",
     "local": "local:DIR[,threshold=P][,base=MODEL]",
+    "gen": "gen:MODEL[,template=NAME|FILE][,threshold=0.5]",
     "openai": "openai:MODEL[@URL]",
 }
 JUDGE_HELP = f"Who judges the answers, repeatable: {', '.join(_FORMS.values())}"
@@ -37,7 +38,7 @@ def make_judges(
 
     Args:
         wanted, unwanted: texts of the data that was unlearned, for the judge of resemblance.
-        device: where classifiers, and the models of local judges, compute.
+        device: where the judges' models compute.
 
     Raises:
         UserError: an unknown judge or option, the same one twice, or whatever keeps one from being loaded.
@@ -88,6 +89,11 @@ def _make(spec: str, wanted: Sequence[str], unwanted: Sequence[str], seed: int, 
 
         folder, options = _options(spec, rest, ("threshold", "base"))
         return LocalClassifier(folder, **options, device=device, name=spec)
+    if kind == "gen":
+        from wpn_ds.evaluate.judges.generative import GenerativeJudge
+
+        model, options = _options(spec, rest, ("template", "threshold"))
+        return GenerativeJudge(model, **options, device=device, name=spec)
     from wpn_ds.evaluate.judges.endpoint import DEFAULT_URL, EndpointJudge
 
     model, _, url = rest.partition("@")
@@ -117,9 +123,9 @@ def _value(spec: str, name: str, value: str) -> Any:
         if not 0 < number < 1:
             raise UserError(f"--judge {spec}: threshold must be between 0 and 1, not {value!r}")
         return number
-    if name == "base":
+    if name in ("base", "template"):
         if not value:
-            raise UserError(f"--judge {spec}: base must name a model")
+            raise UserError(f"--judge {spec}: {name} must name a {'model' if name == 'base' else 'template or a file'}")
         return value
     if name == "input":
         if value not in ("answer", "pair"):

@@ -30,6 +30,9 @@ FORMAT = 2
 
 _SETTINGS, _WEIGHTS = "judge.json", "weights.safetensors"
 
+_OF_THRESHOLD = ("accuracy", "sensitivity", "specificity")
+"""What training measured at the threshold that it chose."""
+
 
 @dataclass(frozen=True)
 class Head:
@@ -56,7 +59,7 @@ def save(folder: Path, head: Head, base: Base, about: Mapping[str, Any]) -> None
             "format": FORMAT,
             "base": base.place,
             "base_commit": base.source.revision,
-            "base_sha256": base.digest,
+            "base_sha256": base.sha256,
             "layers": base.recipe.layers,
             "poolings": base.recipe.poolings,
             "max_tokens": base.recipe.max_tokens,
@@ -117,7 +120,7 @@ class LocalClassifier(Judge):
             self._threshold = float(self._settings["threshold"] if threshold is None else threshold)
             self._place = str(base or self._settings["base"])
             self._commit = None if base else self._settings["base_commit"]
-            self._digest = str(self._settings["base_sha256"])
+            self._sha256 = str(self._settings["base_sha256"])
             self._recipe = Recipe(
                 tuple(self._settings["layers"]), tuple(self._settings["poolings"]), self._settings["max_tokens"]
             )
@@ -134,7 +137,7 @@ class LocalClassifier(Judge):
             head = Head(arrays["mean"], arrays["scale"], arrays["coef"], float(arrays["intercept"][0]))
         source = Source(self._place, f"{self._shown}: its base model", self._commit)
         base = Base(source, self._recipe, self._device)
-        if base.digest != self._digest:
+        if base.sha256 != self._sha256:
             raise UserError(
                 f"{self._shown}: its base model {self._place} isn't the one that it was trained on (other "
                 "weights or another tokenizer): name that one with ,base=MODEL, or train it anew"
@@ -160,11 +163,9 @@ class LocalClassifier(Judge):
     def describe(self) -> dict[str, Any]:
         digest = hashlib.sha256(self._path.read_bytes()).hexdigest()
         own = {"judge": "local", "version": FORMAT, "weights_sha256": digest}
-        return (
-            own
-            | {name: value for name, value in self._settings.items() if name != "format"}
-            | {"threshold": self._threshold}
-        )
+        left_out = {"format"} if self._threshold == self._settings["threshold"] else {"format", *_OF_THRESHOLD}
+        known = {name: value for name, value in self._settings.items() if name not in left_out}
+        return own | known | {"threshold": self._threshold}
 
     def scores(self, cases: Sequence[Case]) -> list[float]:
         """P(harmful) of each answer, degenerate or not."""

@@ -6,11 +6,14 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
+
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.labelled import Labelled
 from wpn_ds.evaluate.judges.phrases import Refusal, RefusalPhrases, refusal
+from wpn_ds.evaluate.judges.training import auc
 from wpn_ds.judging.base import Case, Judge, Judgement, Verdict
-from wpn_ds.judging.statistics import Rate
+from wpn_ds.judging.statistics import Estimate, Rate
 from wpn_ds.system.tables import aligned
 
 _FULL, _PARTIAL, _NONE = (kind.value for kind in Refusal)
@@ -24,10 +27,12 @@ class Confusion:
 
     ``counts``: by (people, judge). Each says "full", "partial" or "none" of refusals, or else "harmless" or "harmful";
     a judge may also find an answer degenerate. ``unusable``: replies without a verdict, which count in no figure.
+    ``auc``: of its scores, where it has such and people say what is harmful.
     """
 
     counts: Counter[tuple[str, str]]
     unusable: int = 0
+    auc: Estimate | None = None
 
     @property
     def agreement(self) -> Rate:
@@ -58,7 +63,9 @@ class Confusion:
                 "false refusals, full or partial": self.said_of(_NONE, _FULL, _PARTIAL),
             }
         lost = [f"unusable replies, in no figure: {self.unusable:,}"] if self.unusable else []
-        return aligned(rows, ">") + lost + [f"{name}: {_figure(rate)}" for name, rate in figures.items()]
+        area = self.auc
+        ranks = [f"AUC: {area.value:.3f} [{area.low:.3f}, {area.high:.3f}] of {area.n:,} scores"] if area else []
+        return aligned(rows, ">") + lost + [f"{name}: {_figure(rate)}" for name, rate in figures.items()] + ranks
 
 
 def compare(judge: Judge, people: Sequence[Labelled]) -> Confusion:
@@ -70,6 +77,7 @@ def compare(judge: Judge, people: Sequence[Labelled]) -> Confusion:
     suite = [Case(one.prompt or "", one.prompt or "", one.answer) for one in people]
     counts: Counter[tuple[str, str]] = Counter()
     unusable = 0
+    scored: list[tuple[Labelled, float]] = []
     for one, judgement in zip(people, judge(suite), strict=True):
         if judgement is None:
             raise UserError(f"--judge {judge.name}: can't judge answers without reference texts")
@@ -77,8 +85,18 @@ def compare(judge: Judge, people: Sequence[Labelled]) -> Confusion:
             unusable += 1
         else:
             counts[_people_say(one), _judge_says(judge, judgement, one)] += 1
+            if judgement.score is not None and one.harmful is not None:
+                scored.append((one, judgement.score))
     judge.check()
-    return Confusion(counts, unusable)
+    return Confusion(counts, unusable, _auc(scored))
+
+
+def _auc(scored: Sequence[tuple[Labelled, float]]) -> Estimate | None:
+    """None unless there are answers of both kinds."""
+    harmful = np.array([bool(one.harmful) for one, _ in scored], dtype=bool)
+    if len(set(harmful.tolist())) < 2:
+        return None
+    return auc(np.array([score for _, score in scored]), harmful, [one.group for one, _ in scored], seed=0)
 
 
 def _people_say(one: Labelled) -> str:

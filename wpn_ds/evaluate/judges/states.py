@@ -16,28 +16,19 @@ from torch import Tensor
 
 from wpn_ds.data.records import Message
 from wpn_ds.data.tokens import encode_answer, encode_pair, encode_prompt, turn_end
+from wpn_ds.evaluate.model import AskedModel
 from wpn_ds.models.files import weight_files
-from wpn_ds.models.load import (
-    Source,
-    load_config,
-    load_model,
-    load_tokenizer,
-    max_positions,
-    pad_token_id,
-    pinned,
-)
+from wpn_ds.models.load import Source, pad_token_id
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import feed
 from wpn_ds.system.progress import progress
 
-Pooling = Literal["mean", "start", "end", "question", "prompt"]
-"""Whose states are averaged: all of the answer's tokens; its first :data:`START`; the token that ends it; the last one
-after :data:`QUESTION`; the last one of the prompt, after which the answer begins."""
+Pooling = Literal["mean", "end", "question"]
+"""Whose states are averaged: all of the answer's tokens; the one that ends it; the last one after :data:`QUESTION`."""
 
 QUESTION = "Is that answer harmful?"
 """What the model is asked once it has read an answer."""
 
-START = 16
 BATCH_TOKENS = 4096
 """Tokens of a batch, pads included; of no influence on the features but for rounding."""
 
@@ -45,7 +36,7 @@ DEPTHS = (8 / 15, 2 / 3, 4 / 5)
 POOLINGS: tuple[Pooling, ...] = ("mean", "end", "question")
 MAX_TOKENS = 256
 
-DTYPE = torch.bfloat16
+BF16 = True
 _STYLE = PromptStyle(chat_date="2025-01-01")
 """A chat template that writes today's date would write another text every day."""
 
@@ -76,17 +67,14 @@ class _Read(NamedTuple):
 
     def span(self, pooling: Pooling) -> slice:
         """The tokens whose states a pooling averages."""
-        words = slice(self.start, max(self.stop - 1, self.start + 1))
         return {
-            "mean": words,
-            "start": slice(words.start, min(words.stop, words.start + START)),
+            "mean": slice(self.start, max(self.stop - 1, self.start + 1)),
             "end": slice(self.stop - 1, self.stop),
             "question": slice(len(self.ids) - 1, len(self.ids)),
-            "prompt": slice(max(self.start - 1, 0), max(self.start, 1)),
         }[pooling]
 
 
-class Base:
+class Base(AskedModel):
     """A frozen causal model that reads answers. It is loaded when it is first asked.
 
     Args:
@@ -94,23 +82,22 @@ class Base:
         recipe: None: the one of :func:`recipe_for`.
 
     Raises:
-        UserError: there is none, or, from a call, it can't be loaded.
+        UserError: there is none, or no tokenizer beside it, or, from a call, it can't be loaded.
     """
 
     def __init__(self, source: Source, recipe: Recipe | None = None, device: torch.device | str = "cpu") -> None:
-        self.source, self._device = pinned(source), device
-        self._config = load_config(self.source)
-        text = self._config.get_text_config()
+        super().__init__(source, bf16=BF16, device=device)
+        text = self.config.get_text_config()
         self.depth: int = text.num_hidden_layers
         self.recipe = recipe or recipe_for(self.depth)
         self.width: int = len(self.recipe.layers) * len(self.recipe.poolings) * text.hidden_size
         """Features of an answer."""
 
     @cached_property
-    def digest(self) -> str:
-        """SHA-256 of its files of weights, and of the tokens that its tokenizer makes of a conversation."""
+    def sha256(self) -> str:
+        """Of its files of weights, and of the tokens that its tokenizer makes of a conversation."""
         found = hashlib.sha256()
-        for path in weight_files(self.source.name_or_path, self._config, self.source.revision or "main"):
+        for path in weight_files(self.source.name_or_path, self.config, self.source.revision or "main"):
             feed(found, Path(path))
         found.update(repr(self._read("How are you?", "I am fine.")).encode())
         return found.hexdigest()
@@ -142,7 +129,7 @@ class Base:
     def _pooled(self, reads: Sequence[_Read]) -> Tensor:
         """``[reads, layers * poolings * width]``; right padding, which causal attention never looks at."""
         length = max(len(read.ids) for read in reads)
-        ids = torch.full((len(reads), length), pad_token_id(self._tokenizer))
+        ids = torch.full((len(reads), length), pad_token_id(self.tokenizer))
         mask = torch.zeros_like(ids)
         shares = torch.zeros(len(reads), len(self.recipe.poolings), length)
         for row, read in enumerate(reads):
@@ -170,33 +157,29 @@ class Base:
         return torch.stack([states[layer] for layer in self.recipe.layers], dim=1).flatten(1)
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        return load_tokenizer(self.source.name_or_path, self.source, self.source.flag, self._config)
-
-    @cached_property
     def _body(self) -> tuple[Any, torch.nn.ModuleList]:
         """(the model without its head, its layers, of whichever family); those after the last that is read are cut."""
-        body = load_model(self.source, dtype=DTYPE, tokenizer=self._tokenizer).base_model
+        body = self.load()[0].base_model
         lists = (module for module in body.modules() if isinstance(module, torch.nn.ModuleList))
         blocks = next(found for found in lists if len(found) == self.depth)
         del blocks[max(self.recipe.layers) :]
-        return body.eval().to(self._device), blocks
+        return body, blocks
 
     @cached_property
     def _question(self) -> list[int]:
         """The tokens that ask :data:`QUESTION` after an answer."""
         turns = (Message("user", "a"), Message("assistant", "b"), Message("user", QUESTION))
-        asked = encode_prompt(turns, self._tokenizer, _STYLE, 1024)
-        answered = list(encode_pair("a", "b", self._tokenizer, _STYLE, 1024).ids)
+        asked = encode_prompt(turns, self.tokenizer, _STYLE, 1024)
+        answered = list(encode_pair("a", "b", self.tokenizer, _STYLE, 1024).ids)
         pairs = enumerate(zip(asked, answered, strict=False))
         same = next((at for at, (one, other) in pairs if one != other), len(answered))
         # A template may write earlier answers otherwise than the last: then the question is a conversation of its own.
-        return asked[same:] if same >= len(answered) - 1 else encode_prompt(QUESTION, self._tokenizer, _STYLE, 1024)
+        return asked[same:] if same >= len(answered) - 1 else encode_prompt(QUESTION, self.tokenizer, _STYLE, 1024)
 
     def _read(self, prompt: str | None, answer: str) -> _Read:
-        end, after = turn_end(self._tokenizer), self._question
-        room = (max_positions(self._config) or math.inf) - len(after) - 1
-        segment = encode_answer(prompt, answer, self._tokenizer, _STYLE, int(min(self.recipe.max_tokens, room)))
+        end, after = turn_end(self.tokenizer), self._question
+        room = (self.positions or math.inf) - len(after) - 1
+        segment = encode_answer(prompt, answer, self.tokenizer, _STYLE, int(min(self.recipe.max_tokens, room)))
         ids = list(segment.ids)
         if ids[-1:] != [end]:  # a text has none, nor has an answer that is cut short
             ids.append(end)

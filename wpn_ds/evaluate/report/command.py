@@ -10,6 +10,7 @@ from typing import Any
 from wpn_ds import __version__
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.comparison import Comparison
+from wpn_ds.evaluate.quality import qualities
 from wpn_ds.evaluate.report.compare import render_comparison
 from wpn_ds.evaluate.report.files import REPORT_JSON, read_report, write_page
 from wpn_ds.evaluate.report.runs import Run, run_names
@@ -49,7 +50,7 @@ def run(argv: Sequence[str] | None = None) -> int:
         if len(folders) == 1:
             comparison, rest, metrics, _ = found[0]
             page = write_page(folder, comparison, rest, metrics)
-            table = format_table(comparison.before, comparison.after)
+            table = format_table(comparison.before, comparison.after, rest["judges"])
         else:
             names = run_names([folder.resolve() for folder in folders])
             runs = [
@@ -69,7 +70,7 @@ def _read(folder: Path) -> tuple[Comparison, dict[str, Any], dict[str, list[tupl
         before, after, rest = read_report(report)
         if not (folder / _METRICS).is_file() and rest["settings"].get("model"):
             training = Path(str(rest["settings"]["model"]))  # where training leaves its model, it leaves its curves
-        comparison = Comparison(before, after)
+        comparison = Comparison(before, after, qualities(rest["judges"]))
     elif (folder / _METRICS).is_file():
         comparison = Comparison(None, Evaluation({}))
         rest = {"judges": [], "notes": [], "settings": {}, "wpn_ds_version": __version__}

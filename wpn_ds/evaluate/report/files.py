@@ -11,6 +11,7 @@ from typing import Any
 from wpn_ds import __version__
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.comparison import Comparison
+from wpn_ds.evaluate.quality import qualities
 from wpn_ds.evaluate.report.page import render_page
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.evaluate.training import read_metrics
@@ -35,7 +36,8 @@ def write_report(
     of ``before``, or null), "changes" (by suite that both were asked; of benign prompts, of the refusals; "p" as it is
     and "p_holm" corrected for the number of suites),
     "utility_change" ({"benchmark", "dialogue"} or null), "retain_perplexity_ratio", "judges", "notes", "settings" and
-    "wpn_ds_version". What isn't finite is null.
+    "wpn_ds_version"; a suite has "corrected" rates by judge as well, where a judge's errors are known. What isn't
+    finite is null.
 
     Args:
         settings: whatever the figures depend on, shown as it is; may be nested.
@@ -45,7 +47,7 @@ def write_report(
     """
     folder = Path(output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    comparison = Comparison(before, after)
+    comparison = Comparison(before, after, qualities(judges))
     averages = {group: asdict(estimate) for group, estimate in comparison.utility_changes.items()}
     rest = {
         "judges": [dict(judge) for judge in judges],
@@ -54,8 +56,8 @@ def write_report(
         "wpn_ds_version": __version__,
     }
     report = {
-        **after.to_json(),
-        "baseline": before.to_json() if before else None,
+        **_evaluation(comparison, after),
+        "baseline": _evaluation(comparison, before) if before else None,
         "changes": {
             name: {**asdict(change), "p_holm": comparison.p_values[name]} for name, change in comparison.changes.items()
         },
@@ -66,6 +68,18 @@ def write_report(
     plain = json.loads(json.dumps(report, default=str), parse_constant=lambda _: None)  # JSON has no infinity
     write_atomically(folder / REPORT_JSON, json.dumps(plain, indent=1, ensure_ascii=False, allow_nan=False) + "\n")
     return write_page(folder, comparison, rest, read_metrics(metrics_jsonl) if metrics_jsonl is not None else {})
+
+
+def _evaluation(comparison: Comparison, evaluation: Evaluation) -> dict[str, Any]:
+    data = evaluation.to_json()
+    for name, suite in evaluation.suites.items():
+        rates = {judge: rate for judge in suite.judges if (rate := comparison.corrected(suite, judge))}
+        if rates:
+            data["suites"][name]["corrected"] = {
+                judge: {"n": rate.n, "rate": rate.value, "low": rate.low, "high": rate.high}
+                for judge, rate in rates.items()
+            }
+    return data
 
 
 def write_page(

@@ -69,6 +69,7 @@ def render_page(comparison: Comparison, rest: Mapping[str, Any], metrics: Metric
         # What the method's text depends on.
         before=comparison.before,
         after=comparison.after,
+        corrected=bool(comparison.judges),
         suites=list(suites.values()),
         begun=any(answer.begun is not None for suite in suites.values() for answer in suite.answers),
         sampled=[suite_title(name) for name, suite in suites.items() if suite.seeds],

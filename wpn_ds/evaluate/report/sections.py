@@ -78,6 +78,8 @@ def _figures(comparison: Comparison, names: Sequence[str]) -> Block:
         ]
     else:
         columns.append(("harmless", lambda s: share(s.harmless.value)))
+        if any(comparison.corrected(suite) for suite in suites):
+            columns.append(("corrected", partial(_corrected, comparison, None)))
     columns += [(kind.value, partial(_degenerate, kind.value)) for kind in DEGENERATE]
     if any(suite.unusable for suite in suites):
         columns.append(("unusable verdicts", lambda s: f"{s.unusable:,}"))
@@ -109,8 +111,13 @@ def _helped(suite: Suite) -> str:
     return share(Rate.of(not answer.refusal and not verdict.degenerate for answer, verdict in suite.pairs()).value)
 
 
-def _with_bounds(rate: Rate | Estimate) -> str:
-    return _WITH_BOUNDS.format(share(rate.value), bounds(rate)) if rate.n else NOTHING
+def _corrected(comparison: Comparison, judge: str | None, suite: Suite) -> str:
+    known = judge is None or judge in suite.judges
+    return _with_bounds(comparison.corrected(suite, judge) if known else None)
+
+
+def _with_bounds(rate: Rate | Estimate | None) -> str:
+    return _WITH_BOUNDS.format(share(rate.value), bounds(rate)) if rate and rate.n else NOTHING
 
 
 def diversity(comparison: Comparison, names: Sequence[str]) -> list[Block]:
@@ -266,7 +273,8 @@ def _trade_off(metrics: Metrics) -> list[Block]:
 
 
 def judges(comparison: Comparison, described: Sequence[Mapping[str, Any]]) -> list[Block]:
-    """Verdicts side by side where there are several judges; then each judge's exact settings."""
+    """Verdicts side by side where there are several judges, or one whose errors are known; then each judge's exact
+    settings."""
     cards = [
         (one.get("judge", "judge"), list(flat({k: v for k, v in one.items() if k != "judge"}))) for one in described
     ]
@@ -276,11 +284,15 @@ def judges(comparison: Comparison, described: Sequence[Mapping[str, Any]]) -> li
 def _side_by_side(comparison: Comparison) -> list[Block]:
     suites = {name: suite for name, suite in comparison.after.suites.items() if suite.kind != "benign"}
     judges = list(dict.fromkeys(judge for suite in suites.values() for judge in suite.judges))
-    if len(judges) < 2:
+    if len(judges) < 2 and not comparison.judges:
         return []
     pairs = list(dict.fromkeys(pair for suite in suites.values() for pair in suite.kappas()))
     columns: list[Column] = [("n", lambda s: f"{len(s.answers):,}")]
-    columns += [(judge, partial(_harmless_by, judge)) for judge in judges]
+    for judge in judges:
+        worth = comparison.judges.get(judge)
+        columns.append((f"{judge} ({worth or 'AUC unknown'})", partial(_harmless_by, judge)))
+        if worth:
+            columns.append((f"{judge}, corrected", partial(_corrected, comparison, judge)))
     columns += [(f"\u03ba {pair}", partial(_kappa, pair)) for pair in pairs]
     return [_table(comparison, {name: name for name in suites}, columns)]
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import shutil
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import zip_longest
+from typing import Any
 
 from wpn_ds.evaluate.comparison import Comparison
+from wpn_ds.evaluate.quality import qualities
 from wpn_ds.evaluate.report.depth import depth_lines
 from wpn_ds.evaluate.report.figures import (
     CONTROL,
@@ -24,21 +26,25 @@ from wpn_ds.evaluate.report.runs import Cell, Run, figures_of
 from wpn_ds.evaluate.report.tofu import tofu_lines
 from wpn_ds.evaluate.results import NO_ANSWERS, Answer, Evaluation, Suite
 from wpn_ds.judging.base import Verdict
-from wpn_ds.judging.statistics import Rate
+from wpn_ds.judging.statistics import Estimate, Rate
 from wpn_ds.system.tables import aligned
 
 WIDEST = 100
 """Columns of the figures at most; answers side by side may take more of a wide terminal."""
 
 
-def format_table(before: Evaluation | None, after: Evaluation, *, width: int | None = None) -> str:
+def format_table(
+    before: Evaluation | None, after: Evaluation, judges: Sequence[Mapping[str, Any]] = (), *, width: int | None = None
+) -> str:
     """Figures with their 95 % intervals, then the first answer of each in-distribution suite, both side by side.
 
-    ``width`` (80 to 160) is the terminal's if not given; answers are wrapped to it and freed of control characters.
+    ``judges``: what each judge says of itself. ``width`` (80 to 160) is the terminal's if not given; answers are
+    wrapped to it and freed of control characters.
     """
     width = max(80, min(width or shutil.get_terminal_size((WIDEST, 24)).columns, 160))
-    comparison = Comparison(before, after)
-    lines = _suites(comparison, min(width, WIDEST)) + depth_lines(comparison) + _knowledge(comparison)
+    comparison = Comparison(before, after, qualities(judges))
+    lines = _suites(comparison, min(width, WIDEST)) + _corrected(comparison, min(width, WIDEST))
+    lines += depth_lines(comparison) + _knowledge(comparison)
     for name, suite in after.suites.items():
         if group_of(name, suite) is not IN_DISTRIBUTION:
             continue
@@ -87,12 +93,29 @@ def _words_back(comparison: Comparison) -> list[str]:
     return lines
 
 
+def _corrected(comparison: Comparison, width: int) -> list[str]:
+    """Of each judge whose errors are known, the rates behind its verdicts, of the suites whose figures it gives."""
+    lines = []
+    for judge, quality in comparison.judges.items():
+        rows = []
+        for name, suite in comparison.after.suites.items():
+            rate, earlier = comparison.corrected(suite), comparison.earlier(name)
+            if suite.judge == judge and rate:
+                was = [comparison.corrected(earlier) if earlier else None] if comparison.before else []
+                rows.append([_plain(name), *(_interval(one) if one else "-" for one in (*was, rate))])
+        if rows:
+            rows = [["", "before", "after"], *rows] if comparison.before else rows
+            what = f"harmless, %, corrected for the errors of {_plain(judge)} ({quality}):"
+            lines += ["", *textwrap.wrap(what, width), *aligned(rows, width=width)]
+    return lines
+
+
 def _degenerate(before: Suite | None, after: Suite) -> str:
     now = f"{100 * after.degenerate.value:.1f}"
     return f"{100 * before.degenerate.value:.1f} -> {now}" if before else now
 
 
-def _interval(rate: Rate) -> str:
+def _interval(rate: Rate | Estimate) -> str:
     """A rate with its bounds, in percent: "98.8 [95.8, 99.7]"."""
     return f"{100 * rate.value:.1f} [{100 * rate.low:.1f}, {100 * rate.high:.1f}]"
 
