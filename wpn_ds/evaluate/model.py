@@ -11,7 +11,7 @@ import torch
 
 from wpn_ds.evaluate.work import identity
 from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pinned
-from wpn_ds.models.speed import warn_of_slow_bf16
+from wpn_ds.models.speed import faster_in_bf16, warn_of_slow_bf16
 
 
 def device() -> torch.device:
@@ -26,6 +26,7 @@ class AskedModel:
     """A model by its configuration and tokenizer, which are there at once; its weights come when there is work.
 
     Args:
+        bf16: in bfloat16, or else in fp32; None: in the faster of the two.
         device: where it computes; None: :func:`device`.
 
     Attributes:
@@ -37,8 +38,9 @@ class AskedModel:
         UserError: there is no such model, or no tokenizer beside it.
     """
 
-    def __init__(self, source: Source, *, bf16: bool, device: torch.device | str | None = None) -> None:
-        self.name, self.source, self._bf16, self._device = source.name_or_path, pinned(source), bf16, device
+    def __init__(self, source: Source, *, bf16: bool | None, device: torch.device | str | None = None) -> None:
+        self.name, self.source, self._device = source.name_or_path, pinned(source), device
+        self._bf16 = faster_in_bf16(self._place) if bf16 is None else bf16
         self.config = load_config(self.source)
         self.tokenizer = load_tokenizer(self.name, self.source, source.flag, self.config)
         self.positions = max_positions(self.config)
@@ -52,6 +54,9 @@ class AskedModel:
     def load(self) -> tuple[Any, Any]:
         """(the model on its device in eval mode, its tokenizer)."""
         dtype = torch.bfloat16 if self._bf16 else torch.float32
-        place = torch.device(self._device or device())
-        warn_of_slow_bf16(place, dtype)
-        return load_model(self.source, dtype=dtype, tokenizer=self.tokenizer).to(place).eval(), self.tokenizer
+        warn_of_slow_bf16(self._place, dtype)
+        return load_model(self.source, dtype=dtype, tokenizer=self.tokenizer).to(self._place).eval(), self.tokenizer
+
+    @property
+    def _place(self) -> torch.device:
+        return torch.device(self._device or device())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+from functools import cache
 
 import torch
 
@@ -28,6 +29,7 @@ def measure_peak_flops(device: torch.device, dtype: torch.dtype) -> float:
     return 2 * n**3 / best
 
 
+@cache
 def faster_in_bf16(device: torch.device) -> bool:
     """Whether it multiplies matrices faster in bfloat16 than in fp32."""
     return measure_peak_flops(device, torch.bfloat16) > measure_peak_flops(device, torch.float32)

@@ -33,7 +33,7 @@ BATCH_TOKENS = 8192
 MAX_TOKENS = 4096
 """Of what is read at most; an answer that is longer loses its end."""
 
-BF16 = True
+BF16: bool | None = None
 LEAST_PROBABILITY = 0.05
 """That the model replies with a verdict at all, on average; below, the template isn't the model's."""
 

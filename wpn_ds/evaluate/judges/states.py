@@ -36,7 +36,7 @@ DEPTHS = (8 / 15, 2 / 3, 4 / 5)
 POOLINGS: tuple[Pooling, ...] = ("mean", "end", "question")
 MAX_TOKENS = 256
 
-BF16 = True
+BF16: bool | None = None
 _STYLE = PromptStyle(chat_date="2025-01-01")
 """A chat template that writes today's date would write another text every day."""
 
