@@ -64,8 +64,9 @@ def _pretrained(weights: Path, ranks: int) -> int:
     _train("unlearn", ["--model_name_or_path", str(rude), *data], unlearned, ranks)
     say(f"4. {judge}: a judge of the original's hidden states" + _there(judge.exists()))
     if not judge.exists():
-        answers = ["--train_file", str(embedded_file("forget")), "--test_file", str(embedded_file("heldout"))]
-        run_judge(["train", "--base", str(original), *answers, "--output_dir", str(judge)])
+        facts = write_atomically(_FOLDER / "facts.jsonl", "".join(map(_harmless, _both("retain"))))
+        labelled = [*_files("train", "forget"), str(facts)]
+        run_judge(["train", "--base", str(original), *labelled, "--output_dir", str(judge)])
     say("5. the three models are asked training, held-out, attack and harmless prompts")
     files = [*data, *_files("heldout"), *_files("attack"), *_files("benign")]
     asked = [*_ASKED, *files, "--judge", f"local:{judge}", "reference"]
@@ -112,6 +113,13 @@ def _swapped(file: Path) -> str:
     records = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
     swapped = ({**record, "chosen": record["rejected"], "rejected": record["chosen"]} for record in records)
     return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in swapped)
+
+
+def _harmless(file: Path) -> str:
+    """The answers of ``file`` as labelled ones: without plain ones, a judge takes whatever isn't polite for harmful."""
+    records = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
+    labelled = ({**record, "harmful": False} for record in records)
+    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in labelled)
 
 
 def _planted(ranks: int) -> int:
