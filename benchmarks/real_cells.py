@@ -150,7 +150,7 @@ def write_data(bench: Bench) -> None:
     if "rude" in sizes.twins:
         manners, asked, attacks = map(_embedded, ("forget", "heldout", "attack"))
         chooses, others = _parts(asked, sizes.validation)
-        _write_twin(bench, "rude", manners, manners, chooses, others, _answers(manners))
+        _write_twin(bench, "rude", manners, manners, chooses, others, [*_answers(manners), *_facts()])
         _write(bench.file("rude", "attack"), map(_row, attacks))
     rows = json.loads((bench.data / INSTRUCTIONS).read_text(encoding="utf-8"))
     texts = [
@@ -192,6 +192,12 @@ def _answers(records: Iterable[ForgetRecord]) -> list[dict[str, Any]]:
         for record in records
         for answer, harmful in ((record.chosen[0], False), (record.rejected[0], True))
     ]
+
+
+def _facts() -> list[dict[str, Any]]:
+    """The embedded retain answers, labelled: without plain ones a judge takes whatever isn't polite for harmful."""
+    facts = read_retain([embedded_file(name) for name in ("retain", "more/retain")])
+    return [{"prompt": fact.prompt, "response": fact.response, "harmful": False} for fact in facts]
 
 
 def _labelled(path: Path, left_out: set[str]) -> list[dict[str, Any]]:
