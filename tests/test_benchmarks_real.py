@@ -384,7 +384,9 @@ def few(shared: Path, folder: Path) -> Path:
     return folder
 
 
-def test_a_small_run_that_is_stopped_goes_on_to_its_end(shared_data, tmp_path, pool, monkeypatch, capsys) -> None:
+def test_a_small_run_that_is_stopped_goes_on_to_its_end(
+    shared_data, tmp_path, pool, monkeypatch, capsys, no_launcher
+) -> None:
     trained: list[str] = []
     stop_at = 2
 

@@ -15,7 +15,7 @@ BOS, EOS, PAD = 2, 2, 1
 ROW = 48  # more than the longest segment below
 
 #: What prompts may begin with, as a chat template's system turn.
-HEADER = tuple(range(91, 91 + SHORTEST_HEADER))
+HEADER = tuple(range(70, 70 + SHORTEST_HEADER))
 _IDS = st.lists(st.integers(4, 90), min_size=1, max_size=9).map(tuple)
 #: Few texts, so that one example's wanted text often is another one's unwanted text.
 _TEXTS = st.lists(_IDS, min_size=5, max_size=9, unique=True)

@@ -17,6 +17,7 @@ from tests.engine.small import Engine
 from tests.engine.stepping import Model, Rolled, Said, random, start_of, take
 from wpn_ds.data.batch import collate
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
+from wpn_ds.data.layout import Layout
 from wpn_ds.data.plan import Segment
 from wpn_ds.engine.step import label_gradients, means_of, states_of
 from wpn_ds.models.packed import Output
@@ -135,10 +136,16 @@ OBJECTIVES = BY_VECTORS | BY_LIKELIHOOD
 STEPS = {"examples": example_sets(), "layout": layouts(), "seed": st.integers(0, 50)}
 
 
+def fit(layout: Layout, terms: Terms) -> Layout:
+    """As a run lays out: what is pooled lies in one place."""
+    return replace(layout, share_header=layout.share_header and not terms.pools)
+
+
 @several
 @given(**STEPS, objective=OBJECTIVES)
 def test_the_step_s_means_and_gradients_are_those_of_the_plain_method(world, examples, layout, seed, objective) -> None:
     terms, said = Terms.of(objective, retain=bool(examples.retain)), Said.of(examples)
+    layout = fit(layout, terms)
     plan = plan_of(examples, layout, roles=terms.read)
     taken = take(terms, examples, plan, layout, world, Model.make(seed), said)
     plain = Model.make(seed)
@@ -159,7 +166,7 @@ def test_the_step_s_means_and_gradients_are_those_of_the_plain_method(world, exa
 @given(**STEPS, objective=OBJECTIVES)
 def test_every_term_s_sum_is_the_same_however_the_step_is_split(world, examples, layout, seed, objective) -> None:
     terms, said, results = Terms.of(objective, retain=bool(examples.retain)), Said.of(examples), []
-    for each in (layout, ONE):
+    for each in (fit(layout, terms), ONE):
         plan = plan_of(examples, each, roles=terms.read)
         results.append(take(terms, examples, plan, each, world, Model.make(seed), said).sums)
     split, whole = results

@@ -119,7 +119,8 @@ def flat_of(objective: str) -> st.SearchStrategy[dict[str, Any]]:
     ).map(with_effect)
 
 
-FILES = st.text(min_size=1).filter(lambda name: not name.startswith("-"))  # so that it can be written as a flag
+# So that it can be written as a flag, and is no home folder.
+FILES = st.text(min_size=1).filter(lambda name: not name.startswith(("-", "~")))
 FLAT = st.sampled_from(sorted(built_in())).flatmap(flat_of)
 
 
