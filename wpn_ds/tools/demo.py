@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.errors import UserError
@@ -110,16 +111,18 @@ def _launch(command: Sequence[str]) -> None:
 
 def _swapped(file: Path) -> str:
     """The records of ``file`` with the unwanted answer as the wanted one."""
-    records = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
-    swapped = ({**record, "chosen": record["rejected"], "rejected": record["chosen"]} for record in records)
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in swapped)
+    return _changed(file, lambda record: {"chosen": record["rejected"], "rejected": record["chosen"]})
 
 
 def _harmless(file: Path) -> str:
     """The answers of ``file`` as labelled ones: without plain ones, a judge takes whatever isn't polite for harmful."""
+    return _changed(file, lambda record: {"harmful": False})
+
+
+def _changed(file: Path, fields: Callable[[dict[str, Any]], dict[str, Any]]) -> str:
+    """The JSONL of ``file`` with the fields that ``fields`` makes of each record."""
     records = (json.loads(line) for line in file.read_text(encoding="utf-8").splitlines())
-    labelled = ({**record, "harmful": False} for record in records)
-    return "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in labelled)
+    return "".join(json.dumps(record | fields(record), ensure_ascii=False) + "\n" for record in records)
 
 
 def _planted(ranks: int) -> int:

@@ -18,27 +18,19 @@ from wpn_ds.data.records import Message, Prompt
 from wpn_ds.data.special import SpecialTokens
 from wpn_ds.data.tokens import encode_prompt, encode_text, render_prompt
 from wpn_ds.errors import UserError
+from wpn_ds.evaluate.judges.reading import BATCH_TOKENS, BF16, STYLE, in_batches
 from wpn_ds.evaluate.judges.templates import TEMPLATES, find_template
 from wpn_ds.evaluate.model import AskedModel
 from wpn_ds.judging.base import Case, Judge, Judgement, by_threshold
 from wpn_ds.models.folder import check_place
 from wpn_ds.models.generate import left_padded
 from wpn_ds.models.load import Source, pad_token_id
-from wpn_ds.settings.style import PromptStyle
-from wpn_ds.system.progress import progress
-
-BATCH_TOKENS = 8192
-"""Tokens of a batch, pads included; of no influence on the verdicts but for rounding."""
 
 MAX_TOKENS = 4096
 """Of what is read at most; an answer that is longer loses its end."""
 
-BF16: bool | None = None
 LEAST_PROBABILITY = 0.05
 """That the model replies with a verdict at all, on average; below, the template isn't the model's."""
-
-_STYLE = PromptStyle(chat_date="2025-01-01")
-"""A chat template that writes today's date would ask otherwise every day."""
 
 _WHOLE = 2**31
 """As many tokens as there are."""
@@ -143,7 +135,7 @@ class GenerativeJudge(Judge):
     def _is_guard(self) -> bool:
         """Whether the tokenizer's chat template asks for Llama Guard's verdicts."""
         with contextlib.suppress(UserError):  # one that refuses this chat is no guard's
-            text = render_prompt(_chat("a", "b"), self._model.tokenizer, _STYLE)
+            text = render_prompt(_chat("a", "b"), self._model.tokenizer, STYLE)
             return "'safe'" in text and "'unsafe'" in text
         return False
 
@@ -152,7 +144,7 @@ class GenerativeJudge(Judge):
 
     def _ids(self, prompt: str, answer: str) -> Tokens:
         if self._template.form == "turn":
-            return tuple(encode_prompt(self._asking(prompt, answer), self._model.tokenizer, _STYLE, _WHOLE))
+            return tuple(encode_prompt(self._asking(prompt, answer), self._model.tokenizer, STYLE, _WHOLE))
         # The template's own special tokens are meant; those that prompt and answer spell out are text.
         own = self._special.ids(self._template.filled(*map(self._special.marked, (prompt, answer))))
         bos = encode_text("", self._model.tokenizer, _WHOLE).ids
@@ -188,7 +180,7 @@ class GenerativeJudge(Judge):
         """The tokens of a reply, as they are behind the template."""
         text = self._template.filled("a", "b")
         if self._template.form == "turn":
-            text = render_prompt(self._asking("a", "b"), self._model.tokenizer, _STYLE)
+            text = render_prompt(self._asking("a", "b"), self._model.tokenizer, STYLE)
         before, both = self._special.ids(text), self._special.ids(f"{text}{reply}")
         return tuple(both[len(before) :] if both[: len(before)] == before else self._special.ids(reply))
 
@@ -205,14 +197,9 @@ class GenerativeJudge(Judge):
         if not prompts:
             return torch.zeros(0, 2)
         found: dict[Tokens, torch.Tensor] = {}
-        left = sorted(set(prompts), key=lambda ids: (len(ids), ids), reverse=True)
-        with progress(what=f"asking {self.name}", total=len(left), unit="answers") as bar:
-            while left:
-                longest = len(left[0]) + max(map(len, self._rows))
-                count = max(1, BATCH_TOKENS // (longest * len(self._rows)))
-                batch, left = left[:count], left[count:]
-                found |= zip(batch, self._of_batch(batch), strict=True)
-                bar.update(len(batch))
+        behind, rows = max(map(len, self._rows)), len(self._rows)
+        for batch in in_batches(prompts, lambda ids: (len(ids) + behind) * rows, BATCH_TOKENS, f"asking {self.name}"):
+            found |= zip(batch, self._of_batch(batch), strict=True)
         return torch.stack([found[ids] for ids in prompts])
 
     @cached_property
