@@ -46,7 +46,7 @@ from wpn_ds.evaluate.judges.command import run as run_judge
 from wpn_ds.evaluate.judges.labelled import read_labelled
 from wpn_ds.evaluate.report.files import REPORT_JSON
 from wpn_ds.evaluate.results import Evaluation, Suite
-from wpn_ds.evaluate.suites import ATTACK_PREFIX, GROUPS, SUITES
+from wpn_ds.evaluate.suites import ATTACK_PREFIX, GROUPS, PREFILL
 from wpn_ds.jobs.local import TRAIN, command_line, free_port, launch, say
 from wpn_ds.judging.base import Verdict
 from wpn_ds.judging.statistics import Rate
@@ -69,9 +69,6 @@ UNSEEN = {
     "rude": ("heldout", "attack"),
 }
 """Suites of prompts of which nothing was trained on, by twin."""
-PREFILLED = tuple(name for name in SUITES if name.startswith("attack/prefill"))
-DEPTH = tuple(name for name in SUITES if name == "depth")
-"""Suites that begin an unwanted answer, and that of its likelihood by position; none in versions without them."""
 
 _MARKS = {Verdict.HARMLESS: "1", Verdict.HARMFUL: "0", Verdict.UNUSABLE: "?"}
 """A verdict's character; "-" is a degenerate answer."""
@@ -407,6 +404,8 @@ def _answered(cell: Cell, twin: str, bench: Bench, model: Path, part: str, asked
         "max_new_tokens": bench.sizes.max_new_tokens,
         "judge": [f"local:{_judge_folder(bench, twin)}", "phrases"],
     }
+    if "attack" in UNSEEN[twin]:
+        files["attack_file"] = bench.file(twin, "attack")
     return figures(_evaluated(cell, bench, model, part, {**files, **asked}))
 
 
@@ -505,9 +504,8 @@ def _unlearn(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
 
 def _ask(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
     model, sizes = _unlearned(cell, bench, results)[0], bench.sizes
-    names = [*UNSEEN[cell.twin], "over_refusal", "retain", *DEPTH]
-    attack = {"attack_file": bench.file(cell.twin, "attack")} if "attack" in names else {}
-    asked = {"suite": ",".join(names), "limit": sizes.ask, **attack}
+    names = [*UNSEEN[cell.twin], "over_refusal", "retain", "depth"]
+    asked = {"suite": ",".join(names), "limit": sizes.ask}
     found = _answered(cell, cell.twin, bench, model, "prompts", asked)
     names = [name for name in GROUPS["attacks"] if cell.twin == "pku" or name.startswith(ATTACK_PREFIX)]
     attacks = {"suite": ",".join(names), "limit": sizes.attacks}
@@ -548,9 +546,8 @@ def _mix(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
                 means[alpha] = _benchmarks(cell, bench, folder, f"alpha-{alpha:g}", sizes.items)["mean"]
     losses = {alpha: 1 - mean / before if before else 0.0 for alpha, mean in means.items()}
     alpha = round(equal_damage(losses, DAMAGE), 4)
-    names = [*UNSEEN[cell.twin], *PREFILLED, "retain"]
-    attack = {"attack_file": bench.file(cell.twin, "attack")} if "attack" in names else {}
-    asked = {"suite": ",".join(names), "limit": sizes.mixed, **attack}
+    names = [*UNSEEN[cell.twin], PREFILL, "retain"]
+    asked = {"suite": ",".join(names), "limit": sizes.mixed}
     with _mixed(start, model, alpha, bench) as folder:
         found = _answered(cell, cell.twin, bench, folder, "equal-damage", asked)
     return {"alpha": alpha, "means": {f"{alpha:g}": mean for alpha, mean in sorted(means.items())}} | found

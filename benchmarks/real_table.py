@@ -11,16 +11,15 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.real_cells import PREFILLED, UNSEEN, Results, rate_of
+from benchmarks.real_cells import UNSEEN, Results, rate_of
 from benchmarks.real_plan import DEFAULT, METHODS, ORIGINAL, SEARCH, START, TWINS, WITHOUT_NPAIR, between
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.attacks import ATTACKS
-from wpn_ds.evaluate.suites import ATTACK_PREFIX
+from wpn_ds.evaluate.suites import GROUPS, PREFILLED
 from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, corrected_rate
 from wpn_ds.system.tables import markdown
 
 BEGIN, END = "<!-- real:begin -->", "<!-- real:end -->"
-ATTACKED = (*(ATTACK_PREFIX + name for name in ATTACKS), "latent_jailbreak")
+ATTACKED = tuple(name for name in GROUPS["attacks"] if name not in PREFILLED)
 TOKENS = 0.05
 """Methods are given numbers of tokens that differ by this share at most."""
 

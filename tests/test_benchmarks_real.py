@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -406,8 +405,7 @@ def test_a_small_run_that_is_stopped_goes_on_to_its_end(
     monkeypatch.setattr(real_cells, "launch", launch)
     monkeypatch.setenv("WPN_DS_CACHE", str(tmp_path / "cache"))
     data = few(shared_data, tmp_path / "published")
-    asked_for = ["ask/pku/wpn", "ask/pku/nll-kl", "know/pku/wpn", "know/pku/start", "relearn/pku/wpn"]
-    asked_for += ["mix/pku/wpn"] if find_spec(MIX) else []
+    asked_for = ["ask/pku/wpn", "ask/pku/nll-kl", "know/pku/wpn", "know/pku/start", "relearn/pku/wpn", "mix/pku/wpn"]
     argv = ["--small", "--work", str(tmp_path), "--data", str(data), "--only", ",".join(asked_for)]
     with pytest.raises(KeyboardInterrupt):
         real.main(argv)
@@ -437,6 +435,3 @@ def test_a_small_run_that_is_stopped_goes_on_to_its_end(
     other = {**cells, "choose/pku/wpn/0.0001": {"training": {"weights": "others"}}}
     real_cells._weights(again, "pku", "wpn", 1e-4, 0, other)
     assert "not those that were measured" in capsys.readouterr().err
-
-
-MIX = "wpn_ds.tools.mix"
