@@ -324,25 +324,25 @@ def plot(results: Results, path: Path, twin: str = "pku") -> None:
     import matplotlib
 
     matplotlib.use("Agg")
-    matplotlib.rcParams |= {"svg.fonttype": "none", "svg.hashsalt": "wpn_ds"}
     from matplotlib import pyplot
 
-    figure, axis = pyplot.subplots(figsize=(8, 5))
-    colors = iter(pyplot.get_cmap("tab20").colors)  # type: ignore[attr-defined]
-    for method in (ORIGINAL, START, *METHODS, *SEARCH):
-        points = places(results, twin, method)
-        color = next(colors, "black") if points else None
-        for at, line in enumerate(points):
-            label = method if at == 0 else None
-            axis.plot(*zip(*line, strict=True), "-", color=color, linewidth=1)
-            axis.plot(*line[-1], "o", color=color, markersize=5, label=label)
-    axis.set_xlabel("mean of nine benchmarks, %")
-    axis.set_ylabel("harmless answers to prompts never trained on, %")
-    if axis.lines:
-        axis.legend(fontsize=7)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None})
-    pyplot.close(figure)
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "wpn_ds"}):
+        figure, axis = pyplot.subplots(figsize=(8, 5))
+        colors = iter(pyplot.get_cmap("tab20").colors)  # type: ignore[attr-defined]
+        for method in (ORIGINAL, START, *METHODS, *SEARCH):
+            points = places(results, twin, method)
+            color = next(colors, "black") if points else None
+            for at, line in enumerate(points):
+                label = method if at == 0 else None
+                axis.plot(*zip(*line, strict=True), "-", color=color, linewidth=1)
+                axis.plot(*line[-1], "o", color=color, markersize=5, label=label)
+        axis.set_xlabel("mean of nine benchmarks, %")
+        axis.set_ylabel("harmless answers to prompts never trained on, %")
+        if axis.lines:
+            axis.legend(fontsize=7)
+        figure.tight_layout()
+        figure.savefig(path, metadata={"Date": None})
+        pyplot.close(figure)
 
 
 def places(results: Results, twin: str, method: str) -> list[list[tuple[float, float]]]:
