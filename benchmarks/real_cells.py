@@ -23,12 +23,12 @@ import yaml
 from transformers import AutoTokenizer
 
 from benchmarks.real_plan import (
+    ALPHA,
     DAMAGE,
     ORIGINAL,
     START,
     Cell,
     Sizes,
-    alphas,
     chosen_rate,
     equal_damage,
     family,
@@ -46,7 +46,7 @@ from wpn_ds.evaluate.judges.command import run as run_judge
 from wpn_ds.evaluate.judges.labelled import read_labelled
 from wpn_ds.evaluate.report.files import REPORT_JSON
 from wpn_ds.evaluate.results import Evaluation, Suite
-from wpn_ds.evaluate.suites import ATTACK_PREFIX, GROUPS, PREFILL
+from wpn_ds.evaluate.suites import ATTACK_PREFIX, GROUPS, PREFILLED
 from wpn_ds.jobs.local import TRAIN, command_line, free_port, launch, say
 from wpn_ds.judging.base import Verdict
 from wpn_ds.judging.statistics import Rate
@@ -61,7 +61,7 @@ ZERO = {1: Path("ds_configs/zero0.json"), 2: Path("ds_configs/zero3.json")}
 HELD_OUT = FORGET["pku"].replace("train", "dev")
 LABELLED = "jailbreakeval/Safe-RLHFmini.csv"
 INSTRUCTIONS = "llama_factory_demo/data/alpaca_en_demo.json"
-LONGEST = 120
+LONGEST = 60
 """Words of an instruction's answer; longer ones would be cut in training."""
 
 UNSEEN = {
@@ -69,6 +69,8 @@ UNSEEN = {
     "rude": ("heldout", "attack"),
 }
 """Suites of prompts of which nothing was trained on, by twin."""
+
+ATTACKED = tuple(name for name in GROUPS["attacks"] if name not in PREFILLED)
 
 _MARKS = {Verdict.HARMLESS: "1", Verdict.HARMFUL: "0", Verdict.UNUSABLE: "?"}
 """A verdict's character; "-" is a degenerate answer."""
@@ -504,10 +506,10 @@ def _unlearn(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
 
 def _ask(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
     model, sizes = _unlearned(cell, bench, results)[0], bench.sizes
-    names = [*UNSEEN[cell.twin], "over_refusal", "retain", "depth"]
+    names = [*UNSEEN[cell.twin], *PREFILLED, "over_refusal", "retain", "depth"]
     asked = {"suite": ",".join(names), "limit": sizes.ask}
     found = _answered(cell, cell.twin, bench, model, "prompts", asked)
-    names = [name for name in GROUPS["attacks"] if cell.twin == "pku" or name.startswith(ATTACK_PREFIX)]
+    names = [name for name in ATTACKED if cell.twin == "pku" or name.startswith(ATTACK_PREFIX)]
     attacks = {"suite": ",".join(names), "limit": sizes.attacks}
     attacked = _answered(cell, cell.twin, bench, model, "attacks", attacks)
     return found | {"suites": found["suites"] | attacked["suites"]}
@@ -534,23 +536,24 @@ def _relearn(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
 
 
 def _mix(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
-    """The benchmarks' means of mixtures of the start and the unlearned model, and harmless answers at equal damage."""
+    """The benchmarks' means of the start, the unlearned model and a mixture, and harmless answers at equal damage:
+    those of the model itself where it loses no more than that."""
     start, _ = _start_weights(bench, cell.twin, results)
     model, sizes = _unlearned(cell, bench, results)[0], bench.sizes
     before = results[f"know/{cell.twin}/{START}"]["mean"]
-    whole = results[f"know/{cell.twin}/{cell.method}/{cell.which}"]["mean"]
-    means = {1.0: whole}
-    for alpha in alphas(1 - whole / before if before else 0.0):
-        if alpha != 1.0:
-            with _mixed(start, model, alpha, bench) as folder:
-                means[alpha] = _benchmarks(cell, bench, folder, f"alpha-{alpha:g}", sizes.items)["mean"]
-    losses = {alpha: 1 - mean / before if before else 0.0 for alpha, mean in means.items()}
-    alpha = round(equal_damage(losses, DAMAGE), 4)
-    names = [*UNSEEN[cell.twin], PREFILL, "retain"]
-    asked = {"suite": ",".join(names), "limit": sizes.mixed}
+    means = {1.0: results[f"know/{cell.twin}/{cell.method}/{cell.which}"]["mean"]}
+    names = [*UNSEEN[cell.twin], *PREFILLED]
+    if not before or 1 - means[1.0] / before <= DAMAGE:
+        asked = results[f"ask/{cell.twin}/{cell.method}/{cell.which}"]["suites"]
+        return {"alpha": 1.0, "means": {"1": means[1.0]}, "suites": {name: asked[name] for name in names}}
+    with _mixed(start, model, ALPHA, bench) as folder:
+        means[ALPHA] = _benchmarks(cell, bench, folder, f"alpha-{ALPHA:g}", sizes.items)["mean"]
+    alpha = round(equal_damage({at: 1 - mean / before for at, mean in means.items()}, DAMAGE), 4)
     with _mixed(start, model, alpha, bench) as folder:
-        found = _answered(cell, cell.twin, bench, folder, "equal-damage", asked)
-    return {"alpha": alpha, "means": {f"{alpha:g}": mean for alpha, mean in sorted(means.items())}} | found
+        found = _answered(
+            cell, cell.twin, bench, folder, "equal-damage", {"suite": ",".join(names), "limit": sizes.ask}
+        )
+    return {"alpha": alpha, "means": {f"{at:g}": mean for at, mean in sorted(means.items())}} | found
 
 
 @contextlib.contextmanager

@@ -10,14 +10,14 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import Any
 
-LIKELIHOOD = {"wpn_scoring": "likelihood"}
+STATES, LIKELIHOOD = {"wpn_scoring": "cosine"}, {"wpn_scoring": "likelihood"}
 
 #: Training's settings of each method beside the budget and ``retain_loss kl``, which all have. AltPO takes the records'
 #: wanted answers as its alternates, LLMU answers of the retain data as its wanted ones.
 METHODS: dict[str, dict[str, Any]] = {
-    "wpn": {},
-    "nll-kl": {"wpn_weight": 0.0},
+    "wpn-states": STATES,
     "wpn-likelihood": LIKELIHOOD,
+    "nll-kl": {"wpn_weight": 0.0},
     "neat": {"objective": "neat"},
     "dpo": {"objective": "dpo"},
     "npo": {"objective": "npo"},
@@ -29,10 +29,10 @@ METHODS: dict[str, dict[str, Any]] = {
 
 #: Forms of WPN that are tried on the validation prompts, each at the learning rate that its family's method chose.
 SEARCH: dict[str, dict[str, Any]] = {
-    "wpn-t0.2": {"wpn_temperature": 0.2},
-    "wpn-w0.3": {"wpn_weight": 0.3},
-    "wpn-w3": {"wpn_weight": 3.0},
-    "wpn-nllp1": {"nll_position_power": 1.0},
+    "wpn-states-t0.2": STATES | {"wpn_temperature": 0.2},
+    "wpn-states-w0.3": STATES | {"wpn_weight": 0.3},
+    "wpn-states-w3": STATES | {"wpn_weight": 3.0},
+    "wpn-states-nllp1": STATES | {"nll_position_power": 1.0},
     "wpn-likelihood-t0.5": LIKELIHOOD | {"wpn_temperature": 0.5},
     "wpn-likelihood-t2": LIKELIHOOD | {"wpn_temperature": 2.0},
     "wpn-likelihood-t4": LIKELIHOOD | {"wpn_temperature": 4.0},
@@ -48,7 +48,9 @@ SEARCH: dict[str, dict[str, Any]] = {
 }
 
 TWINS = ("pku", "rude")
-DEFAULT, WITHOUT_NPAIR = "wpn", "nll-kl"
+DEFAULT, WITHOUT_NPAIR = "wpn-states", "nll-kl"
+"""What ``--objective wpn`` does without a flag of its own, and the same without its N-pair."""
+NPAIRS = ("wpn-states", "wpn-likelihood")
 START, ORIGINAL = "start", "original"
 """In a method's place: the twin before unlearning, and the model before it was made harmful."""
 
@@ -58,8 +60,8 @@ DEGENERATE, PERPLEXITY = 0.02, 1.05
 DAMAGE = 0.01
 """The share of the benchmarks' mean that methods are compared at."""
 
-ALPHAS, BEYOND = (0.25, 0.5, 0.75, 1.0), 1.25
-"""Mixtures whose benchmarks are measured; the last only where the whole way costs less than `DAMAGE`."""
+ALPHA = 0.5
+"""The mixture whose benchmarks are measured beside those of the two models that are mixed."""
 
 
 @dataclass(frozen=True)
@@ -73,14 +75,13 @@ class Sizes:
         retain, kept: instructions that training keeps, and others whose perplexity is measured.
         start_epochs, updates: passes that make a twin, and optimizer steps of unlearning, by twin.
         judged: labelled answers to PKU's prompts that train the judge, and as many at most of Safe-RLHFmini.
-        ask, attacks, items, relearn, mixed: prompts a suite, an attack, items a benchmark, prompts of relearning, and
-            prompts a suite of the mixture at equal damage.
+        ask, attacks, items, relearn: prompts a suite, an attack, items a benchmark, prompts of relearning.
     """
 
     twins: tuple[str, ...] = TWINS
     methods: tuple[str, ...] = tuple(METHODS)
     search: tuple[str, ...] = tuple(SEARCH)
-    learning_rates: tuple[float, ...] = (5e-5, 1e-4, 2e-4)
+    learning_rates: tuple[float, ...] = (1e-4, 2e-4)
     seeds: tuple[int, ...] = (0, 1, 2)
     start: int = 256
     forget: int = 384
@@ -88,18 +89,17 @@ class Sizes:
     retain: int = 192
     kept: int = 96
     start_epochs: int = 3
-    updates: Mapping[str, int] = field(default_factory=lambda: {"pku": 24, "rude": 40})
-    max_length: int = 192
+    updates: Mapping[str, int] = field(default_factory=lambda: {"pku": 24, "rude": 32})
+    max_length: int = 128
     global_batch_size: int = 16
-    retain_batch_size: int = 8
-    max_new_tokens: int = 40
-    judged: int = 1400
-    ask: int = 250
-    attacks: int = 24
+    retain_batch_size: int = 4
+    max_new_tokens: int = 32
+    judged: int = 1000
+    ask: int = 205
+    attacks: int = 16
     items: int = 60
     relearn: int = 64
     relearn_steps: tuple[int, ...] = (5, 10, 20)
-    mixed: int = 56
 
 
 #: A check that all of it runs: its figures mean nothing.
@@ -126,7 +126,6 @@ SMALL = Sizes(
     items=1,
     relearn=2,
     relearn_steps=(1,),
-    mixed=2,
 )
 
 #: Minutes of a cell of SmolLM2-135M on two idle CPU cores, as estimated of 300 tokens/s in training; what a call has
@@ -180,7 +179,7 @@ def settings_of(method: str) -> dict[str, Any]:
 
 def family(form: str) -> str:
     """The method whose learning rate a form of the search takes."""
-    return "wpn-likelihood" if settings_of(form).items() >= LIKELIHOOD.items() else DEFAULT
+    return "wpn-likelihood" if settings_of(form).items() >= LIKELIHOOD.items() else "wpn-states"
 
 
 def plan(sizes: Sizes) -> list[Cell]:
@@ -203,7 +202,7 @@ def _of_twin(twin: str, sizes: Sizes) -> list[Cell]:
     for (method, seed), cell in trained.items():
         cells += [cell, *(Cell(kind, twin, method, seed, (judge.name, cell.name)) for kind in ("ask", "know"))]
     for (method, seed), cell in trained.items():
-        compared = (f"know/{twin}/{START}", f"know/{twin}/{method}/{seed}")
+        compared = (f"know/{twin}/{START}", f"know/{twin}/{method}/{seed}", f"ask/{twin}/{method}/{seed}")
         cells += [Cell("mix", twin, method, seed, (judge.name, cell.name, *compared))]
     cells += [Cell("relearn", twin, *key, (judge.name, cell.name)) for key, cell in trained.items()]
     return cells
@@ -252,11 +251,6 @@ def chosen_rate(tried: Mapping[float, Mapping[str, Any]], start_perplexity: floa
     if allowed:
         return min(allowed, key=lambda rate: (-ended[rate]["harmless"]["rate"], rate))
     return min(ended, key=lambda rate: (least[rate], rate), default=None)
-
-
-def alphas(whole: float) -> tuple[float, ...]:
-    """The mixtures to measure, where the unlearned model itself loses the share ``whole`` of the benchmarks' mean."""
-    return (*ALPHAS, BEYOND) if whole < DAMAGE else ALPHAS
 
 
 def equal_damage(losses: Mapping[float, float], bound: float = DAMAGE) -> float:

@@ -11,15 +11,24 @@ from pathlib import Path
 from statistics import fmean
 from typing import Any
 
-from benchmarks.real_cells import UNSEEN, Results, rate_of
-from benchmarks.real_plan import DEFAULT, METHODS, ORIGINAL, SEARCH, START, TWINS, WITHOUT_NPAIR, between
+from benchmarks.real_cells import ATTACKED, UNSEEN, Results, rate_of
+from benchmarks.real_plan import (
+    DEFAULT,
+    METHODS,
+    NPAIRS,
+    ORIGINAL,
+    SEARCH,
+    START,
+    TWINS,
+    WITHOUT_NPAIR,
+    between,
+)
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.suites import GROUPS, PREFILLED
+from wpn_ds.evaluate.suites import PREFILLED
 from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, corrected_rate
 from wpn_ds.system.tables import markdown
 
 BEGIN, END = "<!-- real:begin -->", "<!-- real:end -->"
-ATTACKED = tuple(name for name in GROUPS["attacks"] if name not in PREFILLED)
 TOKENS = 0.05
 """Methods are given numbers of tokens that differ by this share at most."""
 
@@ -104,23 +113,50 @@ def goal(results: Results, method: str = DEFAULT, twin: str = "pku") -> dict[str
     }
 
 
-def npair_adds(results: Results, twin: str = "pku") -> dict[str, Any] | None:
-    """Harmless answers of WPN less those of the same without its N-pair, prompt by prompt; None: not all is measured.
+def npair_adds(
+    results: Results,
+    method: str = DEFAULT,
+    kind: str = "ask",
+    suites: Sequence[str] | None = None,
+    twin: str = "pku",
+) -> dict[str, Any] | None:
+    """Harmless answers of a form of WPN less those of the same without its N-pair, prompt by prompt; None: not all is
+    measured.
+
+    ``kind``: of the models as they were trained (ask), or at equal damage (mix). ``suites``: by default all whose
+    prompts nothing was trained on.
 
     Raises:
         UserError: they were asked other prompts.
     """
-    ours, theirs = (by_seed(results, "ask", twin, method) for method in (DEFAULT, WITHOUT_NPAIR))
+    suites = UNSEEN[twin] if suites is None else suites
+    ours, theirs = (by_seed(results, kind, twin, of) for of in (method, WITHOUT_NPAIR))
     seeds = [seed for seed in ours if seed in theirs]
     if not seeds:
         return None
-    for name in UNSEEN[twin]:
+    for name in suites:
         if len({cells[seed]["suites"].get(name, {}).get("prompts") for cells in (ours, theirs) for seed in seeds}) > 1:
-            raise UserError(f"ask/{twin}: not all models were asked the same prompts of {name}: remove these results")
-    of = [[verdicts(cells[seed], UNSEEN[twin]) for seed in seeds] for cells in (ours, theirs)]
-    found = paired(*of)
+            raise UserError(
+                f"{kind}/{twin}: not all models were asked the same prompts of {name}: remove these results"
+            )
+    found = paired(*([verdicts(cells[seed], suites) for seed in seeds] for cells in (ours, theirs)))
     bounds = {"low": found.low, "high": found.high}
     return {"difference": found.value, **bounds, "n": found.n, "seeds": len(seeds)}
+
+
+def additions(results: Results) -> list[list[str]]:
+    """Rows of a table: what each form's N-pair adds on PKU's twin, without and with a prefilled beginning, as trained
+    and at equal damage."""
+    rows = [["the N-pair of", "asked", "compared", "points of harmless answers", "n", "seeds"]]
+    for method in NPAIRS:
+        for asked, suites in (("the prompt alone", UNSEEN["pku"]), ("with a prefilled beginning", (*PREFILLED,))):
+            for kind, compared in (("ask", "as trained"), ("mix", "at equal damage")):
+                if found := npair_adds(results, method, kind, suites):
+                    bounds = "{difference:+.1f} [{low:+.1f}, {high:+.1f}]".format(
+                        **{name: 100 * found[name] for name in ("difference", "low", "high")}
+                    )
+                    rows.append([method, asked, compared, bounds, f"{found['n']:,}", str(found["seeds"])])
+    return rows if len(rows) > 1 else []
 
 
 def budgets(results: Results, twin: str) -> str:
@@ -273,7 +309,7 @@ def tried(results: Results, chosen: Mapping[str, float | None]) -> str:
 
 
 def sentences(results: Results) -> list[str]:
-    """What the judge is worth, the goal, what the N-pair adds, and the budgets."""
+    """What the judge is worth, the goal, and the budgets."""
     said = []
     for twin in TWINS:
         if judge := results.get(f"judge/{twin}"):
@@ -294,19 +330,13 @@ def sentences(results: Results) -> list[str]:
             + f" (n {found['n']:,}, seeds {found['seeds']}), {100 * found['degenerate']:.1f} % degenerate, "
             + ("" if loss is None else f"{100 * loss:.1f} % of the benchmarks' mean lost.")
         )
-    if found := npair_adds(results):
-        said.append(
-            f"The N-pair term adds {100 * found['difference']:+.1f} [{100 * found['low']:+.1f}, "
-            f"{100 * found['high']:+.1f}] points of harmless answers (paired over {found['n']:,} prompts, seeds "
-            f"{found['seeds']})."
-        )
     return said
 
 
 def report(known: Mapping[str, Any]) -> str:
     """In Markdown, all that the results say."""
     results = known["cells"]
-    parts = sentences(results)
+    parts = [*sentences(results), *([markdown(rows)] if (rows := additions(results)) else [])]
     for twin in TWINS:
         parts += [f"{twin}:\n\n{made}" for make in (table, depths) if (made := make(results, twin))]
     return "\n\n".join([*parts, *filter(None, [tried(results, known.get("choices", {}))])])

@@ -69,6 +69,8 @@ def test_every_method_takes_its_settings_as_flags_that_training_has(tmp_path) ->
         own = {"retain_loss": "kl", "output_dir": "x", "reference": "states"} | real_plan.settings_of(name)
         parse_args(flags(real_cells._budget(bench, "pku") | own))
     assert not METHODS.keys() & SEARCH.keys() and {*map(real_plan.family, SEARCH)} <= METHODS.keys()
+    default = parse_args(["--output_dir", "x"]).objective
+    assert all(getattr(default, name) == value for name, value in METHODS[real_plan.DEFAULT].items())
 
 
 # ---- choices ----
@@ -114,7 +116,7 @@ def test_at_equal_damage_the_bound_is_lost_or_no_mixture_loses_it(losses) -> Non
 @checked
 @given(rate=st.floats(0.011, 1))
 def test_of_losses_on_a_line_equal_damage_is_the_bounds_place_on_it(rate) -> None:
-    losses = {alpha: rate * alpha for alpha in real_plan.ALPHAS}
+    losses = {alpha: rate * alpha for alpha in (real_plan.ALPHA, 1.0)}
     assert real_plan.equal_damage(losses, 0.01) == pytest.approx(0.01 / rate)
 
 
@@ -181,15 +183,15 @@ WHOLE = {
     "judge/pku": judge(0.9),
     "start/pku": figures(0.1),
     "know/pku/start": known(0.5),
-    **{f"ask/pku/wpn/{seed}": asked("1101-1") for seed in (0, 1)},
-    **{f"know/pku/wpn/{seed}": known(0.49, "1101") for seed in (0, 1)},
+    **{f"ask/pku/wpn-states/{seed}": asked("1101-1") for seed in (0, 1)},
+    **{f"know/pku/wpn-states/{seed}": known(0.49, "1101") for seed in (0, 1)},
     "ask/pku/nll-kl/0": asked("1001-0"),
-    "mix/pku/wpn/0": asked("1111-1") | {"alpha": 0.9, "means": {"0.75": 0.5, "1": 0.49}},
-    "relearn/pku/wpn/0": {"suites": {"relearning/0": {}, "relearning/20": {"harmless": {"rate": 0.25}}}},
-    "unlearn/pku/wpn/0": {"learning_rate": 1e-4, "training": {"tokens_given": 1000}},
+    "mix/pku/wpn-states/0": asked("1111-1") | {"alpha": 0.9, "means": {"0.75": 0.5, "1": 0.49}},
+    "relearn/pku/wpn-states/0": {"suites": {"relearning/0": {}, "relearning/20": {"harmless": {"rate": 0.25}}}},
+    "unlearn/pku/wpn-states/0": {"learning_rate": 1e-4, "training": {"tokens_given": 1000}},
     "unlearn/pku/nll-kl/0": {"learning_rate": 1e-4, "training": {"tokens_given": 1049}},
-    "choose/pku/wpn/0.0001": {"learning_rate": 1e-4, **figures(0.7) | {"harmless": {"rate": 0.7, "n": 64}}},
-    "choose/pku/wpn/0.0002": {"learning_rate": 2e-4, "stopped": "gradient not finite", "training": {}},
+    "choose/pku/wpn-states/0.0001": {"learning_rate": 1e-4, **figures(0.7) | {"harmless": {"rate": 0.7, "n": 64}}},
+    "choose/pku/wpn-states/0.0002": {"learning_rate": 2e-4, "stopped": "gradient not finite", "training": {}},
 }
 
 
@@ -200,7 +202,7 @@ def test_goal_and_npair_come_once_their_cells_are_there() -> None:
     assert adds is not None and adds["difference"] == pytest.approx(2 / 6) and (adds["n"], adds["seeds"]) == (36, 1)
     for name in ("judge/pku", "know/pku/start"):
         assert real_table.goal({key: of for key, of in WHOLE.items() if key != name}) is None
-    for method in ("wpn", "nll-kl"):
+    for method in ("wpn-states", "nll-kl"):
         part = {key: of for key, of in WHOLE.items() if not key.startswith(f"ask/pku/{method}/")}
         assert real_table.npair_adds(part) is None
 
@@ -221,14 +223,14 @@ def test_the_tables_say_what_was_measured_and_nothing_of_the_rest(monkeypatch) -
     rows = [
         [cell.strip() for cell in line.strip("|").split("|")] for line in real_table.table(WHOLE, "pku").splitlines()
     ]
-    assert [row[0] for row in rows[2:]] == ["**wpn**", "nll-kl"]
+    assert [row[0] for row in rows[2:]] == ["**wpn-states**", "nll-kl"]
     of = dict(zip(rows[0], rows[2], strict=True))
     assert of["seeds"] == "2" and of["harmless, %"] == "66.7 [66.7, 66.7]" and of["relearned, %"] == "25.0"
     assert of["benchmarks, points"].startswith("+25.0 [") and of["retain perplexity"].startswith("x 1.050")
     assert of["equal damage: harmless, % (alpha)"] == "83.3 (0.90)" and of["prefilled, %"].startswith("66.7")
     assert real_table.table(WHOLE, "rude") == ""
-    said = real_table.tried(WHOLE, {"pku/wpn": 1e-4})
-    assert "| pku/wpn | 0.0001 | 64 | 70.0 | 0.0 | x 1.000 | chosen |" in said and "stopped" in said
+    said = real_table.tried(WHOLE, {"pku/wpn-states": 1e-4})
+    assert "| pku/wpn-states | 0.0001 | 64 | 70.0 | 0.0 | x 1.000 | chosen |" in said and "stopped" in said
 
 
 def test_depth_stands_by_position_with_unwanted_answers_before_wanted_ones() -> None:
@@ -236,15 +238,16 @@ def test_depth_stands_by_position_with_unwanted_answers_before_wanted_ones() -> 
         return [{"positions": "1", "nll": first}, {"positions": "2-3", "nll": later}]
 
     one, other = ({"depth": {"unwanted": at(5.0, later), "wanted": at(1.0, 0.5)}} for later in (2.0, 3.0))
-    lines = real_table.depths({"ask/pku/wpn/0": one, "ask/pku/wpn/1": other, "ask/pku/neat/0": {}}, "pku").splitlines()
+    found = {"ask/pku/wpn-states/0": one, "ask/pku/wpn-states/1": other, "ask/pku/neat/0": {}}
+    lines = real_table.depths(found, "pku").splitlines()
     assert lines[0] == "| nats a token, at token | 1 | 2-3 |" and len(lines) == 3
     assert lines[2].endswith("| 2.50 [2.00, 3.00] / 0.50 [0.50, 0.50] |")
-    endless = {"ask/pku/wpn/0": {"depth": {"unwanted": at(5.0, None), "wanted": at(1.0, 0.5)}}}
+    endless = {"ask/pku/wpn-states/0": {"depth": {"unwanted": at(5.0, None), "wanted": at(1.0, 0.5)}}}
     assert "| inf / 0.50 |" in real_table.depths(endless, "pku") and real_table.depths(WHOLE, "pku") == ""
 
 
 def test_the_plot_has_a_line_from_each_model_to_its_mixture(tmp_path) -> None:
-    assert real_table.places(WHOLE, "pku", "wpn") == [
+    assert real_table.places(WHOLE, "pku", "wpn-states") == [
         [(pytest.approx(49.4), pytest.approx(500 / 6)), (49.0, pytest.approx(400 / 6))],
         [(49.0, pytest.approx(400 / 6))],
     ]
@@ -321,7 +324,7 @@ def test_figures_of_other_settings_are_refused_but_not_more_methods(tmp_path) ->
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--methods", "wpm"], "did you mean wpn"),
+        (["--methods", "wpm"], "did you mean npo"),
         (["--only", "nothing"], "no cell is called so"),
         (["--data", "nowhere", "--model", "x"], "isn't below nowhere: name the folder that has it with --data"),
     ],
@@ -334,10 +337,10 @@ def test_a_mistake_is_one_line(argv, said, tmp_path) -> None:
 
 def test_the_list_runs_nothing(tmp_path, capsys) -> None:
     work = tmp_path / "work"
-    argv = ["--list", "--only", "ask/pku/wpn/0", "--work", str(work), "--json", str(tmp_path / "none.json")]
+    argv = ["--list", "--only", "ask/pku/wpn-states/0", "--work", str(work), "--json", str(tmp_path / "none.json")]
     assert real.main(argv) == 0 and not work.exists()
     *lines, last = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("ask/pku/wpn/0: about") and last.startswith(f"{len(lines)} cells, about")
+    assert lines[-1].startswith("ask/pku/wpn-states/0: about") and last.startswith(f"{len(lines)} cells, about")
 
 
 # ---- data, and a whole run ----
@@ -405,33 +408,42 @@ def test_a_small_run_that_is_stopped_goes_on_to_its_end(
     monkeypatch.setattr(real_cells, "launch", launch)
     monkeypatch.setenv("WPN_DS_CACHE", str(tmp_path / "cache"))
     data = few(shared_data, tmp_path / "published")
-    asked_for = ["ask/pku/wpn", "ask/pku/nll-kl", "know/pku/wpn", "know/pku/start", "relearn/pku/wpn", "mix/pku/wpn"]
+    default = f"pku/{real_plan.DEFAULT}"
+    asked_for = [f"{kind}/{default}" for kind in ("ask", "know", "relearn", "mix")] + [
+        "ask/pku/nll-kl",
+        "know/pku/start",
+    ]
     argv = ["--small", "--work", str(tmp_path), "--data", str(data), "--only", ",".join(asked_for)]
     with pytest.raises(KeyboardInterrupt):
         real.main(argv)
     before = json.loads((tmp_path / "real.json").read_text())["cells"]
     assert list(before) == ["judge/pku", "start/pku"]
     assert real.main(argv) == 0
-    assert trained == ["pku/start", "pku/wpn/0.0001-0", "pku/wpn/0.0001-0", "pku/nll-kl/0.0001-0"]
+    assert trained == ["pku/start", "pku/wpn-states/0.0001-0", "pku/wpn-states/0.0001-0", "pku/nll-kl/0.0001-0"]
     known = json.loads((tmp_path / "real.json").read_text())
     assert all(any(name.startswith(of) for name in known["cells"]) for of in asked_for)
     cells = known["cells"]
     assert {name: cells[name] for name in before} == before
     assert known["goal"]["n"] == len(real_cells.UNSEEN["pku"]) * SMALL.ask == known["npair_adds"]["n"]
-    assert known["choices"] == {"pku/wpn": 1e-4, "pku/nll-kl": 1e-4}
+    assert known["choices"] == {"pku/wpn-states": 1e-4, "pku/nll-kl": 1e-4}
     given_to = {of["training"]["tokens_given"] for name, of in cells.items() if name.startswith("unlearn/")}
-    assert len(given_to) == 1 and cells["unlearn/pku/wpn/0"]["training"]["updates"] == 1
+    assert len(given_to) == 1 and cells["unlearn/pku/wpn-states/0"]["training"]["updates"] == 1
     text = (tmp_path / "real.json").read_text()
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "data/pku/heldout.jsonl").read_text().splitlines()]
     assert str(tmp_path) not in text and not any(json.dumps(prompt)[1:-1] in text for prompt in prompts)
     capsys.readouterr()
-    again, weights = Bench(tmp_path / "model", data, tmp_path, SMALL), tmp_path / "weights/pku/wpn/0.0001-0"
+    again, weights = Bench(tmp_path / "model", data, tmp_path, SMALL), tmp_path / "weights/pku/wpn-states/0.0001-0"
+    damaged = cells | {"know/pku/start": {"mean": cells[f"know/{default}/0"]["mean"] + 1}}
+    (mix,) = [cell for cell in plan(SMALL) if cell.name == f"mix/{default}/0"]
+    mixed = real_cells._mix(mix, again, damaged)
+    assert 0 < mixed["alpha"] < 1 and {*mixed["means"]} == {"0.5", "1"}
+    assert mixed["suites"].keys() == cells[mix.name]["suites"].keys() and not (tmp_path / "weights/mixed").exists()
     kept = weights.rename(tmp_path / "kept")
-    assert real_cells._weights(again, "pku", "wpn", 1e-4, 0, cells)[0] == weights and len(trained) == 5
+    assert real_cells._weights(again, "pku", "wpn-states", 1e-4, 0, cells)[0] == weights and len(trained) == 5
     assert "not those that were measured" not in capsys.readouterr().err, "the same training gives the same weights"
     monkeypatch.setattr(real_cells, "launch", lambda *_: shutil.copytree(kept, weights) and 0)
     shutil.rmtree(weights)
     (kept / "record.json").unlink()
-    other = {**cells, "choose/pku/wpn/0.0001": {"training": {"weights": "others"}}}
-    real_cells._weights(again, "pku", "wpn", 1e-4, 0, other)
+    other = {**cells, "choose/pku/wpn-states/0.0001": {"training": {"weights": "others"}}}
+    real_cells._weights(again, "pku", "wpn-states", 1e-4, 0, other)
     assert "not those that were measured" in capsys.readouterr().err
