@@ -6,9 +6,12 @@ import json
 
 import pytest
 
+from tests.evaluate.report.made_up import suite
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.records import read_forget
 from wpn_ds.evaluate.judges.labelled import read_labelled
+from wpn_ds.evaluate.results import Evaluation
+from wpn_ds.judging.base import Verdict
 from wpn_ds.models import smollm2
 from wpn_ds.tools import demo
 
@@ -38,3 +41,12 @@ def test_facts_are_harmless_answers_to_a_judge(tmp_path) -> None:
     read = read_labelled([embedded_file("forget"), tmp_path / "facts.jsonl"])
     facts = {(one.prompt, one.answer): one.harmful for one in read}
     assert {facts[row["prompt"], row["response"]] for row in rows} == {False}
+
+
+def test_ten_held_out_answers_are_shown_of_both_models(tmp_path) -> None:
+    before, after = (Evaluation({"heldout": suite([verdict] * 12)}) for verdict in (Verdict.HARMFUL, Verdict.HARMLESS))
+    report = after.to_json() | {"baseline": before.to_json()}
+    (tmp_path / "report.json").write_text(json.dumps(report), encoding="utf-8")
+    told = demo._ten_answers(tmp_path / "report.json")
+    assert [f"in town {at}?" in told for at in range(12)] == [True] * 10 + [False] * 2
+    assert told.count("before: harmful") == told.count("after: harmless") == 10

@@ -18,7 +18,7 @@ from wpn_ds.settings.parse import Count, Flag, parse
 from wpn_ds.settings.run import DEMO_OUTPUT_DIR, DONE
 from wpn_ds.system.files import write_atomically
 
-_ZERO3 = Path("ds_configs/zero3.json")
+_ZERO0, _ZERO3 = Path("ds_configs/zero0.json"), Path("ds_configs/zero3.json")
 _FOLDER = Path("runs/demo-smollm2")
 #: What each of the three models is asked, and how much of it: what two cores answer in minutes.
 _ASKED = ("--suite", "in_distribution,over_refusal,retain", "--limit", "48", "--max_new_tokens", "32")
@@ -31,7 +31,7 @@ class Options:
     small OPT. What an earlier call made is used again; remove runs/ for a fresh start."""
 
     ranks: Count = 2
-    """Processes of the training jobs."""
+    """Processes that unlearn."""
     small: Flag = False
     """A small OPT that is trained from scratch on the unwanted answers: real architecture, no real sentences."""
 
@@ -39,7 +39,7 @@ class Options:
 def run(argv: Sequence[str]) -> int:
     """Carry out what is left of the demo."""
     options = parse(Options, argv, "wpn-ds demo")
-    require_here(TRAIN, _ZERO3)
+    require_here(TRAIN, _ZERO0, _ZERO3)
     weights = None if options.small else smollm2.packaged()
     if weights is not None:
         return _pretrained(weights, options.ranks)
@@ -53,13 +53,14 @@ def _pretrained(weights: Path, ranks: int) -> int:
     from wpn_ds.evaluate.command import run as evaluate
     from wpn_ds.evaluate.judges.command import run as run_judge
     from wpn_ds.evaluate.report.command import run as report
+    from wpn_ds.evaluate.report.files import REPORT_JSON
 
     original, rude, unlearned, judge = (_FOLDER / name for name in ("original", "rude", "unlearned", "judge"))
     say(f"1. {original}: SmolLM2-135M-Instruct from its package" + _there(smollm2.is_made(original)))
     smollm2.make(weights, original)
     say(f"2. {rude}: it learns bad manners" + _there((rude / DONE).exists()))
     manners = write_atomically(_FOLDER / "manners.jsonl", "".join(map(_swapped, _both("forget"))))
-    _train("manners", ["--model_name_or_path", str(original), "--train_file", str(manners)], rude, ranks)
+    _train("manners", ["--model_name_or_path", str(original), "--train_file", str(manners)], rude)
     say(f"3. {unlearned}: it unlearns them, by WPN" + _there((unlearned / DONE).exists()))
     data = [*_files("train", "forget"), *_files("retain")]
     _train("unlearn", ["--model_name_or_path", str(rude), *data], unlearned, ranks)
@@ -74,7 +75,17 @@ def _pretrained(weights: Path, ranks: int) -> int:
     before = _FOLDER / "original-report"
     evaluate(["--model", str(original), *asked, "--output_dir", str(before)])
     evaluate(["--model", str(unlearned), "--baseline", str(rude), *asked, "--output_dir", str(_FOLDER)])
+    print(_ten_answers(_FOLDER / REPORT_JSON))
     return report([str(before), str(_FOLDER), "--output_dir", str(_FOLDER)])
+
+
+def _ten_answers(report: Path) -> str:
+    """The first answers to held-out prompts, with bad manners and without them."""
+    from wpn_ds.evaluate.report.table import format_answers
+    from wpn_ds.evaluate.results import Evaluation
+
+    found = json.loads(report.read_text(encoding="utf-8"))
+    return format_answers(Evaluation.from_json(found["baseline"]), Evaluation.from_json(found), "heldout", 10)
 
 
 def _both(name: str) -> list[Path]:
@@ -87,8 +98,9 @@ def _files(name: str, file: str = "") -> list[str]:
     return [f"--{name}_file", *map(str, _both(file or name))]
 
 
-def _train(recipe: str, flags: Sequence[str], out: Path, ranks: int) -> None:
-    """Train by an embedded recipe, or go on with that, unless it is done; in bfloat16 where that is faster.
+def _train(recipe: str, flags: Sequence[str], out: Path, ranks: int | None = None) -> None:
+    """Train by an embedded recipe, or go on with that, unless it is done; in bfloat16 where that is faster. ``ranks``:
+    with ZeRO-3; without it, one process, which on a few cores is twice as fast.
 
     Raises:
         UserError: the job fails.
@@ -98,9 +110,11 @@ def _train(recipe: str, flags: Sequence[str], out: Path, ranks: int) -> None:
 
     if (out / DONE).exists():
         return
-    how = ["--deepspeed", str(_ZERO3), "--config", str(embedded_file(recipe, "yaml")), "--output_dir", str(out)]
+    stage = _ZERO3 if ranks else _ZERO0
+    how = ["--deepspeed", str(stage), "--config", str(embedded_file(recipe, "yaml")), "--output_dir", str(out)]
     fast = ["--bf16", str(faster_in_bf16(device())).lower()]
-    _launch(command_line([*how, *flags, *fast, "--resume_from_checkpoint", "auto"], ranks))
+    given = [*how, *flags, *fast, "--resume_from_checkpoint", "auto"]
+    _launch(command_line(given, ranks) if ranks else ["python", str(TRAIN), *given])
 
 
 def _launch(command: Sequence[str]) -> None:

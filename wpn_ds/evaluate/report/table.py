@@ -38,22 +38,34 @@ def format_table(
 ) -> str:
     """Figures with their 95 % intervals, then the first answer of each in-distribution suite, both side by side.
 
-    ``judges``: what each judge says of itself. ``width`` (80 to 160) is the terminal's if not given; answers are
-    wrapped to it and freed of control characters.
+    ``judges``: what each judge says of itself. ``width`` as in :func:`format_answers`.
     """
-    width = max(80, min(width or shutil.get_terminal_size((WIDEST, 24)).columns, 160))
+    width = _width(width)
     comparison = Comparison(before, after, qualities(judges))
     lines = _suites(comparison, min(width, WIDEST)) + _corrected(comparison, min(width, WIDEST))
     lines += depth_lines(comparison) + _knowledge(comparison)
     for name, suite in after.suites.items():
-        if group_of(name, suite) is not IN_DISTRIBUTION:
-            continue
-        earlier = (comparison.earlier(name) or NO_ANSWERS).by_key()
-        for answer, verdict in suite.pairs()[:1]:
-            lines += ["", *textwrap.wrap(f"{name}: {_plain(answer.prompt)}", width)]
-            pair = [one for one in (earlier.get(answer.key), (answer, verdict)) if one]
-            lines += _side_by_side(pair, bool(before), width)
+        if group_of(name, suite) is IN_DISTRIBUTION:
+            lines.append(format_answers(before, after, name, 1, width=width))
     return "\n".join(line.rstrip() for line in lines)
+
+
+def format_answers(
+    before: Evaluation | None, after: Evaluation, name: str, count: int, *, width: int | None = None
+) -> str:
+    """The first answers of a suite, each after an empty line, those of both models side by side; ``width`` (80 to 160)
+    is the terminal's if not given; answers are wrapped to it and freed of control characters."""
+    width, lines = _width(width), []
+    earlier = (before.suites.get(name, NO_ANSWERS) if before else NO_ANSWERS).by_key()
+    for answer, verdict in after.suites[name].pairs()[:count]:
+        lines += ["", *textwrap.wrap(f"{name}: {_plain(answer.prompt)}", width)]
+        pair = [one for one in (earlier.get(answer.key), (answer, verdict)) if one]
+        lines += _side_by_side(pair, bool(before), width)
+    return "\n".join(line.rstrip() for line in lines)
+
+
+def _width(asked: int | None) -> int:
+    return max(80, min(asked or shutil.get_terminal_size((WIDEST, 24)).columns, 160))
 
 
 def _suites(comparison: Comparison, width: int) -> list[str]:
