@@ -6,13 +6,23 @@ import itertools
 import json
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
-from transformers import GPTNeoConfig, GPTNeoForCausalLM, OPTConfig, OPTForCausalLM
+from transformers import (
+    GPTNeoConfig,
+    GPTNeoForCausalLM,
+    LlamaConfig,
+    LlamaForCausalLM,
+    OPTConfig,
+    OPTForCausalLM,
+)
 
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
 from wpn_ds.data.layout import SHORTEST_HEADER
 from wpn_ds.data.plan import Segment
+from wpn_ds.models.adapters import attach
+from wpn_ds.settings.lora import LoraConfig
 
 VOCABULARY = 96
 WINDOW = 8  # of GPT-Neo's local layers; many segments below are longer
@@ -39,6 +49,7 @@ BASE = {
     "nll_power": 0.0,
     "harmonise": False,
     "headed": False,
+    "lora": 0,
 }
 
 
@@ -151,6 +162,22 @@ FAMILY = [
     case(harmonise=True, several=False, ascent=9.0, targets="live"),
     case(harmonise=True),
 ]  # fmt: skip
+#: The gradient of adapters of rank 4 in all linear layers; the model without them is the starting one.
+LORA = [
+    *(
+        case(lora=4, targets=targets, layout=layout, several=several)
+        for targets, several in (("reference", True), ("live", False))
+        for layout in ("shared", "padded")
+    ),
+    *(case(lora=4, stage=stage) for stage in (0, 1, 2)),
+    case(lora=4, checkpointing=True, layout="rows"),
+    *(case(lora=4, reference=reference) for reference in ("states", "topk")),
+    case(lora=4, **BY_LIKELIHOOD),
+    case(lora=4, objective="npo", nll=0.0, beta=0.5),
+    case(lora=4, objective="altpo", nll=0.0, beta=0.5, layout="padded"),
+    case(lora=4, objective="tnpo", ascent=0.4, nll=0.0, beta=2.0, several=False),
+    *(case(lora=4, harmonise=True, stage=stage, ascent=9.0) for stage in (0, 3)),
+]
 #: Two forwards of each micro-batch must drop the same activations.
 REPLAYS = [case(targets="live", dropout=0.3), case(**BY_LIKELIHOOD, dropout=0.3)]
 
@@ -174,6 +201,9 @@ def make_model(family: str, folder: Path, seed: int) -> None:
     if family == "gpt_neo":
         layers = {"num_layers": 2, "attention_types": [[["global", "local"], 1]], "num_heads": 4}
         lm = GPTNeoForCausalLM(GPTNeoConfig(**common, **layers, **special, window_size=WINDOW, intermediate_size=64))
+    elif family == "llama":
+        layers = {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 64}
+        lm = LlamaForCausalLM(LlamaConfig(**common, **layers, **special, pad_token_id=0))
     else:
         odd = (
             {"word_embed_proj_dim": 16, "do_layer_norm_before": False}
@@ -186,6 +216,16 @@ def make_model(family: str, folder: Path, seed: int) -> None:
         for parameter in lm.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)
     lm.save_pretrained(folder)
+
+
+def adapt(lm: Any, rank: int) -> None:
+    """Adapters in all linear layers whose two matrices are both far from zero, the same wherever it is called."""
+    attach(lm, LoraConfig(lora_r=rank, lora_alpha=2 * rank, lora_target=["all-linear"]), seed=0)
+    with torch.no_grad():
+        for name, parameter in sorted(lm.named_parameters()):
+            if parameter.requires_grad:
+                seed = torch.Generator().manual_seed(sum(name.encode()))
+                parameter.copy_(torch.randn(parameter.shape, generator=seed) * 0.2)
 
 
 def make_examples(headed: bool = False) -> ExampleSet:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+from collections.abc import Callable
 from dataclasses import fields
 from functools import cache, partial
 from pathlib import Path
@@ -13,7 +14,7 @@ import torch
 from safetensors.torch import save_file
 
 from tests.data.made import FORMS
-from tests.engine.gradient_cases import VOCABULARY, WEIGHTS, make_examples
+from tests.engine.gradient_cases import VOCABULARY, WEIGHTS, adapt, make_examples
 from tests.engine.small import silent
 from wpn_ds.data.layout import Layout
 from wpn_ds.engine.export import full_weights
@@ -21,7 +22,7 @@ from wpn_ds.engine.feed import Feed
 from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.policy import build_engine
 from wpn_ds.engine.reading import Reader
-from wpn_ds.engine.start import FrozenModel
+from wpn_ds.engine.start import FrozenModel, WithoutAdapters
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
 from wpn_ds.engine.tabulate import Tabulator
@@ -99,9 +100,9 @@ def frozen_model(folder: Path, stage: int, flat: bool, packed: bool, kind: str, 
 
 def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict, dict | None]:
     """One step of the product's own parts. The starting model is another one than the policy's, or the gradient of KL
-    would be zero."""
+    would be zero; under adapters it is the policy's without them."""
     layout = layout_of(case, world)
-    start_of = (models / "reference", case["stage"], layout.flat, layout.packed)
+    start_of = (models / ("start" if case["lora"] else "reference"), case["stage"], layout.flat, layout.packed)
     config = ds_json(case["stage"], world.size)
     lm = load(
         models / "start",
@@ -110,6 +111,8 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
         gradient_checkpointing=case["checkpointing"],
         dropout=case["dropout"],
     )
+    if case["lora"]:
+        adapt(lm, case["lora"])
     policy = Reader(build_engine(PackedLM(lm, packed=layout.packed), config, None), layout, 0, world)
     terms, examples, tables = (
         Terms.of(objective_of(case)),
@@ -124,6 +127,8 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
     settings = UnlearningConfig(reference=case["reference"], reference_topk=VOCABULARY - 1)
     tabulator = Tabulator(starting, tables, silent)
     frozen = partial(frozen_model, *start_of, case["reference"], world)
+    if case["lora"]:
+        frozen = partial(WithoutAdapters, policy.engine)
     start = tabulator.start(terms, examples, partial(tabulator.reference, settings, examples.retain, frozen))
     start.reader = policy
     training = TrainingConfig(global_batch_size=len(examples.forget))
@@ -134,10 +139,21 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
     harmony = Harmony(policy.engine, world) if case["harmonise"] else None
     step = Step(policy.engine, terms, world, layout, 0, start, harmony)
     runs: list[int] = []
-    norm = next(m for name, m in lm.named_modules() if name.endswith((".0.self_attn_layer_norm", ".0.ln_1")))
-    norm.register_forward_hook(lambda *_: runs.append(1))
+    norm = next(
+        m
+        for name, m in lm.named_modules()
+        if name.endswith((".0.self_attn_layer_norm", ".0.ln_1", ".0.input_layernorm"))
+    )
+
+    def of_policy(note: Callable[[Any], None]) -> Callable[..., None]:
+        """A hook for the forwards of the policy, and not for those of the model without its adapters."""
+        return lambda *call: (
+            None if any(getattr(m, "_disable_adapters", False) for m in lm.modules()) else note(call[-1])
+        )
+
+    norm.register_forward_hook(of_policy(lambda _: runs.append(1)))
     hidden: list[torch.Tensor] = []
-    policy.engine.module.register_forward_hook(lambda *call: hidden.append(call[-1].hidden.detach().clone()))
+    policy.engine.module.register_forward_hook(of_policy(lambda output: hidden.append(output.hidden.detach().clone())))
     result = step(plan)
     two_passes = count > 1 and any(t.coupled and not plan.is_local(plan.mask(t.pairs)) for t in terms.answers)
     # These are read once more, before the step.
@@ -153,7 +169,7 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
     assert not result.skipped
     totals = sum_over_ranks(result.sums.totals, world.device)
     parts = {name: total / result.sums.counts[name] for name, total in totals.items()}
-    weights = full_weights(lm, world)
+    weights = full_weights(lm, world, adapters_alone=bool(case["lora"]))
     parts["grad_norm"] = float(result.grad_norm)
     policy.engine.destroy()
     return parts, weights

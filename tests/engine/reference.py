@@ -196,19 +196,17 @@ def objective(lm, start_lm, examples, retain, settings) -> dict[str, Tensor]:
         parts["nll_weighted"], weights_of["nll_weighted"] = parts.pop("nll"), weights_of["nll"]
         parts["loss/nll"], weights_of["loss/nll"] = -torch.cat(wanted).mean(), 0.0  # only logged
     if settings["harmonise"]:
-        gradients = []
+        gradients, trained = [], [p for p in lm.parameters() if p.requires_grad]
         for names in (parts.keys() - {"retain"}, {"retain"}):
             total = sum(weights_of[name] * parts[name] for name in names)
-            found = torch.autograd.grad(total, list(lm.parameters()), retain_graph=True, allow_unused=True)
-            gradients.append(
-                [torch.zeros_like(p) if g is None else g for p, g in zip(lm.parameters(), found, strict=True)]
-            )
+            found = torch.autograd.grad(total, trained, retain_graph=True, allow_unused=True)
+            gradients.append([torch.zeros_like(p) if g is None else g for p, g in zip(trained, found, strict=True)])
         forget, kept = (torch.cat([g.flatten() for g in found]) for found in gradients)
         parts["harmony/cosine"] = forget @ kept / forget.norm() / kept.norm()
         if forget @ kept < 0:
             forget = forget - (forget @ kept) / (kept @ kept) * kept
         # the loss whose gradient this is
-        parts["total"] = torch.cat([p.flatten() for p in lm.parameters()]) @ (forget + kept).detach()
+        parts["total"] = torch.cat([p.flatten() for p in trained]) @ (forget + kept).detach()
         return parts
     parts["total"] = sum(weights_of[name] * value for name, value in parts.items())
     return parts

@@ -15,11 +15,13 @@ from tests.engine import reference
 from tests.engine.gradient_cases import (
     ASCENT,
     FAMILY,
+    LORA,
     MATRIX,
     REPLAYS,
     STEP_SCORES,
     VARIATIONS,
     WEIGHTS,
+    adapt,
     make_examples,
     make_model,
     name_of,
@@ -33,7 +35,7 @@ WORKER = "tests.engine.gradient_worker:run_cases"
 @pytest.fixture(scope="module")
 def models(tmp_path_factory):
     root = tmp_path_factory.mktemp("models")
-    for family in ("opt", "opt-350m", "gpt_neo"):
+    for family in ("opt", "opt-350m", "gpt_neo", "llama"):
         make_model(family, root / family / "start", seed=1)
         make_model(family, root / family / "reference", seed=2)  # another model, or the KL's gradient would be zero
     return root
@@ -42,16 +44,19 @@ def models(tmp_path_factory):
 @cache
 def expected(folder: Path, key: str) -> tuple[dict[str, float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(loss parts, weights before the step, gradients) of the plain reference in fp64."""
+    settings = {**json.loads(key), "weights": WEIGHTS}
     lm, start = (
         AutoModelForCausalLM.from_pretrained(folder / part, dtype=torch.float64, attn_implementation="eager").eval()
-        for part in ("start", "reference")
+        for part in ("start", "start" if settings["lora"] else "reference")
     )
-    settings = {**json.loads(key), "weights": WEIGHTS}
+    if settings["lora"]:
+        adapt(lm, settings["lora"])
+        lm.eval()
     examples = make_examples(settings["headed"])
     parts = reference.objective(lm, start, examples.forget, examples.retain, settings)
     parts["total"].backward()
-    gradients = {name: p.grad for name, p in lm.named_parameters()}
-    return {k: v.item() for k, v in parts.items()}, dict(lm.named_parameters()), gradients
+    trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
+    return {k: v.item() for k, v in parts.items()}, trained, {name: p.grad for name, p in trained.items()}
 
 
 def compare(folder: Path, saved: Path, case: dict) -> float:
@@ -78,6 +83,16 @@ def test_one_step_equals_the_plain_gradient_for_every_layout(pool, models, famil
     cases = MATRIX if family != "opt-350m" else MATRIX[-2:]
     if family == "opt" and ranks < 4:
         cases = cases + (VARIATIONS if ranks == 2 else ASCENT + STEP_SCORES) + FAMILY
+    pool.call(ranks, WORKER, cases, models / family, tmp_path)
+    errors = {name_of(c): compare(models / family, tmp_path / f"{k}.safetensors", c) for k, c in enumerate(cases)}
+    print({name: f"{error:.1e}" for name, error in errors.items()})
+    assert {name: error for name, error in errors.items() if not error <= TOLERANCE} == {}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("family", ["opt", "gpt_neo", "llama"])
+def test_one_step_of_adapters_equals_their_plain_gradient(pool, models, family, ranks, tmp_path):
+    cases = LORA if family == "opt" and ranks == 2 else LORA[:3] + LORA[-1:]
     pool.call(ranks, WORKER, cases, models / family, tmp_path)
     errors = {name_of(c): compare(models / family, tmp_path / f"{k}.safetensors", c) for k, c in enumerate(cases)}
     print({name: f"{error:.1e}" for name, error in errors.items()})

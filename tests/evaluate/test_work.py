@@ -7,7 +7,8 @@ import pytest
 
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate import work
-from wpn_ds.evaluate.work import Ledger, Unit, dated, identity
+from wpn_ds.evaluate.work import Ledger, Unit, dated
+from wpn_ds.models.folder import identity
 from wpn_ds.settings.style import PromptStyle
 
 

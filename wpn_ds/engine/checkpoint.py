@@ -120,7 +120,9 @@ class Saver:
 
         try:
             on_main(self._world, prepare)
-            self._engine.save_checkpoint(str(partial), tag=STATE, save_latest=False)
+            # Weights that nothing changes, those beneath adapters, are the starting model's.
+            frozen = has_frozen(self._engine)
+            self._engine.save_checkpoint(str(partial), tag=STATE, save_latest=False, exclude_frozen_parameters=frozen)
             self._writer.save(rng_state(self._world.device), partial / f"rng-{self._world.rank}.pt")
             if self._ema is not None and self._ema.holder == self._world.rank:
                 self._writer.save(self._ema.mean, partial / f"ema-{self._world.rank}.pt")
@@ -231,13 +233,19 @@ def load(engine: Any, path: Path, state: TrainerState, world: World, ema: Ema | 
     # The JSON's checkpoint.load_universal, read at no other time: a run may load a checkpoint of other ranks when it
     # starts, and one of its own when it ends.
     engine._config.load_universal_checkpoint = convert
-    loaded, _ = engine.load_checkpoint(str(path), tag=UNIVERSAL if convert else STATE)
+    tag = UNIVERSAL if convert else STATE
+    loaded, _ = engine.load_checkpoint(str(path), tag=tag, load_module_strict=not has_frozen(engine))
     if loaded is None:
         raise UserError(f"--resume_from_checkpoint {path}: DeepSpeed found no state in it; use an older checkpoint")
     if not same:  # the ranks' streams of random numbers are others in any case
         torch.manual_seed(seed_of("ranks", state.settings["seed"], world.rank, state.step))
         return
     set_rng_state(torch.load(path / f"rng-{world.rank}.pt", weights_only=True), world.device)
+
+
+def has_frozen(engine: Any) -> bool:
+    """Whether some weights are not trained."""
+    return not all(parameter.requires_grad for parameter in engine.module.parameters())
 
 
 def is_partitioned(path: Path) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,9 @@ from torch import Tensor
 from wpn_ds.engine.checkpoint import STATE, TrainerState, is_partitioned
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, patiently
+from wpn_ds.models import adapters
 from wpn_ds.models.load import Source, load_model, load_tokenizer
+from wpn_ds.settings.lora import LoraConfig
 from wpn_ds.system.files import filled
 
 
@@ -33,17 +36,38 @@ def export(lm: Any, tokenizer: Any, output_dir: Path, world: World, config_overr
         patiently(lambda: None)
 
 
-def full_weights(lm: Any, world: World) -> dict[str, Tensor] | None:
+def export_adapters(
+    lm: Any,
+    tokenizer: Any,
+    output_dir: Path,
+    world: World,
+    source: Source,
+    overrides: Mapping[str, Any],
+    *,
+    merge: bool,
+) -> None:
+    """The adapters of ``lm`` in PEFT's format or, with ``merge``, the whole model that they make of ``source``. Every
+    rank must call it."""
+    weights = full_weights(lm, world, adapters_alone=not merge)
+    if world.is_main:
+        patiently(lambda: _write_adapters(lm, tokenizer, weights or {}, output_dir, source, overrides, merge=merge))
+    else:
+        patiently(lambda: None)
+
+
+def full_weights(lm: Any, world: World, *, adapters_alone: bool = False) -> dict[str, Tensor] | None:
     """The whole model's weights by name on rank 0's CPU, a tied weight once; None on other ranks.
 
     Gathered one parameter at a time, so no device ever holds more than the largest. Every rank must call it.
     """
     weights: dict[str, Tensor] = {}
     for name, parameter in lm.named_parameters():
+        if adapters_alone and not parameter.requires_grad:
+            continue
         with GatheredParameters([parameter], enabled=hasattr(parameter, "ds_id")):
             if world.is_main:
                 weights[name] = parameter.detach().to("cpu", copy=True)
-    if world.is_main:
+    if world.is_main and not adapters_alone:
         persistent = set(lm.state_dict().keys())
         weights |= {name: b.detach().to("cpu", copy=True) for name, b in lm.named_buffers() if name in persistent}
     return weights if world.is_main else None
@@ -67,10 +91,30 @@ def _write_model(
             stale.unlink()
 
 
-def export_checkpoint(path: Path, state: TrainerState, output_dir: Path, *, trust_remote_code: bool = False) -> None:
+def _write_adapters(
+    lm: Any,
+    tokenizer: Any,
+    weights: Mapping[str, Tensor],
+    output_dir: Path,
+    source: Source,
+    overrides: Mapping[str, Any],
+    *,
+    merge: bool,
+) -> None:
+    if merge:
+        _write_model(adapters.plain(lm), tokenizer, adapters.merged(lm, weights), output_dir, overrides)
+    else:
+        base = os.path.abspath(source.name_or_path) if os.path.isdir(source.name_or_path) else source.name_or_path
+        adapters.write(lm, weights, tokenizer, base, source.revision, output_dir)
+
+
+def export_checkpoint(
+    path: Path, state: TrainerState, output_dir: Path, *, merge: bool | None = None, trust_remote_code: bool = False
+) -> None:
     """The model as it was at a checkpoint, in this one process; the starting model lends its configuration.
 
-    A checkpoint may be somebody else's, so ``trust_remote_code`` is the caller's to say and not the file's.
+    A checkpoint may be somebody else's, so ``trust_remote_code`` is the caller's to say and not the file's. ``merge``:
+    adapters into the model; None: as the run does at its end.
 
     Raises:
         UserError: the starting model is gone, or its weights have other names than the checkpoint's.
@@ -82,15 +126,25 @@ def export_checkpoint(path: Path, state: TrainerState, output_dir: Path, *, trus
         trust_remote_code=trust_remote_code,
         allow_key_mismatch=settings["allow_key_mismatch"],
     )
+    source = adapters.whole(source)
     lm = load_model(source, dtype=torch.bfloat16 if settings["bf16"] else torch.float32)
+    lora = LoraConfig(**{field.name: settings[field.name] for field in fields(LoraConfig) if field.name in settings})
+    if lora:
+        adapters.attach(lm, lora, seed=0)
     weights = {name.removeprefix("lm."): w.to(lm.dtype) for name, w in _weights(path).items()}
-    own = {name for name, _ in lm.named_parameters()}
+    own = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
     if missing := own - weights.keys():
         raise UserError(
             f"{path} lacks {len(missing)} weights of {source.name_or_path}: {', '.join(sorted(missing)[:5])}"
         )
     tokenizer = load_tokenizer(_found(state, "tokenizer_name") or source.name_or_path, source)
-    _write_model(lm, tokenizer, {name: weights[name] for name in own}, output_dir, {})
+    trained = {name: weights[name] for name in own}
+    if lora:
+        whole = {name: weight.detach() for name, weight in lm.named_parameters()} | trained
+        merge = lora.lora_merge if merge is None else merge
+        _write_adapters(lm, tokenizer, whole if merge else trained, output_dir, source, {}, merge=merge)
+    else:
+        _write_model(lm, tokenizer, trained, output_dir, {})
 
 
 def _found(state: TrainerState, name: str) -> Any:

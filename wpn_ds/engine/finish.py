@@ -7,7 +7,7 @@ from typing import Any
 
 from wpn_ds.data.tokens import render_prompt
 from wpn_ds.engine import checkpoint
-from wpn_ds.engine.export import export
+from wpn_ds.engine.export import export, export_adapters
 from wpn_ds.engine.feed import Feed
 from wpn_ds.engine.model_card import write_model_card
 from wpn_ds.engine.policy import Policy
@@ -70,7 +70,12 @@ def write_model(
         values: the last metrics of a step.
         after: the evaluation of these weights.
     """
-    export(policy.model.lm, job.tokenizer, job.output_dir, job.world, dropout_fields(job.lm_config))
+    lm, dropout, lora = policy.model.lm, dropout_fields(job.lm_config), job.config.lora
+    if lora:
+        merge = lora.lora_merge
+        export_adapters(lm, job.tokenizer, job.output_dir, job.world, job.source, dropout, merge=merge)
+    else:
+        export(lm, job.tokenizer, job.output_dir, job.world, dropout)
     if not job.world.is_main:
         return
     settings = job.config.to_flat()

@@ -74,7 +74,7 @@ class Harmony:
         """Where DeepSpeed sums a step's gradients: under ZeRO-3 this rank's share of all of them, in one piece."""
         if self.sharded:
             return [self.engine.optimizer.grad_partitions_flat_buffer]
-        return [parameter.grad for parameter in self.engine.module.parameters()]
+        return [parameter.grad for parameter in self.engine.module.parameters() if parameter.requires_grad]
 
 
 def _inner(a: list[Tensor], b: list[Tensor]) -> Tensor:

@@ -15,9 +15,11 @@ import torch
 from transformers import get_scheduler
 
 from wpn_ds.data.layout import Layout
+from wpn_ds.data.seeds import seed_of
 from wpn_ds.engine.prepare import Job
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import announce, max_over_ranks
+from wpn_ds.models import adapters
 from wpn_ds.models.check import candidates, check_exact_reading, kernel_fault
 from wpn_ds.models.load import default_attention, load_model
 from wpn_ds.models.packed import PackedLM
@@ -106,9 +108,10 @@ class Policy:
 
 
 def load_lm(job: Job, attention: str, *, trained: bool) -> Any:
-    """The starting model, partitioned while it is loaded under ZeRO-3; ``trained``: with dropout and checkpointing."""
+    """The starting model, partitioned while it is loaded under ZeRO-3; ``trained``: with dropout, checkpointing and
+    adapters."""
     settings = job.config.model
-    return load_model(
+    lm = load_model(
         job.source,
         dtype=torch.bfloat16 if settings.bf16 else torch.float32,
         dropout=settings.dropout if trained else 0.0,
@@ -116,6 +119,9 @@ def load_lm(job: Job, attention: str, *, trained: bool) -> Any:
         gradient_checkpointing=settings.gradient_checkpointing and trained,
         zero3=for_loading(job.ds_json) if job.zero_stage == 3 else None,
     )
+    if job.config.lora and trained:
+        adapters.attach(lm, job.config.lora, seed_of("lora", job.config.training.seed))
+    return lm
 
 
 def _scheduler(job: Job) -> Callable[[torch.optim.Optimizer], Any] | None:

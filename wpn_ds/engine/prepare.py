@@ -35,6 +35,7 @@ from wpn_ds.jobs.distributed import World, agree, announce, init, on_main, progr
 from wpn_ds.jobs.heartbeat import after_the_watchdog
 from wpn_ds.jobs.output import claim_output, lock_output
 from wpn_ds.jobs.preflight import check as check_nodes
+from wpn_ds.models.adapters import is_adapter, whole
 from wpn_ds.models.check import supported
 from wpn_ds.models.folder import check_place
 from wpn_ds.models.load import (
@@ -292,7 +293,12 @@ def _starting_model(config: Config, model_path: str, world: World) -> tuple[Sour
         trust_remote_code=config.model.trust_remote_code,
         allow_key_mismatch=config.model.allow_key_mismatch,
     )
-    source = on_main(world, lambda: pinned(named))  # one commit for all, should it change in between
+    if config.lora and is_adapter(model_path) and not config.lora.lora_merge:
+        raise UserError(
+            f"--lora_r with {named.flag} {model_path}, an adapter: what is trained would belong to the two together: "
+            "pass --lora_merge true"
+        )
+    source = on_main(world, lambda: pinned(whole(named)))  # one commit for all, should it change in between
     lm_config = load_config(source)
     if (how := quantisation(lm_config)) is not None:
         raise UserError(

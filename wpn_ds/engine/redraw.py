@@ -74,7 +74,7 @@ class Ema:
 
     def _parts(self) -> list[Tensor]:
         """Under ZeRO-3 this rank's shards; else the whole parameters, the same on every rank."""
-        return [getattr(p, "ds_tensor", p.data) for p in self._engine.module.parameters()]
+        return [getattr(p, "ds_tensor", p.data) for p in self._engine.module.parameters() if p.requires_grad]
 
 
 class Request(NamedTuple):

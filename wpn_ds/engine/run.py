@@ -22,7 +22,7 @@ from wpn_ds.engine.prepare import Job
 from wpn_ds.engine.progress import Progress, TrainingStopped, describe
 from wpn_ds.engine.reading import Generation, Reader
 from wpn_ds.engine.redraw import Ema, Redraw
-from wpn_ds.engine.start import FrozenModel
+from wpn_ds.engine.start import FrozenModel, WithoutAdapters
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
 from wpn_ds.engine.tabulate import Tabulator
@@ -81,7 +81,9 @@ class Run:
         )
         self.progress = Progress(job, self.policy.lm, past.parts.get("run"))
 
-    def _frozen_model(self) -> FrozenModel:
+    def _frozen_model(self) -> FrozenModel | WithoutAdapters:
+        if self.job.config.lora:
+            return WithoutAdapters(self.engine)
         self.heartbeat.pause()
         lm = load_lm(self.job, self.policy.attention, trained=False)
         ds_json = frozen_json(self.job.ds_json, self.job.config.unlearning.reference)

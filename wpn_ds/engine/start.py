@@ -21,6 +21,8 @@ from wpn_ds.engine.reading import Reader, pooled_states
 from wpn_ds.jobs.distributed import World
 from wpn_ds.losses.answers import AnswerScores, AnswerVectors
 from wpn_ds.losses.likelihood import Distribution, Finish, LabelTarget, TopK
+from wpn_ds.models import adapters
+from wpn_ds.models.generate import evaluation_mode
 from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.terms import OnAnswers, Role, Terms
 
@@ -201,6 +203,24 @@ class FrozenModel:
         with GatheredParameters(list(self.head.parameters()), enabled=self.sharded):
             bias = None if self.head.bias is None else self.head.bias.detach()
             yield Distribution(states, self.head.weight.detach(), bias, self.head.finish)
+
+
+class WithoutAdapters:
+    """The policy without its adapters, which is the starting model: no second one is loaded."""
+
+    def __init__(self, engine: Any) -> None:
+        self.engine = engine
+
+    @contextlib.contextmanager
+    def targets(self, batch: Batch) -> Iterator[LabelTarget]:
+        lm = self.engine.module.lm
+        with torch.no_grad(), adapters.off(lm), evaluation_mode(self.engine.module):
+            states = self.engine(batch).hidden[batch.label_positions][batch.labels_of(Role.RETAIN)]
+        head = lm.get_output_embeddings()
+        # The policy's forward gathers and releases the same weight: what is kept is the tensor, not the parameter.
+        with GatheredParameters(list(head.parameters()), enabled=hasattr(head.weight, "ds_id")):
+            weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
+        yield Distribution(states, weight, bias, head.finish)
 
 
 class CachedStates:

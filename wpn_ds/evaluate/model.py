@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from wpn_ds.evaluate.work import identity
+from wpn_ds.models.adapters import whole
+from wpn_ds.models.folder import identity
 from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pinned
 from wpn_ds.models.speed import faster_in_bf16, warn_of_slow_bf16
 
@@ -39,10 +40,10 @@ class AskedModel:
     """
 
     def __init__(self, source: Source, *, bf16: bool | None, device: torch.device | str | None = None) -> None:
-        self.name, self.source, self._device = source.name_or_path, pinned(source), device
+        self.name, self.source, self._device = source.name_or_path, pinned(whole(source)), device
         self._bf16 = faster_in_bf16(self._place) if bf16 is None else bf16
         self.config = load_config(self.source)
-        self.tokenizer = load_tokenizer(self.name, self.source, source.flag, self.config)
+        self.tokenizer = load_tokenizer(self.source.name_or_path, self.source, source.flag, self.config)
         self.positions = max_positions(self.config)
 
     @property

@@ -17,7 +17,6 @@ from typing import Any
 
 from wpn_ds.data.tokens import today, writes_date
 from wpn_ds.errors import UserError
-from wpn_ds.models.folder import own_files
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import usable, write_atomically
 from wpn_ds.system.progress import progress
@@ -125,11 +124,3 @@ def dated(style: PromptStyle, tokenizer: Any, folder: Path) -> PromptStyle:
             write_atomically(kept, today())
         own.unlink()
     return replace(style, chat_date=kept.read_text(encoding="utf-8"))
-
-
-def identity(name: str) -> Any:
-    """What tells a model from another of the same name: of a folder, its own files' sizes and times."""
-    folder = Path(name)
-    if not folder.is_dir():
-        return name
-    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in own_files(folder)}

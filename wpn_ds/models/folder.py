@@ -28,7 +28,7 @@ def fault(place: Path, *, weights: bool = True) -> str:
     if place.is_file():
         return _file(place)
     if (place / "adapter_config.json").is_file():
-        base = _json(place / "adapter_config.json").get("base_model_name_or_path")
+        base = read_json(place / "adapter_config.json").get("base_model_name_or_path")
         return (
             f"an adapter (PEFT){f' for {base}' if base else ''}, not a model: merge it into its base model first, with "
             "peft's merge_and_unload and save_pretrained"
@@ -45,6 +45,8 @@ def check_place(flag: str, name: str) -> None:
         UserError: it is such.
     """
     folder = Path(name)
+    if (folder / "adapter_config.json").is_file():  # it stands for the model that it makes of its base
+        return
     if folder.exists() and (reason := fault(folder)):
         raise UserError(f"{flag} {name}: {reason}")
     if not folder.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
@@ -53,7 +55,15 @@ def check_place(flag: str, name: str) -> None:
 
 def configuration(folder: Path) -> dict[str, Any]:
     """What the config.json in ``folder`` holds; nothing if it can't be read."""
-    return _json(folder / "config.json")
+    return read_json(folder / "config.json")
+
+
+def identity(name: str) -> Any:
+    """What tells a model from another of the same name: of a folder, its own files' sizes and times."""
+    folder = Path(name)
+    if not folder.is_dir():
+        return name
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in own_files(folder)}
 
 
 def own_files(folder: Path) -> list[Path]:
@@ -66,7 +76,7 @@ def safetensors_files(folder: Path) -> list[Path]:
     format."""
     if (single := folder / "model.safetensors").is_file():
         return [single]
-    return [folder / name for name in sorted(set(_json(folder / _INDEX).get("weight_map", {}).values()))]
+    return [folder / name for name in sorted(set(read_json(folder / _INDEX).get("weight_map", {}).values()))]
 
 
 def described_by(folder: Path) -> list[Path]:
@@ -103,7 +113,7 @@ def _weights(folder: Path) -> str:
     found = next((folder / name for name in names if (folder / name).is_file()), None)
     files = [*folder.glob("*.safetensors"), *folder.glob("pytorch_model*.bin")]
     if found and found.suffix == ".json":
-        shards = sorted(set(_json(found).get("weight_map", {}).values()))
+        shards = sorted(set(read_json(found).get("weight_map", {}).values()))
         if missing := [name for name in shards if not (folder / name).is_file()]:
             return (
                 f"{len(missing)} of its {len(shards)} files of weights are missing, {missing[0]} first: copy it whole"
@@ -118,7 +128,8 @@ def _weights(folder: Path) -> str:
     return ""
 
 
-def _json(path: Path) -> dict[str, Any]:
+def read_json(path: Path) -> dict[str, Any]:
+    """The object in a JSON file; empty if there is none that can be read."""
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):

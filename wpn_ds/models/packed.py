@@ -156,12 +156,13 @@ class _ChunkedLoss(torch.autograd.Function):
         ctx.fused, ctx.finish, ctx.parts = weights is not None, finish, parts
         trained = any(ctx.needs_input_grad)
         if weights is None or not trained:
-            losses, *_ = _chunks(hidden, weight, bias, finish, parts, None)
+            losses, *_ = _chunks(hidden, weight, bias, finish, parts, None, frozen=True)
             ctx.save_for_backward(hidden, weight, bias)
             total = losses.new_zeros(())
             ctx.mark_non_differentiable(total)
         else:
-            losses, *gradients = _chunks(hidden, weight, bias, finish, parts, weights)
+            frozen = not ctx.needs_input_grad[1]
+            losses, *gradients = _chunks(hidden, weight, bias, finish, parts, weights, frozen=frozen)
             ctx.save_for_backward(*gradients)
             total = (weights * losses).sum()
             ctx.mark_non_differentiable(losses)
@@ -174,7 +175,8 @@ class _ChunkedLoss(torch.autograd.Function):
             gradients = [None if g is None else g.mul_(of_total.to(g.dtype)) for g in ctx.saved_tensors]
         else:
             hidden, weight, bias = ctx.saved_tensors
-            gradients = list(_chunks(hidden, weight, bias, ctx.finish, ctx.parts, of_losses)[1:])
+            frozen = not ctx.needs_input_grad[1]
+            gradients = list(_chunks(hidden, weight, bias, ctx.finish, ctx.parts, of_losses, frozen=frozen)[1:])
         return (*gradients, None, None, None)
 
 
@@ -185,8 +187,11 @@ def _chunks(
     finish: Finish,
     parts: Parts,
     coefficients: Tensor | None,
+    *,
+    frozen: bool,
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Losses [n], and with ``coefficients`` [n] the gradients of their weighted sum: hidden's, weight's, bias's."""
+    """Losses [n], and with ``coefficients`` [n] the gradients of their weighted sum: hidden's, weight's, bias's; those
+    of a ``frozen`` head are None."""
     losses, of_hidden = [], []
     of_weight = of_bias = None
     for labels, targets, own in _in_chunks(parts):
@@ -200,14 +205,16 @@ def _chunks(
         if slope is not None:
             delta.mul_(slope)
         scale = coefficients[labels, None].to(delta.dtype)
-        if bias is not None:
+        if bias is not None and not frozen:
             share = (delta * scale).sum(0)
             of_bias = share if of_bias is None else of_bias + share
         # The coefficients scale what is [c, d], not what is [c, V].
         wide, delta = delta.dtype, delta.to(weight.dtype)
         of_hidden.append(((delta @ weight) * scale).to(weight.dtype))
         scaled = (states * scale).to(weight.dtype)
-        if of_weight is None:  # summed over chunks in fp32: bf16 would round after each
+        if frozen:
+            pass
+        elif of_weight is None:  # summed over chunks in fp32: bf16 would round after each
             of_weight = (delta.T @ scaled).to(wide)
         elif wide == delta.dtype:
             of_weight.addmm_(delta.T, scaled)
@@ -217,8 +224,8 @@ def _chunks(
     found = torch.cat(losses)
     if coefficients is None:
         return found, None, None, None
-    assert of_weight is not None
-    return found, torch.cat(of_hidden), of_weight.to(weight.dtype), None if of_bias is None else of_bias.to(bias)  # type: ignore[call-overload]
+    of_weight = None if of_weight is None else of_weight.to(weight.dtype)
+    return found, torch.cat(of_hidden), of_weight, None if of_bias is None else of_bias.to(bias)  # type: ignore[call-overload]
 
 
 def _in_chunks(parts: Parts) -> Iterator[tuple[slice, LabelTarget, slice]]:

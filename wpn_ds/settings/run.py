@@ -24,6 +24,7 @@ import yaml
 from wpn_ds.errors import UserError, require
 from wpn_ds.objectives import registry
 from wpn_ds.objectives.terms import Objective, Terms
+from wpn_ds.settings.lora import LoraConfig
 from wpn_ds.settings.parse import Parser, build, convert, parser, read_yaml, settings_of, unknown
 
 DEMO_OUTPUT_DIR = "runs/demo/unlearned"
@@ -346,6 +347,7 @@ class Config:
     """All settings of a run, checked one by one and against each other (`UserError` names the flag)."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
     data: DataConfig = field(default_factory=DataConfig)
     unlearning: UnlearningConfig = field(default_factory=UnlearningConfig)
     objective: Objective = field(default_factory=lambda: registry.find(UnlearningConfig.objective)())
@@ -542,6 +544,7 @@ def groups(objective: type[Objective]) -> dict[str, type]:
     """
     found: dict[str, type] = {
         "model": ModelConfig,
+        "lora": LoraConfig,
         "data": DataConfig,
         "unlearning": UnlearningConfig,
         "training": TrainingConfig,
@@ -549,7 +552,7 @@ def groups(objective: type[Objective]) -> dict[str, type]:
         objective.name: objective,
     }
     settings_of(found)
-    order = ("model", "data", "unlearning", objective.name, "training", "logging")
+    order = ("model", "lora", "data", "unlearning", objective.name, "training", "logging")
     return {name: found[name] for name in order}
 
 

@@ -49,6 +49,8 @@ class Export:
     """Its folder."""
     output_dir: Path = option()
     """A new folder for the model."""
+    lora_merge: bool | None = None
+    """Of a run with --lora_r: the whole model (true) or the adapters (false), in place of what the run exports."""
     trust_remote_code: Flag = False
     """Run modelling code that comes with the starting model, whatever the run itself was allowed to do."""
 
@@ -99,7 +101,8 @@ def _export(args: Export) -> int:
     from wpn_ds.engine.export import export_checkpoint
 
     with locked(lock_beside(args.output_dir), f"--output_dir {args.output_dir}"):
-        export_checkpoint(path, state, args.output_dir, trust_remote_code=args.trust_remote_code)
+        trusted = args.trust_remote_code
+        export_checkpoint(path, state, args.output_dir, merge=args.lora_merge, trust_remote_code=trusted)
     print(args.output_dir)
     return 0
 

@@ -1,0 +1,40 @@
+"""Settings of adapters that are trained in place of the model's own weights."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from wpn_ds.errors import UserError, require
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """Low-rank adapters in place of the model's own weights (LoRA, arXiv 2106.09685); off unless --lora_r is given."""
+
+    lora_r: int = 0
+    """Rank of the adapters; 0 trains the whole model."""
+
+    lora_alpha: int = 32
+    """What adapters add to a layer is scaled by lora_alpha / lora_r."""
+
+    lora_dropout: float = 0.0
+    """Dropout of what adapters read."""
+
+    lora_target: list[str] = field(default_factory=lambda: ["auto"])
+    """Layers with adapters: auto (those that PEFT has for the family, or else all-linear), all-linear (all but the
+    output layer), or names of modules such as q_proj v_proj."""
+
+    lora_merge: bool = False
+    """Export the whole model with the adapters merged into it, in fp32, in place of the adapters alone."""
+
+    def __post_init__(self) -> None:
+        require(self, "lora_r", self.lora_r >= 0, "at least 0")
+        require(self, "lora_alpha", self.lora_alpha > 0, "greater than 0")
+        require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
+        require(self, "lora_target", bool(self.lora_target), "auto, all-linear, or names of modules")
+        if not self.lora_r and self != LoraConfig():
+            given = next(name for name, value in vars(LoraConfig()).items() if getattr(self, name) != value)
+            raise UserError(f"--{given}: there are no adapters without their rank: give --lora_r as well")
+
+    def __bool__(self) -> bool:
+        return self.lora_r > 0
