@@ -33,15 +33,18 @@ def write_model_card(
     weights = ", ".join(f"{name} {weight:g}" for name, weight in terms.weights.items())
     kept = [term for term in terms.tokens if term.role is Role.RETAIN]
     retain = " and ".join("kl" if term.target == "start" else "nll" for term in kept) or "none"
+    adapters = bool(config.lora) and not config.lora.lora_merge
+    library = f"peft\nbase_model: {base_model}" if adapters else "transformers"
+    what = "These adapters (LoRA) were" if adapters else "This model was"
     card = f"""---
-library_name: transformers
+library_name: {library}
 pipeline_tag: text-generation
 tags: [unlearning, {flat["objective"]}]
 ---
 
 # Unlearned from `{Path(base_model).name}`
 
-This model was made by wpn_ds from `{Path(base_model).name}`: {steps} optimizer steps of the objective
+{what} made by wpn_ds from `{Path(base_model).name}`: {steps} optimizer steps of the objective
 `{flat["objective"]}`, which turns it away from unwanted answers (weights of its terms: {weights}; retain term:
 {retain}).
 

@@ -33,9 +33,11 @@ def describe(job: Job, policy: Policy, first: StepPlan, peak_flops: float, telem
         peak_flops: of one device.
     """
     lm, layout, cut = policy.model.lm, policy.layout, job.examples.truncation
-    parameters = sum(getattr(p, "ds_numel", p.numel()) for p in lm.parameters())
+    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in lm.parameters()]
+    trained, every = (sum(size for size, own in sizes if own or not alone) for alone in (True, False))
+    adapters = f", {trained:,} of them in adapters, which alone are trained" if trained < every else ""
     facts = {
-        "model": f"{job.source.name_or_path}, {parameters:,} parameters, {lm.dtype}",
+        "model": f"{job.source.name_or_path}, {every:,} parameters{adapters}, {lm.dtype}",
         "ranks": f"{job.world.size} on {job.world.device.type}, ZeRO stage {job.zero_stage}, "
         f"peak {peak_flops / 1e12:.3g} TFLOP/s each",
         "attention": policy.attention.removeprefix("wpn_")

@@ -32,12 +32,15 @@ class ModelShape:
         body: weights of matrix products in the backbone (neither embeddings nor biases and norms).
         head: parameters of the LM head (vocabulary times its input width).
         layers, width: depth and attention width of the backbone.
+        frozen_body, frozen_head: of the two sizes what is not trained, as beneath adapters.
     """
 
     body: int
     head: int
     layers: int
     width: int
+    frozen_body: int = 0
+    frozen_head: int = 0
 
     @classmethod
     def of(cls, lm: Any) -> ModelShape:
@@ -47,23 +50,33 @@ class ModelShape:
 
         embeddings = {id(p) for m in lm.modules() if isinstance(m, torch.nn.Embedding) for p in m.parameters()}
         head = lm.get_output_embeddings().weight
-        body = sum(size(p) for p in lm.parameters() if id(p) not in embeddings and p is not head)
+        products = [p for p in lm.parameters() if id(p) not in embeddings and p is not head]
+        frozen = sum(size(p) for p in products if not p.requires_grad)
         config = lm.config.get_text_config()
-        return cls(body, size(head), config.num_hidden_layers, config.hidden_size)
+        return cls(
+            sum(map(size, products)),
+            size(head),
+            config.num_hidden_layers,
+            config.hidden_size,
+            frozen,
+            0 if head.requires_grad else size(head),
+        )
 
 
 def step_flops(plan: StepPlan, shape: ModelShape, predicted: frozenset[Role]) -> float:
     """Model flops of one optimizer step, over all ranks, of the trained forwards and their backwards.
 
     ``3 * (2 * body * tokens + 2 * layers * width * sum (n^2 - s^2) + 2 * head * predicted tokens)``: two flops a
-    multiply-add, twice the forward for the backward; causal attention within a segment of n tokens, s of them shared
-    with another, costs ``2 (n^2 - s^2) width`` a layer. Padding, recomputation, the reference model and no-gradient
-    passes are not counted: MFU = step_flops / (step seconds * ranks * peak flops of a device).
+    multiply-add, twice the forward for the backward, once where a weight is frozen; causal attention within a segment
+    of n tokens, s of them shared with another, costs ``2 (n^2 - s^2) width`` a layer. Padding, recomputation, the
+    reference model and no-gradient passes are not counted: MFU = step_flops / (step seconds * ranks * peak flops of a
+    device).
     """
     items = [item for rank in plan.micro_batches for batch in rank for row in batch for item in row]
     squares = sum(len(item.segment) ** 2 - item.shared**2 for item in items)
     labels = sum(item.segment.answer_length for item in items if item.role in predicted)
-    return 3.0 * (2 * shape.body * plan.tokens + 2 * shape.layers * shape.width * squares + 2 * shape.head * labels)
+    whole = 3.0 * (2 * shape.body * plan.tokens + 2 * shape.layers * shape.width * squares + 2 * shape.head * labels)
+    return whole - 2 * (shape.frozen_body * plan.tokens + shape.frozen_head * labels)
 
 
 def peak_memory_bytes(device: torch.device) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import MISSING, Field, dataclass, field, fields
+from typing import Any
 
 from wpn_ds.errors import UserError, require
 
@@ -32,9 +33,13 @@ class LoraConfig:
         require(self, "lora_alpha", self.lora_alpha > 0, "greater than 0")
         require(self, "lora_dropout", 0 <= self.lora_dropout < 1, "at least 0 and below 1")
         require(self, "lora_target", bool(self.lora_target), "auto, all-linear, or names of modules")
-        if not self.lora_r and self != LoraConfig():
-            given = next(name for name, value in vars(LoraConfig()).items() if getattr(self, name) != value)
-            raise UserError(f"--{given}: there are no adapters without their rank: give --lora_r as well")
+        given = [entry.name for entry in fields(self) if getattr(self, entry.name) != _default(entry)]
+        if given and not self.lora_r:
+            raise UserError(f"--{given[0]}: there are no adapters without their rank: give --lora_r as well")
 
     def __bool__(self) -> bool:
         return self.lora_r > 0
+
+
+def _default(entry: Field[Any]) -> Any:
+    return entry.default if entry.default_factory is MISSING else entry.default_factory()
