@@ -94,14 +94,13 @@ def test_the_base_is_in_no_checkpoint_and_the_optimizer_knows_the_adapters_alone
 def test_a_run_goes_on_bit_for_bit(train, unbroken, tmp_path):
     out = tmp_path / "out"
     shutil.copytree(unbroken, out)
-    for name in ("checkpoint-6", "checkpoint-4"):
-        shutil.rmtree(out / name)
+    shutil.rmtree(out / "checkpoint-6")
     (out / "DONE").unlink()
-    assert "checkpoint-2 after step 2" in train(out, "--resume_from_checkpoint", "auto")
+    assert "checkpoint-4 after step 4" in train(out, "--resume_from_checkpoint", "auto")
     assert losses(out) == losses(unbroken) and same_adapters(out, unbroken)
 
 
-@pytest.mark.parametrize("ds", ["zero0", "zero2", "zero3"])
+@pytest.mark.parametrize("ds", ["zero0", "zero3"])
 def test_a_run_goes_on_with_another_number_of_ranks(train, tmp_path, ds):
     whole, out, quiet = tmp_path / "whole", tmp_path / "out", ["--adam_epsilon", "1e-3"]
     train(whole, *quiet, ranks=1, ds=ds)
@@ -166,13 +165,13 @@ def test_training_starts_from_an_adapter_s_folder(pool, train, unbroken, tiny, t
 @pytest.mark.parametrize(
     ("extra", "told"),
     [
-        (["--lora_target", "q_prj"], "--lora_target q_prj: Target modules"),
+        (["--lora_r", "4", "--lora_target", "q_prj"], "--lora_target q_prj: Target modules"),
         (["--lora_r", "-1"], "--lora_r must be at least 0"),
-        (["--lora_r", "0"], "--lora_target: there are no adapters without their rank: give --lora_r"),
+        (["--lora_alpha", "8"], "--lora_alpha: there are no adapters without their rank: give --lora_r"),
     ],
 )
-def test_a_mistake_is_one_line(train, tmp_path, extra, told):
-    said = train(tmp_path / "out", *extra, code=2, ranks=1)
+def test_a_mistake_is_one_line(pool, tiny, tmp_path, extra, told):
+    said = runs.train(pool, flags(tiny, tmp_path / "out", *extra), cached(tiny), ranks=1, code=2)
     (line,) = [line for line in said.splitlines() if line.startswith("error:")]
     assert told in line and "Traceback" not in said
 
@@ -188,7 +187,8 @@ def other_weights(tiny: Path, adapter: Path, to: Path) -> Path:
     made = changed(adapter, to)
     weights = load_file(made / WEIGHTS)
     name = next(iter(weights))
-    save_file({**weights, name.replace("layers.0", "layers.77"): weights.pop(name)}, made / WEIGHTS)
+    weights[name.replace("layers.0", "layers.77")] = weights.pop(name)
+    save_file(weights, made / WEIGHTS)
     return made
 
 

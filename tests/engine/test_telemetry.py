@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from transformers import OPTConfig, OPTForCausalLM
 
 from tests.data.made import layout
-from tests.engine.gradient_cases import make_examples
+from tests.engine.gradient_cases import adapt, make_examples
 from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
 from wpn_ds.data.layout import Layout, plan_step
 from wpn_ds.data.plan import Segment
@@ -54,6 +55,23 @@ def test_a_shared_prompt_s_flops_count_once():
     apart, shared = (step_flops(plan, shape, NONE) for plan in plans)
     alone = Segment((2, 5, 6, 7), 1, 4)  # what is not computed again, as a text of its own
     assert apart - shared == 3 * (2 * shape.body * len(alone) + 2 * shape.layers * shape.width * len(alone) ** 2)
+
+
+def test_a_frozen_weight_has_no_gradient_to_compute():
+    lm = OPTForCausalLM(
+        OPTConfig(vocab_size=96, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=3, ffn_dim=64)
+    )
+    whole = ModelShape.of(lm)
+    adapt(lm, rank=4)
+    shape = ModelShape.of(lm)
+    adapters = sum(p.numel() for p in lm.parameters() if p.requires_grad)
+    assert shape == replace(whole, body=whole.body + adapters, frozen_body=whole.body, frozen_head=whole.head)
+    examples = make_examples()
+    plan = plan_step(examples, range(5), range(3), Layout(48, 48, False, 1), roles=frozenset({Role.WANTED}))
+    labels = sum(answer.segment.answer_length for example in examples.forget[:5] for answer in example.wanted)
+    unfrozen = replace(shape, frozen_body=0, frozen_head=0)
+    saved = step_flops(plan, unfrozen, frozenset({Role.WANTED})) - step_flops(plan, shape, frozenset({Role.WANTED}))
+    assert saved == 2 * (whole.body * plan.tokens + whole.head * labels)
 
 
 def test_a_resumed_run_drops_what_was_logged_after_its_checkpoint_and_a_torn_line(tmp_path):
