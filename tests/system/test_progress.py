@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import sys
+import threading
 import time
 
 import pytest
 
 from wpn_ds.system import progress as progress_module
-from wpn_ds.system.progress import progress
+from wpn_ds.system.progress import progress, working
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +41,19 @@ def test_work_that_is_soon_done_says_nothing(capsys) -> None:
 def test_a_quiet_process_says_nothing(capsys) -> None:
     list(slowly(progress(range(10), "reading", quiet=True)))
     assert capsys.readouterr().err == ""
+
+
+def test_work_that_is_not_counted_says_that_it_goes_on(capsys) -> None:
+    with pytest.raises(ValueError), working("loading"):
+        time.sleep(0.18)
+        raise ValueError
+    lines = capsys.readouterr().err.splitlines()
+    assert 2 <= len(lines) <= 3 and lines[0] == "loading: 00:00 so far"
+    with working("loading", quiet=True):
+        time.sleep(0.08)
+    with working("loading"):
+        pass
+    assert capsys.readouterr().err == "" and not [t for t in threading.enumerate() if t.name == "loading"]
 
 
 def test_a_terminal_gets_a_bar(capsys, monkeypatch) -> None:

@@ -30,7 +30,7 @@ from wpn_ds.engine.redraw import Ema
 from wpn_ds.engine.writer import Writer
 from wpn_ds.errors import UserError
 from wpn_ds.jobs import signals
-from wpn_ds.jobs.distributed import World, announce, from_all, on_main, patiently, rng_state, set_rng_state
+from wpn_ds.jobs.distributed import World, announce, busy, from_all, on_main, patiently, rng_state, set_rng_state
 from wpn_ds.jobs.heartbeat import Stopped
 from wpn_ds.settings.run import LoggingConfig
 from wpn_ds.system.files import cause, remove_abandoned, sha256, sync
@@ -122,7 +122,10 @@ class Saver:
             on_main(self._world, prepare)
             # Weights that nothing changes, those beneath adapters, are the starting model's.
             frozen = has_frozen(self._engine)
-            self._engine.save_checkpoint(str(partial), tag=STATE, save_latest=False, exclude_frozen_parameters=frozen)
+            with busy(self._world, f"saving checkpoint-{state.step}"):
+                self._engine.save_checkpoint(
+                    str(partial), tag=STATE, save_latest=False, exclude_frozen_parameters=frozen
+                )
             self._writer.save(rng_state(self._world.device), partial / f"rng-{self._world.rank}.pt")
             if self._ema is not None and self._ema.holder == self._world.rank:
                 self._writer.save(self._ema.mean, partial / f"ema-{self._world.rank}.pt")
@@ -150,7 +153,8 @@ class Saver:
             except (OSError, RuntimeError) as error:
                 return {}, error
 
-        parts = patiently(written)
+        with busy(self._world, f"writing checkpoint-{state.step}"):
+            parts = patiently(written)
         for rank, (_, failed) in enumerate(parts):
             if failed is not None:
                 raise self._refusal(partial, f"rank {rank}", failed)
@@ -234,7 +238,8 @@ def load(engine: Any, path: Path, state: TrainerState, world: World, ema: Ema | 
     # starts, and one of its own when it ends.
     engine._config.load_universal_checkpoint = convert
     tag = UNIVERSAL if convert else STATE
-    loaded, _ = engine.load_checkpoint(str(path), tag=tag, load_module_strict=not has_frozen(engine))
+    with busy(world, f"reading {path}"):
+        loaded, _ = engine.load_checkpoint(str(path), tag=tag, load_module_strict=not has_frozen(engine))
     if loaded is None:
         raise UserError(f"--resume_from_checkpoint {path}: DeepSpeed found no state in it; use an older checkpoint")
     if not same:  # the ranks' streams of random numbers are others in any case

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from wpn_ds.engine.checkpoint import STATE, TrainerState, is_partitioned
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.distributed import World, patiently
+from wpn_ds.jobs.distributed import World, busy, patiently
 from wpn_ds.models import adapters
 from wpn_ds.models.load import Source, load_model, load_tokenizer
 from wpn_ds.settings.lora import LoraConfig
@@ -29,9 +29,11 @@ def export(lm: Any, tokenizer: Any, output_dir: Path, world: World, config_overr
     Args:
         config_overrides: configuration values to write in place of the training ones (the original dropout).
     """
-    weights = full_weights(lm, world)
+    with busy(world, f"gathering the weights for {output_dir}"):
+        weights = full_weights(lm, world)
     if world.is_main:
-        patiently(lambda: _write_model(lm, tokenizer, weights or {}, output_dir, config_overrides))
+        with busy(world, f"writing {output_dir}"):
+            patiently(lambda: _write_model(lm, tokenizer, weights or {}, output_dir, config_overrides))
     else:
         patiently(lambda: None)
 
@@ -48,9 +50,11 @@ def export_adapters(
 ) -> None:
     """The adapters of ``lm`` in PEFT's format or, with ``merge``, the whole model that they make of ``source``. Every
     rank must call it."""
-    weights = full_weights(lm, world, adapters_alone=not merge)
+    with busy(world, f"gathering the weights for {output_dir}"):
+        weights = full_weights(lm, world, adapters_alone=not merge)
     if world.is_main:
-        patiently(lambda: _write_adapters(lm, tokenizer, weights or {}, output_dir, source, overrides, merge=merge))
+        with busy(world, f"writing {output_dir}"):
+            patiently(lambda: _write_adapters(lm, tokenizer, weights or {}, output_dir, source, overrides, merge=merge))
     else:
         patiently(lambda: None)
 

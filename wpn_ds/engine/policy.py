@@ -18,7 +18,7 @@ from wpn_ds.data.layout import Layout
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.engine.prepare import Job
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.distributed import announce, max_over_ranks
+from wpn_ds.jobs.distributed import announce, busy, max_over_ranks
 from wpn_ds.models import adapters
 from wpn_ds.models.check import candidates, check_exact_reading, kernel_fault
 from wpn_ds.models.load import default_attention, load_model
@@ -61,8 +61,10 @@ class Policy:
         attention = kernels[0] if job.layout.flat else job.config.model.attention
         model = PackedLM(load_lm(job, attention, trained=True), packed=job.layout.packed)
         wait_for_locks(lambda line: announce(job.world, line))
-        policy = cls(model, build_engine(model, job.ds_json, _scheduler(job)), job.layout, attention)
-        policy._check(job, kernels)
+        with busy(job.world, "making DeepSpeed's engine"):
+            policy = cls(model, build_engine(model, job.ds_json, _scheduler(job)), job.layout, attention)
+        with busy(job.world, "comparing packed texts with single ones"):
+            policy._check(job, kernels)
         return policy
 
     def _check(self, job: Job, kernels: Sequence[str]) -> None:
@@ -111,14 +113,15 @@ def load_lm(job: Job, attention: str, *, trained: bool) -> Any:
     """The starting model, partitioned while it is loaded under ZeRO-3; ``trained``: with dropout, checkpointing and
     adapters."""
     settings = job.config.model
-    lm = load_model(
-        job.source,
-        dtype=torch.bfloat16 if settings.bf16 else torch.float32,
-        dropout=settings.dropout if trained else 0.0,
-        attention=attention,
-        gradient_checkpointing=settings.gradient_checkpointing and trained,
-        zero3=for_loading(job.ds_json) if job.zero_stage == 3 else None,
-    )
+    with busy(job.world, f"loading {job.source.name_or_path}"):
+        lm = load_model(
+            job.source,
+            dtype=torch.bfloat16 if settings.bf16 else torch.float32,
+            dropout=settings.dropout if trained else 0.0,
+            attention=attention,
+            gradient_checkpointing=settings.gradient_checkpointing and trained,
+            zero3=for_loading(job.ds_json) if job.zero_stage == 3 else None,
+        )
     if job.config.lora and trained:
         adapters.attach(lm, job.config.lora, seed_of("lora", job.config.training.seed))
     return lm

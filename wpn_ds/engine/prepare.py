@@ -31,7 +31,7 @@ from wpn_ds.engine.probe import Probe
 from wpn_ds.engine.redraw import Request, redraw_requests
 from wpn_ds.engine.resume import chat_date, choose, past_of
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.distributed import World, agree, announce, init, on_main, progress_bar
+from wpn_ds.jobs.distributed import World, agree, announce, busy, init, on_main, progress_bar
 from wpn_ds.jobs.heartbeat import after_the_watchdog
 from wpn_ds.jobs.output import claim_output, lock_output
 from wpn_ds.jobs.preflight import check as check_nodes
@@ -258,11 +258,13 @@ def _identity(
 ) -> TrainerState:
     """What makes two starts the same run, which the ranks agree about."""
     model_path = source.name_or_path
+    with busy(world, f"reading the files of {model_path} for their checksums"):
+        model = fingerprint_of_model(model_path, source.revision, world, cache_folder())
     identity = TrainerState(
         step=0,
         world_size=world.size,
         data=examples.fingerprint(),
-        model=fingerprint_of_model(model_path, source.revision, world, cache_folder()),
+        model=model,
         settings=config.to_flat() | {"zero stage": stage_of(ds_json), "optimizer": ds_json["optimizer"]["type"]},
         places={"model_name_or_path": os.path.abspath(model_path)} | config.places(),
     )

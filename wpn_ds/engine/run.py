@@ -29,7 +29,7 @@ from wpn_ds.engine.tabulate import Tabulator
 from wpn_ds.engine.telemetry import Telemetry, energy, figures_line, log_warnings
 from wpn_ds.engine.validation import Validation
 from wpn_ds.jobs import history
-from wpn_ds.jobs.distributed import announce, on_main, progress_bar, rng_state, set_rng_state, sum_over_ranks
+from wpn_ds.jobs.distributed import announce, busy, on_main, progress_bar, rng_state, set_rng_state, sum_over_ranks
 from wpn_ds.jobs.heartbeat import Heartbeat, Stopped
 from wpn_ds.settings.deepspeed import frozen_json
 from wpn_ds.system.files import cache_folder
@@ -142,7 +142,8 @@ class Run:
         step, rate, begun = self.step + 1, self.engine.get_lr()[0], time.perf_counter()
         plan = self.feed.plan(step)
         planned = time.perf_counter() - begun
-        result = self.take(plan)
+        with busy(self.world, f"step {step}"):
+            result = self.take(plan)
         if self.ema is not None and not result.skipped:
             self.ema.update()
         self.step = step

@@ -15,7 +15,7 @@ from wpn_ds.engine.probe import HARMLESS, PERPLEXITY, Probe, figures, improves, 
 from wpn_ds.engine.reading import Generation, Reader, pooled_states
 from wpn_ds.engine.start import Bank, Start
 from wpn_ds.engine.telemetry import Telemetry
-from wpn_ds.jobs.distributed import on_main, sum_over_ranks
+from wpn_ds.jobs.distributed import busy, on_main, sum_over_ranks
 from wpn_ds.losses.answers import Pooling, paired_similarity, similarity
 from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import LoggingConfig
@@ -75,7 +75,8 @@ class Validation:
         values: dict[str, float] = {}
         for term in start.terms.answers:
             if term.name in start.banks and term.vectors is not None:
-                values |= starting_similarities(self.reader, term.vectors, start.examples, start.banks[term.name])
+                with busy(self.reader.world, "comparing prompts with answers"):
+                    values |= starting_similarities(self.reader, term.vectors, start.examples, start.banks[term.name])
         if values:
             telemetry.log(0, values)
         return values
@@ -84,8 +85,9 @@ class Validation:
         """Losses on the held-out examples and rates of the probe's answers after ``step``, logged; examples that are
         forgotten leave ``feed``, and the best evaluation is remembered."""
         world, probe, logging = self.reader.world, self.probe, self.logging
-        values = validation_losses(self.reader, self.held_out)
-        answers = probe.answers(self.generation)
+        with busy(world, f"evaluating after step {step}"):
+            values = validation_losses(self.reader, self.held_out)
+            answers = probe.answers(self.generation)
         judgements = probe.judgements(answers)
         # What ends a run and names its best step is rank 0's, so that all ranks do the same.
         values = on_main(world, lambda: values | figures(judgements))

@@ -13,6 +13,7 @@ from wpn_ds.models.adapters import whole
 from wpn_ds.models.folder import identity
 from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pinned
 from wpn_ds.models.speed import faster_in_bf16, warn_of_slow_bf16
+from wpn_ds.system.progress import working
 
 
 def device() -> torch.device:
@@ -56,7 +57,9 @@ class AskedModel:
         """(the model on its device in eval mode, its tokenizer)."""
         dtype = torch.bfloat16 if self._bf16 else torch.float32
         warn_of_slow_bf16(self._place, dtype)
-        return load_model(self.source, dtype=dtype, tokenizer=self.tokenizer).to(self._place).eval(), self.tokenizer
+        with working(f"loading {self.name}"):
+            lm = load_model(self.source, dtype=dtype, tokenizer=self.tokenizer).to(self._place).eval()
+        return lm, self.tokenizer
 
     @property
     def _place(self) -> torch.device:

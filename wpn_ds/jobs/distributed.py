@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import socket
@@ -22,7 +23,7 @@ from torch import Tensor
 
 from wpn_ds.errors import UserError
 from wpn_ds.jobs import launchers
-from wpn_ds.system.progress import progress
+from wpn_ds.system.progress import progress, working
 
 T = TypeVar("T")
 
@@ -191,6 +192,11 @@ def announce(world: World, line: str) -> None:
     """A line for the user, once for the job."""
     if world.is_main:
         print(line, file=sys.stderr, flush=True)
+
+
+def busy(world: World, what: str) -> contextlib.AbstractContextManager[None]:
+    """Around work that may last: rank 0's :func:`working`."""
+    return working(what, quiet=not world.is_main)
 
 
 def progress_bar(world: World, items: Iterable[Any], what: str) -> Iterable[Any]:

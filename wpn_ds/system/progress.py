@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
-from collections.abc import Iterable
+import threading
+import time
+from collections.abc import Iterable, Iterator
 from typing import Any, TextIO
 
 from tqdm import tqdm
@@ -28,6 +31,28 @@ def progress(
     form = "{desc}: {n_fmt} of {total_fmt} {unit}, {elapsed} so far, {remaining} left"
     often = {"mininterval": INTERVAL, "maxinterval": INTERVAL, "miniters": 1, "delay": INTERVAL}
     return tqdm(items, **settings, **often, file=_Lines(sys.stderr), bar_format=form)
+
+
+@contextlib.contextmanager
+def working(what: str, *, quiet: bool = False) -> Iterator[None]:
+    """Around work whose parts nobody counts: a line every few seconds, on a terminal too, that it is still going on."""
+    if quiet:
+        yield
+        return
+    begun, ended = time.monotonic(), threading.Event()
+
+    def tell() -> None:
+        while not ended.wait(INTERVAL):
+            minutes, seconds = divmod(round(time.monotonic() - begun), 60)
+            print(f"{what}: {minutes:02d}:{seconds:02d} so far", file=sys.stderr, flush=True)
+
+    thread = threading.Thread(target=tell, name=what, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        thread.join()
 
 
 class _Lines:
