@@ -39,9 +39,10 @@ class Engine:
     checkpoint_engine: Writer
 
     def __init__(self) -> None:
-        self.weights = torch.arange(6.0)
+        self.weights, self.module = torch.arange(6.0), torch.nn.Linear(1, 1)
 
-    def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
+        assert not exclude_frozen_parameters, "all of its weights are trained"
         target = Path(folder) / tag
         target.mkdir()
         self.checkpoint_engine.save({"weights": self.weights}, str(target / "part.pt"))
@@ -221,7 +222,7 @@ def test_a_checkpoint_from_before_the_order_had_a_format_goes_on_in_the_order_it
 
 def test_a_save_that_fails_is_told_and_leaves_nothing_half_written(world, tmp_path) -> None:
     class Full(Engine):
-        def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
+        def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
             self.checkpoint_engine.save({}, "/dev/full/part.pt")
 
     with pytest.raises(SaveError, match=r"rank 0 can't write .*0 whole checkpoints"):
@@ -233,8 +234,8 @@ def test_the_manifest_has_what_ranks_say_they_wrote_and_not_what_rank_0_sees(wor
     class Elsewhere(Engine):
         """Another node's file is there, but rank 0's view of the folder doesn't have it yet."""
 
-        def save_checkpoint(self, folder: str, tag: str, save_latest: bool) -> None:
-            super().save_checkpoint(folder, tag, save_latest)
+        def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
+            super().save_checkpoint(folder, tag, save_latest, exclude_frozen_parameters)
             Path(folder, "zero_to_fp32.py").write_text("script")
 
     other = {"state/rank-1.pt": (7, "sum")}

@@ -59,7 +59,14 @@ def test_a_shared_prompt_s_flops_count_once():
 
 def test_a_frozen_weight_has_no_gradient_to_compute():
     lm = OPTForCausalLM(
-        OPTConfig(vocab_size=96, hidden_size=32, word_embed_proj_dim=32, num_hidden_layers=3, ffn_dim=64)
+        OPTConfig(
+            vocab_size=96,
+            hidden_size=32,
+            word_embed_proj_dim=32,
+            num_hidden_layers=3,
+            ffn_dim=64,
+            num_attention_heads=4,
+        )
     )
     whole = ModelShape.of(lm)
     adapt(lm, rank=4)

@@ -44,11 +44,6 @@ def test_a_configuration_alone_is_enough_for_who_needs_no_weights(tmp_path) -> N
         ({}, "the folder has no config.json: give one that holds a model"),
         ({"config.json": "{}", "training_args.bin": "x"}, "has a config.json but no weights"),
         (
-            {"adapter_config.json": '{"base_model_name_or_path": "hub/base"}', "adapter_model.safetensors": "x"},
-            "an adapter (PEFT) for hub/base, not a model: merge it",
-        ),
-        ({"adapter_config.json": "{", "config.json": "{}", "model.safetensors": "x"}, "an adapter (PEFT), not a model"),
-        (
             {"trainer_state.json": "{}", "state/x": "x"},
             "a checkpoint of a run: make a model of it first, wpn-ds checkp",
         ),
@@ -68,6 +63,19 @@ def test_a_folder_that_is_no_model_is_refused_in_a_line_that_says_what_it_is(tmp
         check_place("--model", str(place))
     assert str(caught.value).startswith(f"--model {place}: ") and said in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ('{"base_model_name_or_path": "hub/base"}', "an adapter (PEFT) for hub/base, not a model: merge it"),
+        ("{", "an adapter (PEFT), not a model"),
+    ],
+)
+def test_an_adapter_may_be_named_but_is_no_model_where_one_is_read(tmp_path, config, said) -> None:
+    place = folder(tmp_path / "m", {"adapter_config.json": config, "config.json": "{}", "model.safetensors": "x"})
+    check_place("--model", str(place))
+    assert fault(place).startswith(said)
 
 
 @pytest.mark.parametrize(

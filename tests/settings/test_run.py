@@ -73,6 +73,8 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "resume_from_checkpoint": st.none(),
     "early_stopping": st.none(),
     "retain_bound": st.floats(1, 100),
+    "lora_dropout": st.floats(0, 0.99),
+    "lora_target": st.lists(st.text(min_size=1), min_size=1, max_size=3),
     "wpn_weight": st.floats(0.5, 100),
     "wpn_scoring": st.sampled_from(["cosine", "dot"]),
     "wpn_negatives": st.sampled_from(["auto", "step", "own"]),
@@ -99,6 +101,8 @@ def with_effect(values: dict[str, Any]) -> dict[str, Any]:
         values.pop("forgotten_below", None)
     if not values.get("redraw_steps"):
         values = {name: value for name, value in values.items() if not name.startswith("redraw_")}
+    if not values.get("lora_r"):
+        values = {name: value for name, value in values.items() if not name.startswith("lora_")}
     if values.get("wpn_pooling", "weighted") != "weighted":
         values.pop("wpn_position_power", None)
     own = {name: values[name] for name in ("nll_weight", "preference_weight") if name in values}
@@ -513,7 +517,7 @@ def test_help_has_every_flag_of_the_objective_with_its_sentence_and_default_and_
     assert caught.value.code == 0
     text = capsys.readouterr().out
     positions = [text.index(f"\n{group}:\n") for group in groups(built_in()[objective])]
-    assert positions == sorted(positions) and len(positions) == 6
+    assert positions == sorted(positions) and len(positions) == 7
     for name, setting in known(objective).items():
         assert (f"--{name} " in text) is not setting.hidden
         if not setting.hidden:
