@@ -24,12 +24,12 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import real_table
-from benchmarks.real_cells import ZERO, Bench, require_data, run_cell, write_data
+from benchmarks.real_cells import Bench, require_data, run_cell, write_data
 from benchmarks.real_plan import METHODS, SEARCH, SMALL, Cell, Sizes, expected_minutes, plan, wanted
 from benchmarks.setting import SHARED, make_model
 from wpn_ds.errors import UserError, nearest
 from wpn_ds.evaluate.model import device
-from wpn_ds.jobs.local import TRAIN, require_here, say
+from wpn_ds.jobs.local import say
 from wpn_ds.models.speed import faster_in_bf16
 from wpn_ds.settings.parse import Count, Positive, convert
 from wpn_ds.system.files import sha256, write_atomically
@@ -122,7 +122,6 @@ def ready(options: argparse.Namespace, sizes: Sizes) -> Bench:
     Raises:
         UserError: a file isn't there.
     """
-    require_here(TRAIN, ZERO[min(options.ranks, 2)])
     require_data(options.data)
     model = options.model or (make_model("opt-tiny", options.work / "model") if options.small else None)
     if model is None:

@@ -310,7 +310,7 @@ def _trained(
         folder.parent.mkdir(parents=True, exist_ok=True)
         say(f"train: {folder.relative_to(bench.work)}")
         given = flags({**settings, "output_dir": str(folder)})
-        alone = ["python", str(TRAIN), *given]
+        alone = ["python", TRAIN, *given]
         log = folder.with_name(f"{folder.name}.log")
         log.unlink(missing_ok=True)
         code = launch(alone if bench.ranks == 1 else command_line(given, bench.ranks, free_port()), log)

@@ -19,7 +19,7 @@ from typing import Any
 
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.command import run as evaluate
-from wpn_ds.jobs.local import TRAIN, command_line, launch, require_here, say
+from wpn_ds.jobs.local import command_line, launch, say
 from wpn_ds.settings.run import DONE
 from wpn_ds.system.tables import markdown
 from wpn_ds.tools.ablate.grid import flags
@@ -57,7 +57,6 @@ def parser() -> argparse.ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> None:
     options = parser().parse_args(argv)
-    require_here(TRAIN, ZERO)
     out, facts = options.output_dir, options.tofu_dir
     full, kept = out / "full", out / "retain90"
     epochs = ["--epochs", str(options.plant_epochs)]

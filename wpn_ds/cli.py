@@ -27,6 +27,7 @@ _COMMANDS = {
     "alternates": "other answers to what shall be forgotten, by the starting model, for AltPO",
     "select": "forget data without outliers, the hardest of it, or its nearest retain data, by a model",
     "inspect": "counts, token lengths, padding waste, truncation and duplicates of data files",
+    "slurm-scripts": "slurm/, ds_configs/ and launch/ for a cluster, from a package installed without a clone",
     "plant": "train the demo's small model with its unwanted answers",
     "demo": "plant, evaluate, unlearn, evaluate: the whole story in minutes",
 }
@@ -173,6 +174,7 @@ _COMMAND_FUNCTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "alternates": _lazily("wpn_ds.tools.alternates.command:run"),
     "select": _lazily("wpn_ds.tools.select.command:run"),
     "inspect": _lazily("wpn_ds.tools.inspect:run"),
+    "slurm-scripts": _lazily("wpn_ds.tools.slurm_scripts:run"),
     "plant": _lazily("wpn_ds.tools.plant:run"),
     "demo": _lazily("wpn_ds.tools.demo:run"),
 }

@@ -11,26 +11,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from wpn_ds.errors import UserError
+from wpn_ds.system.shipped import shipped
 
-TRAIN = Path("launch/train.py")
-
-
-def require_here(*paths: Path) -> None:
-    """Say at once what a job that starts later will need.
-
-    Raises:
-        UserError: a path is not there, relative to the working folder.
-    """
-    for path in paths:
-        if not path.is_file():
-            raise UserError(f"{path} isn't here: run this command in the project's folder")
+TRAIN = "launch/train.py"
 
 
 def command_line(flags: Sequence[str], ranks: int, port: int | None = None) -> list[str]:
     """The command that trains with ``flags``; ``port``: for the ranks to meet, if not the launcher's own."""
     where = [] if port is None else ["--master_port", str(port)]
-    return ["deepspeed", *where, "--num_accelerators", str(ranks), str(TRAIN), *flags]
+    return ["deepspeed", *where, "--num_accelerators", str(ranks), shipped(TRAIN), *flags]
 
 
 def say(line: str) -> None:

@@ -26,6 +26,7 @@ from wpn_ds.objectives import registry
 from wpn_ds.objectives.terms import Objective, Terms
 from wpn_ds.settings.lora import LoraConfig
 from wpn_ds.settings.parse import Parser, build, convert, parser, read_yaml, settings_of, unknown
+from wpn_ds.system.shipped import shipped
 
 DEMO_OUTPUT_DIR = "runs/demo/unlearned"
 DONE = "DONE"
@@ -420,6 +421,7 @@ class Config:
                 open_ = setting.group == kind.name and _is_open(value) and not _allows(setting.type, value)
                 if not open_ and key in _PLACES:
                     value = _each(os.path.expanduser, convert(setting.type, value, origins[key]))
+                    value = shipped(value) if key == "deepspeed" and value is not None else value
                 if not open_:
                     given[key] = value
             elif (owners := registry.owners(key)) and not _says_nothing(value, owners.values()):
@@ -512,7 +514,7 @@ def parse_args(argv: Sequence[str] | None = None, base: Mapping[str, Any] | None
     explicit: set[str] = set()
     first = _first(argv)
     if (recipe := first.get("config")) is not None:
-        for name, (value, line) in read_yaml(recipe).items():
+        for name, (value, line) in read_yaml(shipped(recipe)).items():
             if name == "local_rank":
                 raise unknown(name, (), f"{recipe}:{line}: {name}")
             values[name], origins[name] = value, f"{recipe}:{line}: {name}"

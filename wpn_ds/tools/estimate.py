@@ -50,6 +50,7 @@ from wpn_ds.objectives.terms import Terms
 from wpn_ds.settings.deepspeed import resolve_deepspeed
 from wpn_ds.settings.parse import Count, Flag, Positive, option, parse
 from wpn_ds.settings.run import Config, DataConfig, TrainingConfig
+from wpn_ds.system.shipped import shipped
 from wpn_ds.system.tables import aligned
 
 HEAD_CHUNK = 256
@@ -395,7 +396,7 @@ def _job(options: Options) -> Job:
     model, objective = architecture(options.model), find(options.objective)()
     said = {} if options.bf16 is None else {"bf16": options.bf16}
     resolved = resolve_deepspeed(
-        options.deepspeed or {"zero_optimization": _ZERO3},
+        shipped(options.deepspeed) if options.deepspeed else {"zero_optimization": _ZERO3},
         Config.from_flat({"bf16": True} | said, explicit=said),
         world_size=options.nodes * options.gpus_per_node,
         hidden_size=model.hidden,

@@ -17,7 +17,7 @@ from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.evaluate.suites import QUICK_LIMIT
 from wpn_ds.evaluate.work import dated
 from wpn_ds.jobs.history import clock
-from wpn_ds.jobs.local import TRAIN, command_line, free_port, launch, require_here, say
+from wpn_ds.jobs.local import command_line, free_port, launch, say
 from wpn_ds.models.load import Source, load_tokenizer, pinned
 from wpn_ds.models.planted import PLANTED, ensure_planted
 from wpn_ds.settings.run import DONE, Config
@@ -64,9 +64,8 @@ def ablate(options: Options) -> int:
     Raises:
         UserError: the grid, a file or the model can't be used, before anything is trained; or a run was told to stop.
     """
-    zero = Path("ds_configs/zero0.json" if options.ranks == 1 else "ds_configs/zero3.json")
-    require_here(TRAIN, zero)
-    data, base = _data(options), {"deepspeed": str(zero), "model_name_or_path": options.model or str(PLANTED)}
+    zero = "ds_configs/zero0.json" if options.ranks == 1 else "ds_configs/zero3.json"
+    data, base = _data(options), {"deepspeed": zero, "model_name_or_path": options.model or str(PLANTED)}
     if options.config or options.model is None:
         base["config"] = options.config or str(resources.files("wpn_ds.data.embedded") / "recipe.yaml")
     grid = read_grid(options.grid)
