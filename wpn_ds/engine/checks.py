@@ -20,6 +20,7 @@ from wpn_ds.data.inspect import contradiction_note
 from wpn_ds.data.records import ForgetRecord, RetainRecord
 from wpn_ds.engine.harmony import check_harmony
 from wpn_ds.engine.redraw import check_redraw
+from wpn_ds.engine.trackers import check_trackers
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, on_main
 from wpn_ds.objectives.terms import NPair, OnAnswers, OnTokens, Terms
@@ -34,6 +35,7 @@ def check(config: Config, ds_json: dict[str, Any], terms: Terms, lm_config: Any,
     try_out(terms, unlearning.objective)
     read = read_by_deepspeed(ds_json, path)
     on_main(world, lambda: check_monitors(read, path))  # DeepSpeed makes them there alone
+    on_main(world, lambda: check_trackers(config.logging.trackers))
     if terms.needs_start_distribution and unlearning.reference not in ("states", "topk"):
         frozen_json(ds_json, unlearning.reference)
     if unlearning.harmonise:

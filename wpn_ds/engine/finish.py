@@ -79,7 +79,7 @@ def write_model(
     if not job.world.is_main:
         return
     settings = job.config.to_flat()
-    telemetry.hparams(settings, {**after, **{k: v for k, v in values.items() if k.startswith("loss/")}})
+    telemetry.hparams(exported, settings, {**after, **{k: v for k, v in values.items() if k.startswith("loss/")}})
     write_model_card(
         job.output_dir,
         job.config,

@@ -1,4 +1,5 @@
-"""What a run reports: TensorBoard and ``metrics.jsonl`` on rank 0, with the same names, and the rates behind them."""
+"""What a run reports: ``metrics.jsonl`` and the trackers of --report_to on rank 0, with the same names, and the rates
+behind them."""
 
 from __future__ import annotations
 
@@ -7,7 +8,7 @@ import logging
 import math
 import resource
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from wpn_ds.data.plan import StepPlan
+from wpn_ds.engine.trackers import Background
 from wpn_ds.jobs import history
 from wpn_ds.jobs.distributed import World
 from wpn_ds.jobs.history import clock
@@ -124,9 +126,12 @@ class Telemetry:
         done: int,
         *,
         evaluated: bool = True,
+        trackers: Sequence[str] = ("tensorboard",),
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         """``done``: steps that a resumed run has behind it; what was logged after them is dropped, and unless
-        ``evaluated`` the evaluation that is due after the last of them. A run at its start drops everything."""
+        ``evaluated`` the evaluation that is due after the last of them. A run at its start drops everything.
+        ``settings``: the run's, which trackers show."""
         self.total_steps = total_steps
         self.active = world.is_main
         self.bar: Any = None
@@ -140,28 +145,41 @@ class Telemetry:
         again = self.metrics.exists()
         self.last_losses = _truncate(self.metrics, done, evaluated)
         self.stream = self.metrics.open("a", encoding="utf-8")
-        self.board = SummaryWriter(str(logging_dir), purge_step=done + 1 if done else 0 if again else None)
+        self.board: Any = None
+        if "tensorboard" in trackers:
+            self.board = SummaryWriter(str(logging_dir), purge_step=done + 1 if done else 0 if again else None)
+        others = [name for name in trackers if name != "tensorboard"]
+        self.others = [Background(name, output_dir, settings or {}, self.say) for name in others]
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=done, desc="unlearning", unit="step", dynamic_ncols=True)
 
     def log(self, step: int, values: Mapping[str, float]) -> None:
-        """Scalars of ``step`` to both places."""
+        """Scalars of ``step`` to all places."""
         if not self.active:
             return
         self.stream.write(json.dumps({"step": step, **{k: _finite(v) for k, v in values.items()}}) + "\n")
         self.stream.flush()
-        for name, value in values.items():
-            self.board.add_scalar(name, value, step)
+        if self.board is not None:
+            for name, value in values.items():
+                self.board.add_scalar(name, value, step)
+        for tracker in self.others:
+            tracker.log(step, values)
 
     def text(self, step: int, tag: str, text: str) -> None:
-        if self.active:
+        """To TensorBoard alone: a model's answers don't leave this machine."""
+        if self.active and self.board is not None:
             self.board.add_text(tag, text, step)
 
-    def hparams(self, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
-        """The run's settings with its closing figures, in TensorBoard's HPARAMS tab."""
-        if self.active:
+    def hparams(self, step: int, settings: Mapping[str, Any], metrics: Mapping[str, float]) -> None:
+        """The closing figures, of the weights after ``step``; in TensorBoard's HPARAMS tab beside the settings."""
+        if not self.active:
+            return
+        final = {f"final/{k}": v for k, v in metrics.items()}
+        if self.board is not None:
             plain = {k: v if isinstance(v, bool | int | float | str) else str(v) for k, v in settings.items()}
-            self.board.add_hparams(plain, {f"final/{k}": v for k, v in metrics.items()}, run_name=".")
+            self.board.add_hparams(plain, final, run_name=".", global_step=step)
+        for tracker in self.others:
+            tracker.log(step, final)
 
     def progress(self, step: int, values: Mapping[str, float] | None) -> None:
         """Advance the bar, or without a terminal print a line; the same for ``wpn-ds status``."""
@@ -209,7 +227,7 @@ class Telemetry:
 
     def flush(self) -> None:
         """What was logged is on the disk: TensorBoard keeps up to two minutes in memory."""
-        if self.active:
+        if self.active and self.board is not None:
             self.board.flush()
 
     def close(self) -> None:
@@ -217,7 +235,10 @@ class Telemetry:
             if self.bar is not None:
                 self.bar.close()
             self.stream.close()
-            self.board.close()
+            if self.board is not None:
+                self.board.close()
+            for tracker in self.others:
+                tracker.close()
 
 
 def figures_line(what: str, values: Mapping[str, float]) -> str:

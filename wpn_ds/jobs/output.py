@@ -78,9 +78,11 @@ def _clear(output_dir: Path, model: Path, overwrite: bool) -> None:
     known = (
         *ended,
         "metrics.jsonl",
+        "trackers.json",
         "run.yaml",
         "ds_config.json",
         "runs",
+        "wandb",
         "logs",
         "config.json",
         "README.md",

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 import yaml
 
-from wpn_ds.errors import UserError, require
+from wpn_ds.errors import UserError, nearest, require
 from wpn_ds.objectives import registry
 from wpn_ds.objectives.terms import Objective, Terms
 from wpn_ds.settings.lora import LoraConfig
@@ -29,6 +29,7 @@ from wpn_ds.settings.parse import Parser, build, convert, parser, read_yaml, set
 from wpn_ds.system.shipped import shipped
 
 DEMO_OUTPUT_DIR = "runs/demo/unlearned"
+TRACKERS = ("tensorboard", "wandb", "trackio", "mlflow")
 DONE = "DONE"
 """File in the output folder of a run that ended well."""
 _FILES = ("train_file", "wanted_file", "retain_file", "validation_file", "deepspeed")
@@ -277,6 +278,9 @@ class LoggingConfig:
     logging_steps: int = 1
     """Optimizer steps between two lines of metrics."""
 
+    report_to: str = "tensorboard"
+    """Where metrics go besides metrics.jsonl: names with commas of tensorboard, wandb, trackio and mlflow, or none."""
+
     logging_dir: str | None = None
     """Folder for TensorBoard; without it, runs/ in --output_dir."""
 
@@ -324,6 +328,9 @@ class LoggingConfig:
         for name in ("save_steps", "eval_steps", "probe_prompts", "sample_prompts"):
             require(self, name, getattr(self, name) >= 0, "at least 0")
         require(self, "retain_bound", self.retain_bound >= 1, "at least 1")
+        for name in self.trackers:
+            wanted = f"none, or names with commas of {', '.join(TRACKERS)}{nearest(name, TRACKERS)}"
+            require(self, "report_to", name in TRACKERS, wanted)
         if self.early_stopping is not None:
             rate = self.harmless_enough
             wanted = "like 'harmless>=0.95', with a rate above 0 and up to 1, in quotation marks for the shell"
@@ -335,6 +342,12 @@ class LoggingConfig:
             require(self, "peak_tflops", self.peak_tflops > 0, "greater than 0")
         if self.overwrite_output_dir and self.resume_from_checkpoint is not None:
             raise UserError("--overwrite_output_dir starts afresh, --resume_from_checkpoint goes on: give one of them")
+
+    @property
+    def trackers(self) -> tuple[str, ...]:
+        """What --report_to names, each once."""
+        names = [] if self.report_to == "none" else [name.strip() for name in self.report_to.split(",")]
+        return tuple(dict.fromkeys(names))
 
     @property
     def harmless_enough(self) -> float | None:
