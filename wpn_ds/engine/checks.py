@@ -18,11 +18,12 @@ from torch import Tensor
 from wpn_ds.data.examples import ExampleSet
 from wpn_ds.data.inspect import contradiction_note
 from wpn_ds.data.records import ForgetRecord, RetainRecord
+from wpn_ds.engine import hub
 from wpn_ds.engine.harmony import check_harmony
 from wpn_ds.engine.redraw import check_redraw
 from wpn_ds.engine.trackers import check_trackers
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.distributed import World, on_main
+from wpn_ds.jobs.distributed import World, announce, on_main
 from wpn_ds.objectives.terms import NPair, OnAnswers, OnTokens, Terms
 from wpn_ds.settings.deepspeed import frozen_json
 from wpn_ds.settings.run import Config, UnlearningConfig
@@ -36,6 +37,8 @@ def check(config: Config, ds_json: dict[str, Any], terms: Terms, lm_config: Any,
     read = read_by_deepspeed(ds_json, path)
     on_main(world, lambda: check_monitors(read, path))  # DeepSpeed makes them there alone
     on_main(world, lambda: check_trackers(config.logging.trackers))
+    if (repo := config.logging.push_to_hub) is not None:
+        on_main(world, lambda: check_hub(repo, world))
     if terms.needs_start_distribution and unlearning.reference not in ("states", "topk"):
         frozen_json(ds_json, unlearning.reference)
     if unlearning.harmonise:
@@ -75,6 +78,18 @@ def note_on_joined(examples: ExampleSet, tokenizer: Any) -> str:
         f"are what is asked: the tokenizer or its chat template writes both otherwise where the answer begins; the "
         f"first: {before!r} before {after!r}"
     )
+
+
+def check_hub(repo: str, world: World) -> None:
+    """Make the repository of --push_to_hub; a node without a network only says so. Rank 0 alone.
+
+    Raises:
+        UserError: there is no token, or it may not write there.
+    """
+    try:
+        hub.prepare(repo)
+    except hub.Unreached as error:
+        announce(world, f"{error}; it is tried again at the end, and wpn-ds push does it later")
 
 
 # ---- DeepSpeed's own reading of the JSON ----

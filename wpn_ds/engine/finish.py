@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from wpn_ds.data.tokens import render_prompt
-from wpn_ds.engine import checkpoint
+from wpn_ds.engine import checkpoint, hub
 from wpn_ds.engine.export import export, export_adapters
 from wpn_ds.engine.feed import Feed
 from wpn_ds.engine.model_card import write_model_card
@@ -16,8 +16,9 @@ from wpn_ds.engine.probe import summary
 from wpn_ds.engine.progress import Progress
 from wpn_ds.engine.telemetry import Telemetry
 from wpn_ds.engine.validation import Validation
+from wpn_ds.errors import UserError
 from wpn_ds.jobs import history
-from wpn_ds.jobs.distributed import announce, on_main
+from wpn_ds.jobs.distributed import announce, on_main, patiently
 from wpn_ds.models.load import dropout_fields
 from wpn_ds.settings.run import DONE
 from wpn_ds.settings.style import PromptStyle
@@ -96,6 +97,22 @@ def write_model(
         run_yaml = job.output_dir / "run.yaml"
         told = run_yaml.read_text(encoding="utf-8")
         write_atomically(run_yaml, f"# {'outcome':>10}: {outcome}\n{told}")
+
+
+def push(job: Job) -> None:
+    """Upload the model if --push_to_hub asks for it; what hinders that is said, and the run has ended well. Every rank
+    must call it."""
+    repo = job.config.logging.push_to_hub
+    if repo is None:
+        return
+
+    def upload() -> str:
+        try:
+            return f"pushed to {hub.push(job.output_dir, repo)}" if job.world.is_main else ""
+        except UserError as error:
+            return f"not pushed: {error}; later: wpn-ds push {job.output_dir} --push_to_hub {repo}"
+
+    announce(job.world, patiently(upload)[0])
 
 
 def leave_done(

@@ -26,6 +26,7 @@ def write_model_card(
     the model reads it, with {prompt} for its text."""
     flat = config.to_flat()
     shown = {name: flat[name] for name in flat if flat[name] not in (None, [], "") and name != "output_dir"}
+    shown |= {name: _by_name(place) for name, place in config.places().items() if name in shown}  # a card is published
     figures = {name: value for name, value in training.items() if name.startswith(("loss/", "sim/", "reward/"))} | dict(
         validation
     )
@@ -70,6 +71,11 @@ tried.
 {_rows({name: f"`{value!r}`" for name, value in shown.items()})}
 """
     write_atomically(output_dir / "README.md", card)
+
+
+def _by_name(place: str | list[str]) -> str | list[str]:
+    """A file or several without their folders."""
+    return Path(place).name if isinstance(place, str) else [Path(one).name for one in place]
 
 
 def _rows(figures: Mapping[str, str]) -> str:

@@ -15,7 +15,7 @@ import torch
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.feed import Feed
-from wpn_ds.engine.finish import choose_weights, leave_done, write_model
+from wpn_ds.engine.finish import choose_weights, leave_done, push, write_model
 from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.policy import Policy, load_lm
 from wpn_ds.engine.prepare import Job
@@ -183,3 +183,4 @@ class Run:
         joules = sum_over_ranks({"joules": energy(self.world.device) - self.joules}, self.world.device)["joules"]
         write_model(job, self.policy, self.telemetry, exported, outcome, self.telemetry.last_losses, after)
         leave_done(job, self.telemetry, self.starts, self.progress, joules)
+        push(job)

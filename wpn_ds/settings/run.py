@@ -319,6 +319,10 @@ class LoggingConfig:
     peak_tflops: float | None = None
     """Peak TFLOP/s of one device, for the MFU; without it, measured with a matrix product at the start."""
 
+    push_to_hub: str | None = None
+    """Repository of the Hugging Face hub that gets the model with its card when the run has ended well; a new one is
+    private. Later: wpn-ds push."""
+
     overwrite_output_dir: bool = False
     """Start afresh in an --output_dir that already holds a run."""
 

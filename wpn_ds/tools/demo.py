@@ -11,12 +11,13 @@ from typing import Any
 
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.local import command_line, launch, say
+from wpn_ds.jobs.local import TRAIN, command_line, launch, say
 from wpn_ds.models import smollm2
 from wpn_ds.models.planted import PLANTED, ensure_planted, is_planted
 from wpn_ds.settings.parse import Count, Flag, parse
 from wpn_ds.settings.run import DEMO_OUTPUT_DIR, DONE
 from wpn_ds.system.files import write_atomically
+from wpn_ds.system.shipped import shipped
 
 _ZERO0, _ZERO3 = Path("ds_configs/zero0.json"), Path("ds_configs/zero3.json")
 _FOLDER = Path("runs/demo-smollm2")
@@ -113,7 +114,7 @@ def _train(recipe: str, flags: Sequence[str], out: Path, ranks: int | None = Non
     how = ["--deepspeed", str(stage), "--config", str(embedded_file(recipe, "yaml")), "--output_dir", str(out)]
     fast = ["--bf16", str(faster_in_bf16(device())).lower()]
     given = [*how, *flags, *fast, "--resume_from_checkpoint", "auto"]
-    _launch(command_line(given, ranks) if ranks else ["python", str(TRAIN), *given])
+    _launch(command_line(given, ranks) if ranks else ["python", shipped(TRAIN), *given])
 
 
 def _launch(command: Sequence[str]) -> None:
