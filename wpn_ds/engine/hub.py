@@ -68,7 +68,7 @@ def push(folder: Path, repo: str) -> str:
 def _told(repo: str) -> Iterator[None]:
     """Around a request: its errors in one line, without the token."""
     from huggingface_hub import constants
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     http_error: type[Exception] = HfHubHTTPError.__bases__[0]  # of the HTTP library that this version has
     try:
@@ -80,8 +80,8 @@ def _told(repo: str) -> Iterator[None]:
             raise Unreached(f"--push_to_hub {repo}: {constants.ENDPOINT} answers {code}: {said}") from None
         advice = ": the token needs the right to write there" if code in (401, 403) else ""
         raise UserError(f"--push_to_hub {repo}: refused with {code}: {said}{advice}") from None
-    except HFValidationError as error:
+    except ValueError as error:  # the repository's name, or the card's own header
         raise UserError(f"--push_to_hub {repo}: {' '.join(str(error).split())}") from None
-    except (http_error, OSError) as error:
+    except (http_error, OSError, RuntimeError) as error:  # the last from hf_xet, which carries large files
         said = without_secrets(" ".join(str(error).split()))[:300]
         raise Unreached(f"--push_to_hub {repo}: {constants.ENDPOINT} isn't reached: {said}") from None
