@@ -5,7 +5,7 @@ STAMP := .venv/.installed
 # DeepSpeed's launcher, and ninja for what DeepSpeed compiles on first use, are found through PATH.
 IN_VENV := PATH="$(CURDIR)/.venv/bin:$$PATH"
 
-.PHONY: help env demo demo-small test system kills check bench house clean
+.PHONY: help env demo demo-small test system kills check bench dist house clean
 
 help:
 	@echo "make demo    teach a pretrained model (135M) rude manners, unlearn them, print a before/after table"
@@ -16,6 +16,7 @@ help:
 	@echo "make check   ruff, mypy and the tests: what a change has to pass"
 	@echo "make bench   measure against other ways to train, an hour (ONLY=main: half of it; QUICK=1 tries the rows)"
 	@echo "make house   how large the house is, and which files a micro-batch passes"
+	@echo "make dist    a wheel and an sdist in dist/"
 	@echo "make env     make .venv, which the others do by themselves (PYTHON=python3.13 picks an interpreter)"
 	@echo "make clean   remove .venv, caches and the demo's results; runs of your own stay"
 
@@ -67,6 +68,9 @@ check: $(STAMP)
 	@$(IN_VENV) ruff check .
 	@$(IN_VENV) mypy
 	@$(MAKE) --no-print-directory test
+
+dist: $(STAMP)
+	@$(IN_VENV) python -m hatchling build
 
 house: $(STAMP)
 	@$(IN_VENV) python -m tests.house
