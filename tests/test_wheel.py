@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 import sysconfig
-import tarfile
 import zipfile
 from pathlib import Path
 
@@ -56,8 +56,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     finally:
         if made:
             own.unlink()
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder / "source", filter="data")
+    shutil.unpack_archive(sdist, folder / "source")
     (source,) = (folder / "source").iterdir()
     assert not (source / "slurm" / "cluster.env").exists()
     return build("wheel", source, folder)
@@ -68,8 +67,8 @@ class Installed:
 
     def __init__(self, wheel: Path, folder: Path) -> None:
         self.bin = folder / "bin"
-        subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
-        pip = [sys.executable, "-m", "pip", "--python", str(self.bin / "python"), "--disable-pip-version-check"]
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        pip = [str(self.bin / "python"), "-m", "pip", "--disable-pip-version-check"]
         subprocess.run([*pip, "install", "-q", "--no-index", "--no-deps", str(wheel)], check=True)
         (self.site,) = folder.glob("lib/python*/site-packages")
         (self.site / "libraries.pth").write_text(sysconfig.get_path("purelib") + "\n")

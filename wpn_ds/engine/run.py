@@ -78,7 +78,7 @@ class Run:
             job.total_steps,
             self.step,
             evaluated=self.validation.done and not self.over,  # a run that is over measures once more
-            trackers=config.logging.trackers,
+            report_to=config.logging.trackers,
             settings=config.to_flat(),
         )
         self.progress = Progress(job, self.policy.lm, past.parts.get("run"))

@@ -18,7 +18,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 from wpn_ds.data.plan import StepPlan
-from wpn_ds.engine.trackers import Background
+from wpn_ds.engine import trackers
 from wpn_ds.jobs import history
 from wpn_ds.jobs.distributed import World
 from wpn_ds.jobs.history import clock
@@ -126,7 +126,7 @@ class Telemetry:
         done: int,
         *,
         evaluated: bool = True,
-        trackers: Sequence[str] = ("tensorboard",),
+        report_to: Sequence[str] = ("tensorboard",),
         settings: Mapping[str, Any] | None = None,
     ) -> None:
         """``done``: steps that a resumed run has behind it; what was logged after them is dropped, and unless
@@ -146,10 +146,10 @@ class Telemetry:
         self.last_losses = _truncate(self.metrics, done, evaluated)
         self.stream = self.metrics.open("a", encoding="utf-8")
         self.board: Any = None
-        if "tensorboard" in trackers:
+        if "tensorboard" in report_to:
             self.board = SummaryWriter(str(logging_dir), purge_step=done + 1 if done else 0 if again else None)
-        others = [name for name in trackers if name != "tensorboard"]
-        self.others = [Background(name, output_dir, settings or {}, self.say) for name in others]
+        others = [name for name in report_to if name != "tensorboard"]
+        self.others = [trackers.Background(name, output_dir, settings or {}, self.say) for name in others]
         if sys.stderr.isatty():
             self.bar = tqdm(total=total_steps, initial=done, desc="unlearning", unit="step", dynamic_ncols=True)
 
@@ -237,8 +237,7 @@ class Telemetry:
             self.stream.close()
             if self.board is not None:
                 self.board.close()
-            for tracker in self.others:
-                tracker.close()
+            trackers.close(self.others)
 
 
 def figures_line(what: str, values: Mapping[str, float]) -> str:

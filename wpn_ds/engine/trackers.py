@@ -17,7 +17,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -170,10 +170,13 @@ class Background:
         if self._thread.is_alive():
             self._waiting.put((step, dict(values)))
 
-    def close(self) -> None:
-        """Wait for what was logged, a while."""
+    def end(self) -> None:
+        """Nothing more will be logged."""
         self._waiting.put(None)
-        self._thread.join(_CLOSING)
+
+    def wait(self, until: float) -> None:
+        """For what was logged, until a time of time.monotonic()."""
+        self._thread.join(max(0.0, until - time.monotonic()))
         if self._thread.is_alive():
             self._say(f"{self._name} did not take all figures within {_CLOSING:.0f} s: its last ones may be missing")
 
@@ -193,6 +196,15 @@ class Background:
         with _remembering:
             known = {**identities(self._folder), self._name: identity}
             write_atomically(self._folder / TRACKERS_FILE, json.dumps(known) + "\n")
+
+
+def close(trackers: Sequence[Background]) -> None:
+    """Wait for all of them together, a minute: a job that was told to stop has little time."""
+    for tracker in trackers:
+        tracker.end()
+    until = time.monotonic() + _CLOSING
+    for tracker in trackers:
+        tracker.wait(until)
 
 
 def identities(folder: Path) -> dict[str, str]:
