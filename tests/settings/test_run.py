@@ -22,6 +22,7 @@ from wpn_ds.objectives.wpn import WPN
 from wpn_ds.settings.parse import Setting, settings_of
 from wpn_ds.settings.run import Config, groups, parse_args
 
+ROOT = Path(__file__).parents[2]
 DEEPSPEED = ["--deepspeed", "ds_configs/zero3.json"]
 
 
@@ -72,6 +73,7 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "comm_timeout_minutes": st.floats(0.01, 1e6),
     "resume_from_checkpoint": st.none(),
     "early_stopping": st.none(),
+    "report_to": st.sampled_from(["none", "tensorboard", "wandb,mlflow"]),
     "retain_bound": st.floats(1, 100),
     "lora_dropout": st.floats(0, 0.99),
     "lora_target": st.lists(st.text(min_size=1), min_size=1, max_size=3),
@@ -581,9 +583,22 @@ def test_a_tilde_is_the_home_folder_in_flags_and_in_yaml(recipe: Any, monkeypatc
     assert config.training.deepspeed == "/home/me/z.json" and config.data.prompt_template == "~/{prompt}"
 
 
+def test_files_that_came_with_the_package_are_found_where_the_working_folder_has_none(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    named = ["--config", "launch/recipes/opt-125m.yaml", "--output_dir", "out"]
+    assert parse(*named).training.deepspeed == str(ROOT / DEEPSPEED[1])
+    (tmp_path / DEEPSPEED[1]).parent.mkdir()
+    (tmp_path / DEEPSPEED[1]).touch()
+    assert parse(*named).training.deepspeed == DEEPSPEED[1]
+    with pytest.raises(UserError, match="launch/recipes/none.yaml: No such file"):
+        parse("--config", "launch/recipes/none.yaml")
+
+
 def test_what_a_run_leaves_for_config_is_found_from_another_folder(tmp_path, monkeypatch) -> None:
     here = tmp_path / "here"
     (here / "models" / "m").mkdir(parents=True)
+    (here / DEEPSPEED[1]).parent.mkdir()
+    (here / DEEPSPEED[1]).touch()
     monkeypatch.chdir(here)
     given = ["--tokenizer_name", "hub/name", "--train_file", "a.jsonl", "../b.jsonl"]
     config = parse(
