@@ -590,7 +590,7 @@ def test_files_that_came_with_the_package_are_found_where_the_working_folder_has
     (tmp_path / DEEPSPEED[1]).parent.mkdir()
     (tmp_path / DEEPSPEED[1]).touch()
     assert parse(*named).training.deepspeed == DEEPSPEED[1]
-    with pytest.raises(UserError, match="launch/recipes/none.yaml: No such file"):
+    with pytest.raises(UserError, match=r"launch/recipes/none\.yaml: No such file"):
         parse("--config", "launch/recipes/none.yaml")
 
 
