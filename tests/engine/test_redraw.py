@@ -19,8 +19,9 @@ from tests.engine.small import CONFIG
 from tests.interface import check_metrics, metric_names
 from tests.launching import ROOT
 from tests.models.families import make
-from wpn_ds.data.records import Message, read_forget
+from wpn_ds.data.records import read_forget
 from wpn_ds.data.seeds import seed_of
+from wpn_ds.data.shapes import Message
 from wpn_ds.data.tokens import encode_prompt, end_of
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.redraw import check_redraw, redraw_requests

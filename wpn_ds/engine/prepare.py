@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.examples import ExampleSet, build_examples
 from wpn_ds.data.layout import Layout
+from wpn_ds.data.origins import Origin, origin_of
 from wpn_ds.data.records import (
     ForgetRecord,
     RetainRecord,
     read_answers,
-    read_dataset,
     read_forget,
     read_retain,
     with_random_wanted,
@@ -367,7 +367,7 @@ def _room(model_path: str) -> int:
 
 
 def _read_records(config: Config) -> Records:
-    """The records of the files that are named, or else the embedded ones.
+    """The records of the data that are named, or else the embedded ones.
 
     Wanted answers that are drawn are trained on; what is harmless, a record's own ones say better, if it has them.
     """
@@ -375,17 +375,15 @@ def _read_records(config: Config) -> Records:
     wanted = config.terms.compares_wanted
     drawn = wanted and (bool(data.wanted_file) or config.objective.wanted != "records")
     alone = drawn or not wanted
-    train_file, retain_file, validation_file = data.train_file, data.retain_file, data.validation_file
+    settings = config.to_flat()
+    train, kept, held = (origin_of(settings, part) for part in ("train", "retain", "validation"))
     if data.embedded:
-        train_file = [str(embedded_file("forget"))]
-        retain_file = retain_file or [str(embedded_file("retain"))]
-        validation_file = validation_file or [str(embedded_file("heldout"))]
-    if data.dataset_name is not None:
-        forget = read_dataset(data.dataset_name, data.dataset_split, "forget", alone=alone)
-    else:
-        forget = read_forget(train_file, alone=alone)
-    validation = read_forget(validation_file, alone=alone)
-    retain = read_retain(retain_file)
+        train = replace(train, files=[embedded_file("forget")])
+        kept = kept if data.names_retain else Origin([embedded_file("retain")])
+        held = held if data.names_validation else Origin([embedded_file("heldout")])
+    forget = read_forget(train, alone=alone)
+    validation = read_forget(held, alone=alone)
+    retain = read_retain(kept)
     asked = validation or forget
     if drawn:
         answers, seed = _wanted_answers(config, retain), config.training.seed
