@@ -459,6 +459,9 @@ def test_answers_are_read_from_records_and_from_plain_lines(tmp_path: Path) -> N
     rows = _write(tmp_path / "rows.jsonl", {"prompt": "p", "response": "one"}, {"text": "two"})
     lines = _write(tmp_path / "lines.txt", "[three]", "", " four ")
     assert read_answers([rows, lines]) == ["one", "two", "[three]", "four"]
+    (tmp_path / "a.csv").write_text('prompt,response\np,"five, six"\n')
+    (tmp_path / "a.txt").write_text("prompt, response\np, seven\n")
+    assert read_answers([tmp_path / "a.csv", tmp_path / "a.txt"]) == ["five, six", "prompt, response", "p, seven"]
     for text, said in (("", "is empty"), ('{"prompt": 1}', r"rows\.jsonl:1: ")):
         rows.write_text(text)
         with pytest.raises(DataError, match=said):
@@ -475,6 +478,8 @@ def test_random_wanted_answers_are_the_seeds_and_never_an_unwanted_one() -> None
     assert [replace(record, chosen=("own",)) for record in drawn] == records
     with pytest.raises(DataError, match="f:0: every answer that could be drawn is one of its unwanted ones"):
         with_random_wanted(records, ["bad"], seed=1)
+    with pytest.raises(DataError, match="f:9: is plain text, without a prompt"):
+        with_random_wanted([ForgetRecord("", (), ("all of it",), "f:9")], ["a"], seed=1)
 
 
 def test_a_prompt_that_recurs_is_one_record_with_all_its_answers() -> None:

@@ -79,7 +79,7 @@ class Case:
     content: bytes
     read: list[tuple[Any, ...]] | str
     columns: str | None = None
-    kind: str = "forget"  # or "unwanted", without wanted answers, or "retain"
+    kind: str = "forget"  # or "unwanted", without wanted answers; "plain", with text that has no prompt; "retain"
     shape: str = ""
     sources: list[str] | None = None
 
@@ -204,6 +204,7 @@ CASES = {
     "TOFU to forget": Case(
         "a.jsonl", jsonl({"question": "Hi", "answer": "No"}), [("Hi", (), ("No",))], kind="unwanted"
     ),
+    "plain text to forget": Case("a.jsonl", jsonl({"text": "A text."}), [("", (), ("A text.",))], kind="plain"),
     # ---- shapes: what is retained ----
     "prompt and response": retain("a.tsv", b"prompt\tresponse\nHi\tYes\n", [("Hi", "Yes")]),
     "TRL, prompt and completion": retain("a.jsonl", jsonl({"prompt": [USER], "completion": [GOOD]}), [(CHAT, "Yes")]),
@@ -320,6 +321,17 @@ CASES = {
     "a table in Latin-1": Case(
         "a.csv", "prompt,chosen,rejected\nSch\xf6n,b,c\n".encode("latin-1"), "a.csv:2: is not UTF-8 (byte 0xf6)"
     ),
+    "plain text where a prompt is needed": Case(
+        "a.jsonl",
+        jsonl({"text": "A text."}),
+        'field "text": is plain text, and a prompt with its answer is needed here',
+        kind="unwanted",
+    ),
+    "retain data to forget": Case(
+        "a.tsv",
+        b"prompt\tresponse\nHi\tYes\n",
+        "is a retain record {prompt, response}: give the file with --retain_file (or, to forget it, an objective that",
+    ),
     "no bytes": Case("a.csv", b"", "a.csv: is empty"),
     "nothing but a header": Case("a.csv", b"prompt,chosen,rejected\n", "a.csv: is empty"),
     "a table without rows": Case("a.parquet", parquet(TRIPLE, rows=0), "a.parquet: is empty"),
@@ -339,7 +351,9 @@ def origin(path: Path | str, case: Case) -> Origin:
 
 
 def read(given: Origin, kind: str) -> list[Any]:
-    return read_retain(given) if kind == "retain" else read_forget(given, alone=kind == "unwanted")
+    if kind == "retain":
+        return read_retain(given)
+    return read_forget(given, alone=kind in ("unwanted", "plain"), plain=kind == "plain")
 
 
 def said(records: Iterable[Any]) -> list[tuple[Any, ...]]:

@@ -163,6 +163,8 @@ def test_what_is_asked_for_a_new_answer(tiny, capsys) -> None:
     assert prompts(redraw_template=rude) == [encode_prompt(text, tokenizer, "auto", 64) for text in asked]
     with pytest.raises(UserError, match="a chat has the tokenizer's own template"):
         prompts(chat, redraw_template=rude)
+    with pytest.raises(UserError, match=r"--redraw_steps: f:1 is plain text, without a prompt"):
+        prompts([replace(records[0], prompt="", source="f:1")])
     longest = max(map(len, prompts()))
     with pytest.raises(UserError, match=f"only 128 positions: give at most {128 - longest}"):
         prompts(redraw_tokens=129 - longest)

@@ -120,14 +120,14 @@ def inspect_records(
     for (record, side, text), segment in zip(texts, segments, strict=True):
         whole = segment
         if segment.prompt_truncated or segment.answer_truncated:
-            whole = encode_answer(record.prompt, text, tokenizer, style, sys.maxsize)
-        if record.prompt is not None and record.source not in seen:
+            whole = encode_answer(record.prompt or None, text, tokenizer, style, sys.maxsize)
+        if record.prompt and record.source not in seen:
             lengths[PROMPT].append(whole.answer_start)
-        lengths[side].append(len(whole) if record.prompt is None else whole.answer_length)
+        lengths[side].append(whole.answer_length if record.prompt else len(whole))
         seen.add(record.source)
         if segment.prompt_truncated:
             cut_prompts.add(record.source)
-    prompts = _places((_key(record.prompt), record.source) for record in records if record.prompt is not None)
+    prompts = _places((_key(record.prompt), record.source) for record in records if record.prompt)
     return Figures(
         records=len(records),
         distinct_prompts=len(prompts),
@@ -140,7 +140,7 @@ def inspect_records(
         repeated_prompts=_repeated(prompts),
         repeated_records=_repeated(_places((_identity(record), record.source) for record in records)),
         contradictions=contradictions(forget),
-        first_prompt=next((render_prompt(r.prompt, tokenizer, style) for r in ordered if r.prompt is not None), None),
+        first_prompt=next((render_prompt(r.prompt, tokenizer, style) for r in ordered if r.prompt), None),
         special_tokens=spelt_special_tokens(_all_texts(ordered), tokenizer),
         joined=sum(segment.joined for segment in segments),
     )

@@ -38,8 +38,8 @@ def turn_texts(prompt: Prompt | None) -> tuple[str, ...]:
 @dataclass(frozen=True)
 class ForgetRecord:
     """A prompt with wanted answers (none where a reader was told that none are needed) and one or more unwanted ones;
-    no text is both. `rows` are those that it was made of, by their numbers in all that was read, from 0; `shape` is the
-    name of theirs."""
+    no text is both. An empty prompt means plain text, all of it unwanted; nothing can be asked for it. `rows` are those
+    that it was made of, by their numbers in all that was read, from 0; `shape` is the name of theirs."""
 
     prompt: Prompt
     chosen: tuple[str, ...]
@@ -65,13 +65,16 @@ class RetainRecord:
 Record = ForgetRecord | RetainRecord
 
 
-def read_forget(source: Origin | Sequence[str | Path], *, alone: bool = False) -> list[ForgetRecord]:
+def read_forget(
+    source: Origin | Sequence[str | Path], *, alone: bool = False, plain: bool = False
+) -> list[ForgetRecord]:
     """Reads forget data, from files if paths are given, in any shape of SHAPES.
 
-    `alone`: wanted answers are not needed, so what else would be retained counts as what to forget.
+    `alone`: wanted answers are not needed, so what else would be retained counts as what to forget; with `plain` so
+    does text without a prompt.
     Raises DataError, which lists what is wrong with the data.
     """
-    return _records(source, "forget", alone)
+    return _records(source, "forget", alone, plain)
 
 
 def read_retain(source: Origin | Sequence[str | Path]) -> list[RetainRecord]:
@@ -92,11 +95,13 @@ def with_random_wanted(records: Iterable[ForgetRecord], answers: Sequence[str], 
     """Each record with one of `answers`, drawn at random, in place of its wanted ones; a record whose unwanted answer
     that is has another one.
 
-    Raises DataError: there is no other.
+    Raises DataError: there is no other, or no prompt that it would answer.
     """
     rng = random.Random(seed)
     made = []
     for record in records:
+        if not record.prompt:
+            raise DataError(f"{record.source}: is plain text, without a prompt that a wanted answer could be drawn for")
         unwanted = {text.strip() for text in record.rejected}
         wanted = rng.choice(answers)
         if wanted.strip() in unwanted:
@@ -112,7 +117,7 @@ def with_random_wanted(records: Iterable[ForgetRecord], answers: Sequence[str], 
 # ---- rows to records ----
 
 
-def _records(given: Origin | Sequence[str | Path], kind: Kind, alone: bool = False) -> list[Any]:
+def _records(given: Origin | Sequence[str | Path], kind: Kind, alone: bool = False, plain: bool = False) -> list[Any]:
     origin = given if isinstance(given, Origin) else Origin(given)
     problems = Problems()
     found: dict[Hashable, Any] = {}
@@ -123,7 +128,8 @@ def _records(given: Origin | Sequence[str | Path], kind: Kind, alone: bool = Fal
         try:
             shape = shape_of(row, kind, alone, origin.flag)
             published = shape.name if shape.published else ""
-            record = replace(_record(shape.read(row, shape.columns), shape, kind, source), rows=(at,), shape=shape.name)
+            record = _record(shape.read(row, shape.columns), shape, kind, source, plain)
+            record = replace(record, rows=(at,), shape=shape.name)
         except Bad as bad:
             if published and bad.useless:
                 useless[f"{published} rows: {bad.problem}"] += 1
@@ -145,16 +151,16 @@ def _records(given: Origin | Sequence[str | Path], kind: Kind, alone: bool = Fal
     return records
 
 
-def _record(said: Said, shape: Shape, kind: Kind, source: str) -> Record:
+def _record(said: Said, shape: Shape, kind: Kind, source: str, plain: bool) -> Record:
     """The record that a row of ``shape`` is for. Raises Bad where it can't be one."""
     if kind == "retain":
         if len(said.good) != 1:
             raise Bad(shape.columns[-1], f"holds {len(said.good)} answers; what is retained has one")
         return RetainRecord(said.prompt, said.good[0], source, said.category)
-    if said.prompt is None:
-        raise Bad(shape.columns[-1], "is plain text, which can be retained only: to forget, it needs a prompt")
+    if said.prompt is None and not plain:
+        raise Bad(shape.columns[-1], "is plain text, and a prompt with its answer is needed here")
     good, bad = ((), said.good) if shape.kind == "retain" or shape.alone else (said.good, said.bad)
-    return ForgetRecord(said.prompt, good, bad, source, said.category)
+    return ForgetRecord(said.prompt or "", good, bad, source, said.category)
 
 
 def _both(record: ForgetRecord) -> set[str]:

@@ -76,7 +76,7 @@ class Job:
         held_out: what the losses are measured on.
         probe: what is asked at an evaluation.
         redraw_prompts: what is asked for an unwanted answer of each example, if they are drawn anew.
-        first_prompt: the first record's, as the model reads it.
+        first_prompt: the first record's, as the model reads it; of plain text all of it.
         identity: what makes two starts the same run, as the state of one that has done nothing yet.
         past: the state that the run goes on from.
         resume_from: the checkpoint that holds it, if any.
@@ -159,7 +159,7 @@ def prepare(given: Config) -> Job:
         held_out=texts.held_out,
         probe=texts.probe,
         redraw_prompts=texts.redraw_prompts,
-        first_prompt=render_prompt(records.forget[0].prompt, tokenizer, encoding.style),
+        first_prompt=_first_read(records.forget[0], tokenizer, encoding.style),
         identity=identity,
         past=identity if resume_from is None else past_of(config, identity, resume_from, total_steps, source, world),
         resume_from=resume_from,
@@ -333,6 +333,10 @@ def _layout(config: Config, lm_config: Any, terms: Terms, row_length: int, world
     )
 
 
+def _first_read(record: ForgetRecord, tokenizer: Any, style: PromptStyle) -> str:
+    return render_prompt(record.prompt, tokenizer, style) if record.prompt else record.rejected[0]
+
+
 def _probe(config: Config, records: Sequence[ForgetRecord], encoding: Encoding, lm_config: Any, world: World) -> Probe:
     """The probe on ``records``.
 
@@ -349,10 +353,12 @@ def _probe(config: Config, records: Sequence[ForgetRecord], encoding: Encoding, 
         tokens=logging.sample_tokens,
         positions=max_positions(lm_config) or 1 << 30,
     )
-    if probe.prompts and probe.judge is None:
+    if logging.probe_prompts and probe.judge is None:
         reason = "no harmless rate: the wanted or the unwanted answers have no Latin letter or digit to compare"
         if not any(record.chosen for record in records):
             reason = "no harmless rate: no wanted answers to compare with: give --validation_file with such"
+        if not probe.prompts:
+            reason = "no harmless rate: plain text has no prompts to ask: give --validation_file with such"
         if logging.early_stopping is not None:
             raise UserError(f"{reason}; leave --early_stopping out")
         announce(world, f"{reason} (--probe_prompts)")
@@ -381,8 +387,8 @@ def _read_records(config: Config) -> Records:
         train = replace(train, files=[embedded_file("forget")])
         kept = kept if data.names_retain else Origin([embedded_file("retain")])
         held = held if data.names_validation else Origin([embedded_file("heldout")])
-    forget = read_forget(train, alone=alone)
-    validation = read_forget(held, alone=alone)
+    forget = read_forget(train, alone=alone, plain=True)
+    validation = read_forget(held, alone=alone, plain=True)
     retain = read_retain(kept)
     asked = validation or forget
     if drawn:

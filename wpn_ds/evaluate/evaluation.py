@@ -10,7 +10,7 @@ from typing import Any
 
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.origins import Origin, Part, origin_of
-from wpn_ds.data.records import RetainRecord, merged_by_prompt, read_forget, read_retain
+from wpn_ds.data.records import ForgetRecord, RetainRecord, merged_by_prompt, read_forget, read_retain
 from wpn_ds.data.shapes import columns_of
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, can_judge
@@ -260,14 +260,16 @@ def _origins(options: Options, recorded: Mapping[str, Any]) -> dict[str, Origin]
     return {name: origin for name, origin in found.items() if origin.named}
 
 
+def _asked(origin: Origin) -> list[ForgetRecord]:
+    """What has a prompt, each once: for plain text nothing can be asked."""
+    return merged_by_prompt(record for record in read_forget(origin, alone=True, plain=True) if record.prompt)
+
+
 def _sources(options: Options, origins: Mapping[str, Origin]) -> tuple[Sources, list[RetainRecord]]:
     if not origins:
         demo = {"train": "forget", "heldout": "heldout", "attack": "attack", "retain": "retain"}
         origins = {name: Origin([embedded_file(file)]) for name, file in demo.items()}
-    forget = {
-        name: merged_by_prompt(read_forget(origins[name], alone=True)) if name in origins else []
-        for name in ("train", "heldout", "attack")
-    }
+    forget = {name: _asked(origins.get(name, Origin())) for name in ("train", "heldout", "attack")}
     sources = Sources(
         **forget,
         benign_files=options.benign_file,

@@ -59,7 +59,7 @@ def run(argv: Sequence[str] | None = None) -> int:
     for kind, paths in files.items():
         origin = Origin(paths, columns=columns, prefix="")
         is_forget, alone = kind == "forget", options.kind == "unwanted"
-        records[kind] = read_forget(origin, alone=alone) if is_forget else read_retain(origin)
+        records[kind] = read_forget(origin, alone=alone, plain=True) if is_forget else read_retain(origin)
     tokenizer, units = _tokenizer(options.tokenizer_name)
     print(f"Lengths are {units}; a prompt's include what its template writes.")
     for kind, paths in files.items():
