@@ -106,7 +106,7 @@ def shape_of(row: Row, kind: Kind, alone: bool = False, flag: str = "") -> Shape
                 return shape
             other = " (or, to forget it, an objective that needs no wanted answers)" * (kind == "forget")
             raise Bad("", f"is a {shape.kind} record {shape.shown}: give the file with {FLAGS[shape.kind]}{other}")
-    raise _unknown(row, (shape for shape in SHAPES if shape.kind == kind), flag)
+    raise _unknown(row, (shape for shape in SHAPES if alone or shape.kind == kind), flag)
 
 
 def _unknown(row: Row, shapes: Iterable[Shape], flag: str) -> Bad:

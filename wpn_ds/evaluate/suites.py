@@ -299,7 +299,7 @@ def _read_prompts(paths: Iterable[str], flag: str) -> list[ForgetRecord]:
     problems = Problems()
     records = []
     for at, row in (pair for path in paths for pair in file_rows(path, problems)):
-        row = {name: value for name, value in row.items() if value is not None}  # an empty cell of a table
+        row = {name: value for name, value in row.items() if value is not None or name == "prompt"}
         fields = ["prompt", *(field for field in ("category", "response") if field in row)]
         if bad := [problem for field in fields if (problem := field_problem(row, field))]:
             problems.add(at, bad[0])
