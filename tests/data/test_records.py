@@ -214,6 +214,9 @@ def test_data_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
         ("retain", "tofu/TOFU/TOFU_data/world_facts.json", 117),
         ("retain", "dolly_hhrlhf_small/scripts/data_prep/dolly_hhrlhf_train_small.jsonl", 1000),
         ("retain", "self_instruct/derived/retain.jsonl", 427),
+        ("retain", "llama_factory_demo/data/alpaca_en_demo.json", 999),
+        ("retain", "dolly_mobile/data/databricks_dolly_15k.csv", 1000),
+        ("retain", "icu/datasets/exp/exp0/lm_extraction_128_0.csv", 128),
     ],
 )
 def test_real_files_are_read_whole(shared_data: Path, kind: str, name: str, count: int) -> None:
