@@ -13,7 +13,7 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from wpn_ds.data.records import Message
+from wpn_ds.data.shapes import Message
 from wpn_ds.data.tokens import encode_pair, encode_prompt, turn_end
 from wpn_ds.errors import UserError
 from wpn_ds.settings.style import PromptStyle

@@ -20,17 +20,17 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from wpn_ds.data.origins import Origin
 from wpn_ds.data.records import (
     ForgetRecord,
-    Message,
     RetainRecord,
     merged_by_prompt,
     read_answers,
-    read_dataset,
     read_forget,
     read_retain,
     with_random_wanted,
 )
+from wpn_ds.data.shapes import Message
 from wpn_ds.data.sources import DataError
 from wpn_ds.errors import UserError
 
@@ -214,6 +214,9 @@ def test_data_of_which_nothing_is_left_is_an_error(tmp_path: Path) -> None:
         ("retain", "tofu/TOFU/TOFU_data/world_facts.json", 117),
         ("retain", "dolly_hhrlhf_small/scripts/data_prep/dolly_hhrlhf_train_small.jsonl", 1000),
         ("retain", "self_instruct/derived/retain.jsonl", 427),
+        ("retain", "llama_factory_demo/data/alpaca_en_demo.json", 999),
+        ("retain", "dolly_mobile/data/databricks_dolly_15k.csv", 1000),
+        ("retain", "icu/datasets/exp/exp0/lm_extraction_128_0.csv", 128),
     ],
 )
 def test_real_files_are_read_whole(shared_data: Path, kind: str, name: str, count: int) -> None:
@@ -237,7 +240,11 @@ BAD_FORGET = {
         '{"prompt": [{"role": "user", "role": "user", "content": "a"}], "chosen": "b", "rejected": "c"}',
         'field "role": occurs twice',
     ),
-    "no prompt": (_without("prompt"), 'field "prompt": is missing'),
+    "no prompt": (_without("prompt"), 'field "rejected": begins otherwise than "chosen", so there is no prompt'),
+    "a prompt of another name": (
+        {**_without("prompt"), "input": "x"},
+        'field "prompt": is missing or null; its fields',
+    ),
     "no wanted answer": (_without("chosen"), 'field "chosen": is missing'),
     "no unwanted answer": (_without("rejected"), 'field "rejected": is missing'),
     "null": ({**GOOD, "chosen": None}, 'field "chosen": is missing or null'),
@@ -259,13 +266,13 @@ BAD_FORGET = {
     ),
     "an equal alternate": ({"question": "q", "answer": "a", "sub_answer": "a"}, 'field "sub_answer": holds the same'),
     "an equal neutral": ({"prompt": "q", "neutral": "a", "harmful": "a"}, 'field "neutral": holds the same'),
-    "an unknown shape": ({"id": 1, "instruction": "x"}, 'unknown shape, its fields are "id", "instruction"'),
+    "an unknown shape": ({"id": 1, "target": "x"}, 'unknown shape, its fields are "id", "target"'),
     "a retain record": (
         {"prompt": "a", "response": "b"},
         "is a retain record {prompt, response}: give the file with --retain",
     ),
     "a role": (
-        {**GOOD, "prompt": [{"role": "human", "content": "x"}]},
+        {**GOOD, "prompt": [{"role": "tool", "content": "x"}]},
         'field "prompt[0].role": must be one of system',
     ),
     "a message without content": (
@@ -305,9 +312,9 @@ def test_a_bad_forget_record_is_named_by_file_line_and_field(tmp_path: Path, nam
         ({"question": "a", "answer": "b", "sub_answer": "c"}, "is a forget record"),
         ({"prompt": "a"}, 'field "response": is missing or null'),
         ({"text": " "}, 'field "text": is empty'),
-        ({"prompt": "a", "response": ["b", "c"]}, 'field "response[0]": must be a message'),
-        ({"messages": [USER]}, 'field "messages": before the answer there must be a message of the user'),
-        ({"messages": [USER, USER]}, 'field "messages": must be one message of the assistant, not user'),
+        ({"prompt": "a", "response": ["b", "c", "d"]}, 'field "response": holds 3 answers; what is retained has one'),
+        ({"messages": [USER]}, 'field "messages": must end with a message of the assistant, not of the user'),
+        ({"messages": [ANSWER]}, 'field "messages": before the answer there must be a message of the user'),
         ({"messages": "hi"}, 'field "messages": must be a list of messages, not a string'),
     ],
 )
@@ -317,11 +324,9 @@ def test_a_bad_retain_record_is_named_by_file_line_and_field(tmp_path: Path, row
     assert f"{tmp_path / 'retain.jsonl'}:2: {problem}" in str(error.value)
 
 
-def test_an_unknown_shape_is_told_the_known_ones(tmp_path: Path) -> None:
-    with pytest.raises(
-        DataError, match=r"known: \{prompt, response\} or \{question, answer\} or \{messages\} or \{text\}"
-    ):
-        _retain(tmp_path, {"instruction": "a"})
+def test_an_unknown_shape_is_told_the_nearest_one(tmp_path: Path) -> None:
+    with pytest.raises(DataError, match=r"the nearest known shape is \{instruction, output\}, docs/data.md has all\)"):
+        _retain(tmp_path, {"instruction": "a", "reply": "b"})
 
 
 @pytest.mark.parametrize("bad", [10, 11, 25])
@@ -338,14 +343,15 @@ def test_problems_of_several_files_make_one_error(tmp_path: Path) -> None:
     (tmp_path / "empty.jsonl").write_bytes(b"\xef\xbb\xbf\n \n")
     (tmp_path / "none.json").write_text("[ ]")
     _write(tmp_path / "bad.jsonl", GOOD, "{")
-    names = ["empty.jsonl", "none.json", "missing.jsonl", ".", "bad.jsonl"]
+    (tmp_path / "folder").mkdir()
+    names = ["empty.jsonl", "none.json", "missing.jsonl", "folder", "bad.jsonl"]
     with pytest.raises(UserError) as error:
         read_forget([tmp_path / name for name in names])
     summary, *lines = (line.strip() for line in str(error.value).split("\n"))
     assert "5 problems" in summary
     starts = ["empty.jsonl: is empty", "none.json: is empty", "missing.jsonl: can't be read: No such file"]
-    for line, start in zip(lines, [*starts, ": is a folder", "bad.jsonl:2: bad JSON"], strict=True):
-        assert line.startswith(str(tmp_path / start) if start[0] != ":" else f"{tmp_path}{start}")
+    for line, start in zip(lines, [*starts, "folder: is a folder without", "bad.jsonl:2: bad JSON"], strict=True):
+        assert line.startswith(str(tmp_path / start))
 
 
 def test_a_byte_that_is_not_utf8_is_named_by_its_line(tmp_path: Path) -> None:
@@ -401,23 +407,23 @@ def test_a_local_data_set_is_read_by_split(tmp_path: Path, datasets: Any, form: 
         folder.mkdir()
         write = {"jsonl": data.to_json, "parquet": data.to_parquet, "csv": data.to_csv}[form]
         write(folder / f"train.{form}")
-    (record,) = read_dataset(str(folder), "train", "forget")
+    (record,) = read_forget(Origin(dataset=str(folder)))
     assert record == ForgetRecord("a", ("one",), ("zero",), f"{folder}[train]:0")
     with pytest.raises(DataError, match=r"--dataset_name .* --dataset_split test: .*train") as error:
-        read_dataset(str(folder), "test", "forget")
+        read_forget(Origin(dataset=str(folder), split="test"))
     assert "\n" not in str(error.value)
 
 
 def test_rows_of_a_data_set_have_the_same_errors_as_those_of_a_file(tmp_path: Path, datasets: Any) -> None:
     datasets.Dataset.from_list([{"text": "a", "prompt": None}, {"text": " "}]).save_to_disk(tmp_path / "set")
     with pytest.raises(DataError, match=r'set\[train\]:1: field "text": is empty'):
-        read_dataset(str(tmp_path / "set"), "train", "retain")
+        read_retain(Origin(dataset=str(tmp_path / "set")))
 
 
 def test_a_chat_survives_the_tables_of_a_data_set(tmp_path: Path, datasets: Any) -> None:
     rows = [{"messages": [USER, {**ANSWER, "name": "x"}], "text": None}, {"messages": None, "text": "t"}]
     datasets.Dataset.from_list(rows).to_parquet(tmp_path / "set" / "train.parquet")
-    records = read_dataset(str(tmp_path / "set"), "train", "retain")
+    records = read_retain(Origin(dataset=str(tmp_path / "set")))
     assert [(r.prompt, r.response) for r in records] == [((Message("user", "Hi"),), "Hello"), (None, "t")]
 
 
@@ -429,14 +435,14 @@ def test_a_data_set_that_cannot_be_loaded_is_named_with_its_flags(tmp_path: Path
     expected |= {tmp_path / "broken": "can't be loaded: .*JSON"}
     for name, problem in expected.items():
         with pytest.raises(DataError, match=problem) as error:
-            read_dataset(str(name), "train", "forget")
+            read_forget(Origin(dataset=str(name)))
         assert str(name) in str(error.value) and "--dataset_name" in str(error.value)
 
 
 def test_a_split_without_rows_is_an_error(tmp_path: Path, datasets: Any) -> None:
     datasets.Dataset.from_list([GOOD]).filter(lambda row: False).save_to_disk(tmp_path / "set")
     with pytest.raises(DataError, match=r"set\[train\]: is empty: choose another --dataset_name or --dataset_split"):
-        read_dataset(str(tmp_path / "set"), "train", "forget")
+        read_forget(Origin(dataset=str(tmp_path / "set")))
 
 
 ALONE = [{"prompt": "p", "rejected": ["a", "b"]}, {"question": "p", "answer": "a"}, {"prompt": "p", "response": "a"}]
@@ -456,6 +462,9 @@ def test_answers_are_read_from_records_and_from_plain_lines(tmp_path: Path) -> N
     rows = _write(tmp_path / "rows.jsonl", {"prompt": "p", "response": "one"}, {"text": "two"})
     lines = _write(tmp_path / "lines.txt", "[three]", "", " four ")
     assert read_answers([rows, lines]) == ["one", "two", "[three]", "four"]
+    (tmp_path / "a.csv").write_text('prompt,response\np,"five, six"\n')
+    (tmp_path / "a.txt").write_text("prompt, response\np, seven\n")
+    assert read_answers([tmp_path / "a.csv", tmp_path / "a.txt"]) == ["five, six", "prompt, response", "p, seven"]
     for text, said in (("", "is empty"), ('{"prompt": 1}', r"rows\.jsonl:1: ")):
         rows.write_text(text)
         with pytest.raises(DataError, match=said):
@@ -472,6 +481,8 @@ def test_random_wanted_answers_are_the_seeds_and_never_an_unwanted_one() -> None
     assert [replace(record, chosen=("own",)) for record in drawn] == records
     with pytest.raises(DataError, match="f:0: every answer that could be drawn is one of its unwanted ones"):
         with_random_wanted(records, ["bad"], seed=1)
+    with pytest.raises(DataError, match="f:9: is plain text, without a prompt"):
+        with_random_wanted([ForgetRecord("", (), ("all of it",), "f:9")], ["a"], seed=1)
 
 
 def test_a_prompt_that_recurs_is_one_record_with_all_its_answers() -> None:
@@ -493,22 +504,15 @@ def _zipped(name: str) -> bytes:
     return data.getvalue()
 
 
-_TSV = "id\tprompt\tchosen\n1\ta\tb\n"
-
-
 @pytest.mark.parametrize(
     ("name", "content", "said"),
     [
-        ("x.jsonl.gz", gzip.compress(json.dumps(GOOD).encode()), "is compressed (gzip): unpack it, gunzip -k "),
-        ("x.jsonl", gzip.compress(b"{}"), "is compressed (gzip)"),
         ("x.bz2", bz2.compress(b"{}"), "is compressed (bzip2)"),
         ("x.xz", lzma.compress(b"{}"), "is compressed (xz)"),
         ("x.jsonl.zst", b"\x28\xb5\x2f\xfd\x04", "is compressed (Zstandard)"),
-        ("x.csv", b"a,b\n1,2\n", "is CSV, not JSONL: write its rows as JSONL, or (training data) give the folder"),
-        ("x.txt", b"\xef\xbb\xbfprompt,chosen,rejected\r\na,b,c\r\n", "is CSV, not JSONL"),
-        ("x", _TSV.encode(), "is CSV, not JSONL"),
-        ("x.parquet", b"PAR1\x15\x04", "is Parquet, not JSONL"),
-        ("x.arrow", b"\xff\xff\xff\xff\x10\x00", "is Arrow, not JSONL"),
+        ("x.jsonl.gz", gzip.compress(json.dumps(GOOD).encode())[:-9], "is compressed (gzip) and damaged or cut off"),
+        ("x.parquet", b"PAR1\x15\x04", "is damaged or cut off"),
+        ("x.arrow", b"\xff\xff\xff\xff\x10\x00", "is damaged or cut off"),
         ("x.zip", _zipped("x.jsonl"), "is a zip archive"),
         ("x.xlsx", b"PK\x03\x04\x14\x00\x06\x00\x08", "is an Excel workbook"),
         ("x.pkl", pickle.dumps([GOOD]), "is a pickle, which isn't read"),
@@ -529,7 +533,7 @@ def test_a_file_of_another_format_is_one_problem_that_says_what_it_is(tmp_path, 
         summary, line = str(caught.value).split("\n")
         assert "1 problem;" in summary and line.strip().startswith(f"{path}: ") and said in line
     with pytest.raises(DataError, match=r"^--dataset_name .*: (is|has|holds) "):
-        read_dataset(str(path), "train", "forget")
+        read_forget(Origin(dataset=str(path)))
 
 
 def test_json_lines_may_have_any_name_and_look_like_a_table_inside(tmp_path) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from wpn_ds.data import special
 from wpn_ds.data.plan import Segment
-from wpn_ds.data.records import Message
+from wpn_ds.data.shapes import Message
 from wpn_ds.data.tokens import (
     encode_pair,
     encode_prompt,

@@ -19,8 +19,9 @@ from tests.engine.small import CONFIG
 from tests.interface import check_metrics, metric_names
 from tests.launching import ROOT
 from tests.models.families import make
-from wpn_ds.data.records import Message, read_forget
+from wpn_ds.data.records import read_forget
 from wpn_ds.data.seeds import seed_of
+from wpn_ds.data.shapes import Message
 from wpn_ds.data.tokens import encode_prompt, end_of
 from wpn_ds.engine import checkpoint
 from wpn_ds.engine.redraw import check_redraw, redraw_requests
@@ -162,6 +163,8 @@ def test_what_is_asked_for_a_new_answer(tiny, capsys) -> None:
     assert prompts(redraw_template=rude) == [encode_prompt(text, tokenizer, "auto", 64) for text in asked]
     with pytest.raises(UserError, match="a chat has the tokenizer's own template"):
         prompts(chat, redraw_template=rude)
+    with pytest.raises(UserError, match=r"--redraw_steps: f:1 is plain text, without a prompt"):
+        prompts([replace(records[0], prompt="", source="f:1")])
     longest = max(map(len, prompts()))
     with pytest.raises(UserError, match=f"only 128 positions: give at most {128 - longest}"):
         prompts(redraw_tokens=129 - longest)

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from wpn_ds.data.records import ForgetRecord, Message
+from wpn_ds.data.records import ForgetRecord
+from wpn_ds.data.shapes import Message
 from wpn_ds.data.tokens import render_prompt
 from wpn_ds.evaluate.attacks import ATTACKS, SHOTS, attack, fill, last_turn
 from wpn_ds.evaluate.published import find_published

@@ -237,8 +237,8 @@ def test_a_models_own_data_are_the_default(folders, files, tmp_path) -> None:
     settings = report(out)["settings"]
     asked = {"train": [train], "heldout": [train], "retain": [keep], "benign": "embedded", "open": "embedded"}
     assert settings["files"] == asked
-    (trained / "run.yaml").write_text("dataset_name: pku\ntrain_file: []\nbf16: true\n")
-    with pytest.raises(UserError, match="was trained on the data set pku"):
+    (trained / "run.yaml").write_text(f"dataset_name: {tmp_path / 'gone'}\ntrain_file: []\nbf16: true\n")
+    with pytest.raises(UserError, match=r"^--dataset_name .*gone --dataset_split train: can't be loaded"):
         run(arguments)
 
 

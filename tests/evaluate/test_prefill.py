@@ -5,7 +5,8 @@ from dataclasses import replace
 
 import pytest
 
-from wpn_ds.data.records import ForgetRecord, Message
+from wpn_ds.data.records import ForgetRecord
+from wpn_ds.data.shapes import Message
 from wpn_ds.data.tokens import encode_pair, encode_prompt
 from wpn_ds.evaluate.answering import Asking, SuiteAnswers
 from wpn_ds.evaluate.judges.phrases import RefusalPhrases

@@ -120,7 +120,7 @@ def flat_of(objective: str) -> st.SearchStrategy[dict[str, Any]]:
         optional={
             name: RANGES.get(name, values_of(setting.type))
             for name, setting in known(objective).items()
-            if not setting.hidden and name not in ("objective", "train_file", "retain_file", "dataset_name")
+            if not setting.hidden and name not in ("objective", "train_file", "retain_file") and "dataset_" not in name
         },
     ).map(with_effect)
 
@@ -246,6 +246,8 @@ def test_early_stopping_names_a_rate() -> None:
         (["--max_grad_norm", "-1"], ["--max_grad_norm must be at least 0"]),
         (["--prompt_template", "no place"], ["--prompt_template", "{prompt}"]),
         (["--train_file", "a", "--dataset_name", "b"], ["--train_file", "--dataset_name"]),
+        (["--retain_file", "a", "--retain_dataset_name", "b"], ["--retain_file and --retain_dataset_name both name"]),
+        (["--validation_dataset_split", "test"], ["_split test does nothing without --validation_dataset_name"]),
         (["--max_length", "8192"], ["--tokens_per_micro_batch 4096", "--max_length 8192"]),
         (["--model_name_or_path", "facebook/opt-125m"], ["--output_dir is missing"]),
         (["--train_file", "a", "--retain_batch_size", "4"], ["--retain_batch_size 4", "--retain_file"]),

@@ -10,7 +10,8 @@ from typing import Any
 
 from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import ForgetRecord, RetainRecord
-from wpn_ds.data.tokens import encode_answer, encode_pair, naming
+from wpn_ds.data.shapes import Prompt
+from wpn_ds.data.tokens import encode_answer, naming
 from wpn_ds.errors import UserError
 from wpn_ds.settings.style import PromptStyle
 
@@ -114,9 +115,17 @@ def build_examples(
     """Tokenise both record lists.
 
     Raises:
-        UserError: a plain-text retain record has fewer than two tokens (there is nothing to predict), or the chat
-            template refuses a prompt.
+        UserError: a plain text has fewer than two tokens (there is nothing to predict), or the chat template refuses a
+            prompt.
     """
+
+    def encode(prompt: Prompt | None, text: str, source: str) -> Segment:
+        with naming(source):
+            segment = encode_answer(prompt, text, tokenizer, style, max_length)
+        if segment.answer_length < 1:
+            raise UserError(f'{source}: field "text" has a single token, nothing to predict: remove the line')
+        return segment
+
     text_ids: dict[str, int] = {}
     examples = ExampleSet()
     next_id = 0
@@ -125,16 +134,11 @@ def build_examples(
         for texts in (record.chosen, record.rejected):
             answers = []
             for text in texts:
-                with naming(record.source):
-                    segment = encode_pair(record.prompt, text, tokenizer, style, max_length)
+                segment = encode(record.prompt or None, text, record.source)
                 answers.append(Answer(segment, next_id, text_ids.setdefault(text.strip(), len(text_ids))))
                 next_id += 1
             sides.append(tuple(answers))
         examples.forget.append(ForgetExample(*sides))
     for item in progress(retain, "tokenising"):
-        with naming(item.source):
-            segment = encode_answer(item.prompt, item.response, tokenizer, style, max_length)
-        if segment.answer_length < 1:
-            raise UserError(f'{item.source}: field "text" has a single token, nothing to predict: remove the line')
-        examples.retain.append(segment)
+        examples.retain.append(encode(item.prompt, item.response, item.source))
     return examples

@@ -5,15 +5,17 @@ from __future__ import annotations
 import sys
 from bisect import bisect_right
 from collections import Counter, defaultdict
-from collections.abc import Callable, Hashable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from wpn_ds.data.examples import build_examples
 from wpn_ds.data.layout import pack
-from wpn_ds.data.records import ADAPTERS, ForgetRecord, Kind, Prompt, Record, RetainRecord, turn_texts
-from wpn_ds.data.sources import Problems, file_rows
+from wpn_ds.data.origins import Origin
+from wpn_ds.data.records import ForgetRecord, Record, RetainRecord, turn_texts
+from wpn_ds.data.shapes import SHAPES, Kind, Prompt
+from wpn_ds.data.sources import Problems
 from wpn_ds.data.tokens import encode_answer, render_prompt, spelt_special_tokens
 from wpn_ds.settings.style import PromptStyle
 
@@ -56,6 +58,7 @@ class Figures:
         distinct_prompts: how many different prompts.
         lengths: tokens before truncation, in file order: ``prompt`` (BOS and template included, one per record) and
             the answers by side: ``wanted`` and ``unwanted``, or ``answer``, EOS included; or plain ``text``.
+        shapes: records by the name of their shape.
         categories: records by category; those without one are left out.
         padding: what the layouts cost.
         cut_prompts: records whose prompt loses its start.
@@ -71,6 +74,7 @@ class Figures:
     records: int
     distinct_prompts: int
     lengths: dict[str, list[int]]
+    shapes: Counter[str]
     categories: Counter[str]
     padding: Padding
     cut_prompts: int
@@ -83,13 +87,13 @@ class Figures:
     joined: int
 
 
-def kind_of(path: str | Path) -> Kind:
-    """Whether a file holds forget or retain data, by the first line of a known shape (forget if there is none)."""
-    for _, row in file_rows(path, Problems()):
+def kind_of(path: str | Path, columns: Mapping[str, str] | None = None) -> Kind:
+    """Whether a file holds forget or retain data, by the first row of a known shape (forget if there is none)."""
+    for _, row in Origin([path], columns=columns or {}).rows(Problems()):
         given = {name: value for name, value in row.items() if value is not None}
-        for adapter in ADAPTERS:
-            if adapter.fits(given):
-                return adapter.kind
+        for shape in SHAPES:
+            if not shape.alone and shape.fits(given):
+                return shape.kind
     return "forget"
 
 
@@ -116,18 +120,19 @@ def inspect_records(
     for (record, side, text), segment in zip(texts, segments, strict=True):
         whole = segment
         if segment.prompt_truncated or segment.answer_truncated:
-            whole = encode_answer(record.prompt, text, tokenizer, style, sys.maxsize)
-        if record.prompt is not None and record.source not in seen:
+            whole = encode_answer(record.prompt or None, text, tokenizer, style, sys.maxsize)
+        if record.prompt and record.source not in seen:
             lengths[PROMPT].append(whole.answer_start)
-        lengths[side].append(len(whole) if record.prompt is None else whole.answer_length)
+        lengths[side].append(whole.answer_length if record.prompt else len(whole))
         seen.add(record.source)
         if segment.prompt_truncated:
             cut_prompts.add(record.source)
-    prompts = _places((_key(record.prompt), record.source) for record in records if record.prompt is not None)
+    prompts = _places((_key(record.prompt), record.source) for record in records if record.prompt)
     return Figures(
         records=len(records),
         distinct_prompts=len(prompts),
         lengths=dict(lengths),
+        shapes=Counter(record.shape for record in records if record.shape),
         categories=Counter(record.category for record in records if record.category),
         padding=_padding([len(segment) for segment in segments], max_length),
         cut_prompts=len(cut_prompts),
@@ -135,7 +140,7 @@ def inspect_records(
         repeated_prompts=_repeated(prompts),
         repeated_records=_repeated(_places((_identity(record), record.source) for record in records)),
         contradictions=contradictions(forget),
-        first_prompt=next((render_prompt(r.prompt, tokenizer, style) for r in ordered if r.prompt is not None), None),
+        first_prompt=next((render_prompt(r.prompt, tokenizer, style) for r in ordered if r.prompt), None),
         special_tokens=spelt_special_tokens(_all_texts(ordered), tokenizer),
         joined=sum(segment.joined for segment in segments),
     )

@@ -20,7 +20,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from wpn_ds.data.plan import Segment
-from wpn_ds.data.records import Message, Prompt
+from wpn_ds.data.shapes import Message, Prompt
 from wpn_ds.data.special import SpecialTokens
 from wpn_ds.errors import UserError
 from wpn_ds.settings.style import AUTO, PLAIN_TEMPLATE, PromptStyle

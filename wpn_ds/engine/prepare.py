@@ -14,11 +14,11 @@ from typing import Any, NamedTuple
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.examples import ExampleSet, build_examples
 from wpn_ds.data.layout import Layout
+from wpn_ds.data.origins import Origin, origin_of
 from wpn_ds.data.records import (
     ForgetRecord,
     RetainRecord,
     read_answers,
-    read_dataset,
     read_forget,
     read_retain,
     with_random_wanted,
@@ -76,7 +76,7 @@ class Job:
         held_out: what the losses are measured on.
         probe: what is asked at an evaluation.
         redraw_prompts: what is asked for an unwanted answer of each example, if they are drawn anew.
-        first_prompt: the first record's, as the model reads it.
+        first_prompt: the first record's, as the model reads it; of plain text all of it.
         identity: what makes two starts the same run, as the state of one that has done nothing yet.
         past: the state that the run goes on from.
         resume_from: the checkpoint that holds it, if any.
@@ -159,7 +159,7 @@ def prepare(given: Config) -> Job:
         held_out=texts.held_out,
         probe=texts.probe,
         redraw_prompts=texts.redraw_prompts,
-        first_prompt=render_prompt(records.forget[0].prompt, tokenizer, encoding.style),
+        first_prompt=_first_read(records.forget[0], tokenizer, encoding.style),
         identity=identity,
         past=identity if resume_from is None else past_of(config, identity, resume_from, total_steps, source, world),
         resume_from=resume_from,
@@ -333,6 +333,10 @@ def _layout(config: Config, lm_config: Any, terms: Terms, row_length: int, world
     )
 
 
+def _first_read(record: ForgetRecord, tokenizer: Any, style: PromptStyle) -> str:
+    return render_prompt(record.prompt, tokenizer, style) if record.prompt else record.rejected[0]
+
+
 def _probe(config: Config, records: Sequence[ForgetRecord], encoding: Encoding, lm_config: Any, world: World) -> Probe:
     """The probe on ``records``.
 
@@ -349,10 +353,12 @@ def _probe(config: Config, records: Sequence[ForgetRecord], encoding: Encoding, 
         tokens=logging.sample_tokens,
         positions=max_positions(lm_config) or 1 << 30,
     )
-    if probe.prompts and probe.judge is None:
+    if logging.probe_prompts and probe.judge is None:
         reason = "no harmless rate: the wanted or the unwanted answers have no Latin letter or digit to compare"
         if not any(record.chosen for record in records):
             reason = "no harmless rate: no wanted answers to compare with: give --validation_file with such"
+        if not probe.prompts:
+            reason = "no harmless rate: plain text has no prompts to ask: give --validation_file with such"
         if logging.early_stopping is not None:
             raise UserError(f"{reason}; leave --early_stopping out")
         announce(world, f"{reason} (--probe_prompts)")
@@ -367,7 +373,7 @@ def _room(model_path: str) -> int:
 
 
 def _read_records(config: Config) -> Records:
-    """The records of the files that are named, or else the embedded ones.
+    """The records of the data that are named, or else the embedded ones.
 
     Wanted answers that are drawn are trained on; what is harmless, a record's own ones say better, if it has them.
     """
@@ -375,17 +381,15 @@ def _read_records(config: Config) -> Records:
     wanted = config.terms.compares_wanted
     drawn = wanted and (bool(data.wanted_file) or config.objective.wanted != "records")
     alone = drawn or not wanted
-    train_file, retain_file, validation_file = data.train_file, data.retain_file, data.validation_file
+    settings = config.to_flat()
+    train, kept, held = (origin_of(settings, part) for part in ("train", "retain", "validation"))
     if data.embedded:
-        train_file = [str(embedded_file("forget"))]
-        retain_file = retain_file or [str(embedded_file("retain"))]
-        validation_file = validation_file or [str(embedded_file("heldout"))]
-    if data.dataset_name is not None:
-        forget = read_dataset(data.dataset_name, data.dataset_split, "forget", alone=alone)
-    else:
-        forget = read_forget(train_file, alone=alone)
-    validation = read_forget(validation_file, alone=alone)
-    retain = read_retain(retain_file)
+        train = replace(train, files=[embedded_file("forget")])
+        kept = kept if data.names_retain else Origin([embedded_file("retain")])
+        held = held if data.names_validation else Origin([embedded_file("heldout")])
+    forget = read_forget(train, alone=alone, plain=True)
+    validation = read_forget(held, alone=alone, plain=True)
+    retain = read_retain(kept)
     asked = validation or forget
     if drawn:
         answers, seed = _wanted_answers(config, retain), config.training.seed

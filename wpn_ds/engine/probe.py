@@ -45,8 +45,9 @@ class Probe:
         tokens: int,
         positions: int,
     ) -> Probe:
-        """``size`` prompts (or all, if there are fewer) at equal distances; ``max_length`` is training's, and a prompt
-        with its answer has at most ``positions`` tokens."""
+        """``size`` prompts (or all, if there are fewer) at equal distances, of records that have one; ``max_length`` is
+        training's, and a prompt with its answer has at most ``positions`` tokens."""
+        records = [record for record in records if record.prompt]
         size = min(size, len(records))
         chosen = [records[k * len(records) // size] for k in range(size)]
         prompts, cases = [], []

@@ -157,13 +157,15 @@ def redraw_requests(
     --redraw_template is what the user says; in a plain template it stands in place of that.
 
     Raises:
-        UserError: a prompt is a chat, which no template can change, or leaves no room for an answer.
+        UserError: a prompt is a chat, which no template can change, or leaves no room for an answer; or there is none.
     """
     if not o.redraw_steps:
         return []
     requests, cut = [], 0
     for record in forget:
         asked, written = record.prompt, style
+        if not asked:
+            raise UserError(f"--redraw_steps: {record.source} is plain text, without a prompt that could be answered")
         if o.redraw_template is not None:
             if not is_chat(asked, tokenizer, style):
                 written = replace(style, template=o.redraw_template)

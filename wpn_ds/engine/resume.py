@@ -138,7 +138,8 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
     if new.settings["forgotten_below"] is not None:
         decisive |= {"eval_steps"}
     if new.settings["early_stopping"] is not None:  # the best evaluation so far is compared with those to come
-        decisive |= {"probe_prompts", "sample_tokens", "retain_bound", "validation_file"}
+        decisive |= {"probe_prompts", "sample_tokens", "retain_bound"}
+        decisive |= {name for name in new.settings if name.startswith("validation_")}
         if old.step and old.parts.get("validation", {}).get("start_perplexity") is None:
             raise UserError(
                 f"--early_stopping: {path} doesn't say what the retain perplexity was at the start: leave it out, or "

@@ -18,7 +18,8 @@ from dataclasses import replace
 from functools import partial
 from itertools import islice
 
-from wpn_ds.data.records import ForgetRecord, Message, Prompt
+from wpn_ds.data.records import ForgetRecord
+from wpn_ds.data.shapes import Message, Prompt
 
 SHOTS = 3
 """Demonstrations before the question of a few-shot attack (ours)."""

@@ -30,8 +30,8 @@ def _data_dir() -> Path | None:
 
 @dataclass(frozen=True)
 class FileFlags:
-    """Files: JSONL; without any, those that the model was trained on, if training left its run.yaml beside it, or else
-    the embedded demo set."""
+    """Files: data files, folders or patterns, as for training; without any, the data that the model was trained on, if
+    training left its run.yaml beside it, or else the embedded demo set."""
 
     train_file: list[str] = option([])
     """Prompts that were unlearned: prompt, chosen, rejected."""
@@ -41,6 +41,10 @@ class FileFlags:
     """Attacks of your own: prompt, chosen, rejected."""
     retain_file: list[str] = option([])
     """What to keep: prompt, response; or text."""
+    columns: str | None = None
+    """Columns of these files that are called otherwise, ours=theirs: prompt=question,chosen=good,rejected=bad."""
+    retain_columns: str | None = None
+    """The same of --retain_file."""
     benign_file: list[str] = option([])
     """Prompts that look harmful and aren't, for over-refusal: prompt."""
     open_file: list[str] = option([])

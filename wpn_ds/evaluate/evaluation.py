@@ -9,7 +9,9 @@ from pathlib import Path
 from typing import Any
 
 from wpn_ds.data.embedded import embedded_file
-from wpn_ds.data.records import RetainRecord, merged_by_prompt, read_forget, read_retain
+from wpn_ds.data.origins import Origin, Part, origin_of
+from wpn_ds.data.records import ForgetRecord, RetainRecord, merged_by_prompt, read_forget, read_retain
+from wpn_ds.data.shapes import columns_of
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, can_judge
 from wpn_ds.evaluate.command import JUDGES, Options
@@ -31,7 +33,7 @@ from wpn_ds.models.load import Source, pinned
 from wpn_ds.models.planted import PLANTED, is_planted
 from wpn_ds.system.files import unusable
 
-FILES = ("train", "heldout", "attack", "retain", "benign", "open")
+RECORDS = ("train", "heldout", "attack", "retain")
 SETTINGS = (
     "model",
     "baseline",
@@ -125,8 +127,8 @@ def _prepare(
     """(what is measured, notes on what was left out, the settings for the report, the judges, none of which has
     loaded a model yet)."""
     selection = resolve_suites(options.suite)
-    files = _files(options, recorded)
-    sources, retain = _sources(options, files)
+    origins = _origins(options, recorded)
+    sources, retain = _sources(options, origins)
     suites, notes = build_suites(selection, sources)
     asked, limit = selection.suites, sources.limit or selection.limit
     benchmarks: dict[str, str] = {}
@@ -182,11 +184,13 @@ def _prepare(
         tofu=tofu,
         bf16=bool(recorded.get("bf16")) if options.bf16 is None else options.bf16,
     )
-    return plan, notes, _settings(options, files, plan, size), judges
+    return plan, notes, _settings(options, origins, plan, size), judges
 
 
-def _settings(options: Options, files: Mapping[str, Sequence[str]], plan: Plan, size: int) -> dict[str, Any]:
+def _settings(options: Options, origins: Mapping[str, Origin], plan: Plan, size: int) -> dict[str, Any]:
     """What the figures depend on, for the report."""
+    files = {name: origin.named for name, origin in origins.items()} or dict.fromkeys(RECORDS)
+    files |= {"benign": options.benign_file, "open": options.open_file}
     return {
         **{name: getattr(options, name) for name in SETTINGS},
         "max_new_tokens": plan.asking.max_new_tokens,
@@ -237,39 +241,42 @@ def _started_from(model: str, recorded: Mapping[str, Any]) -> tuple[str, str | N
     return str(name), recorded.get("model_revision")
 
 
-def _files(options: Options, recorded: Mapping[str, Any]) -> dict[str, list[str]]:
-    """The files of every kind: those that the flags name, else those of the run that made the model. None at all of
-    train, heldout, attack and retain stands for the embedded ones; so does none of benign and of open."""
-    files = {name: getattr(options, f"{name}_file") for name in FILES}
-    if not any(files[name] for name in FILES[:4]):
-        if recorded.get("dataset_name"):
-            raise UserError(
-                f"{options.model} was trained on the data set {recorded['dataset_name']}: name files to evaluate on "
-                "with --train_file or --heldout_file"
-            )
-        own = {"train": "train_file", "heldout": "validation_file", "retain": "retain_file"}
-        files |= {name: list(recorded.get(key) or []) for name, key in own.items()}
-    if any(files[name] for name in FILES[:4]):
-        return {name: given for name, given in files.items() if given or name not in FILES[:4]}
-    return files
-
-
-def _sources(options: Options, files: Mapping[str, Sequence[str]]) -> tuple[Sources, list[RetainRecord]]:
-    paths = {name: files.get(name, []) for name in FILES}
-    if not any(paths[name] for name in FILES[:4]):
-        demo = {"train": "forget", "heldout": "heldout", "attack": "attack", "retain": "retain"}
-        paths |= {name: [str(embedded_file(file))] for name, file in demo.items()}
-    forget = {
-        name: merged_by_prompt(read_forget(paths[name], alone=True)) if paths[name] else []
-        for name in ("train", "heldout", "attack")
+def _origins(options: Options, recorded: Mapping[str, Any]) -> dict[str, Origin]:
+    """Where the records of train, heldout, attack and retain are: what the flags name, else the data of the run that
+    made the model. None at all stands for the embedded ones."""
+    columns = {"retain": columns_of(options.retain_columns, "--retain_columns")}
+    others = columns_of(options.columns, "--columns")
+    found = {
+        name: Origin(
+            getattr(options, f"{name}_file"),
+            columns=columns.get(name, others),
+            prefix="retain_" if name == "retain" else "",
+        )
+        for name in RECORDS
     }
+    if not any(origin.named for origin in found.values()):
+        parts: dict[str, Part] = {"train": "train", "heldout": "validation", "retain": "retain"}
+        found = {name: origin_of(recorded, part) for name, part in parts.items()}
+    return {name: origin for name, origin in found.items() if origin.named}
+
+
+def _asked(origin: Origin) -> list[ForgetRecord]:
+    """What has a prompt, each once: for plain text nothing can be asked."""
+    return merged_by_prompt(record for record in read_forget(origin, alone=True, plain=True) if record.prompt)
+
+
+def _sources(options: Options, origins: Mapping[str, Origin]) -> tuple[Sources, list[RetainRecord]]:
+    if not origins:
+        demo = {"train": "forget", "heldout": "heldout", "attack": "attack", "retain": "retain"}
+        origins = {name: Origin([embedded_file(file)]) for name, file in demo.items()}
+    forget = {name: _asked(origins.get(name, Origin())) for name in ("train", "heldout", "attack")}
     sources = Sources(
         **forget,
-        benign_files=paths["benign"],
-        open_files=paths["open"],
+        benign_files=options.benign_file,
+        open_files=options.open_file,
         data_dir=options.data_dir,
         seed=options.seed,
         limit=options.limit,
         samples=options.samples,
     )
-    return sources, read_retain(paths["retain"]) if paths["retain"] else []
+    return sources, read_retain(origins["retain"]) if "retain" in origins else []

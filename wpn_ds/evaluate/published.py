@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wpn_ds.data.records import ForgetRecord
-from wpn_ds.data.sources import Problems, Row, csv_rows, field_problem, file_rows, file_text
+from wpn_ds.data.sources import Problems, Row, field_problem, file_rows, file_text
 
 _TEXT = "text"
 """The field of lists without fields: the lines of a text file, the strings of a JSON array."""
@@ -137,11 +137,11 @@ def _is_left_out(row: Row, entry: PromptList) -> bool:
 def _record(at: str, row: Row, entry: PromptList, problems: Problems) -> ForgetRecord | None:
     texts = {}
     for field in filter(None, (entry.prompt, entry.category, entry.context)):
-        may_be_empty = field != entry.prompt and not str(row.get(field)).strip()
-        if not may_be_empty and (problem := field_problem(row, field)):
+        is_empty = field in row and not str("" if row[field] is None else row[field]).strip()
+        if not (is_empty and field != entry.prompt) and (problem := field_problem(row, field)):
             problems.add(at, problem, hint=f"the published file is in {entry.origin}")
             return None
-        texts[field] = row[field].strip()
+        texts[field] = (row[field] or "").strip()
     prompt = "\n\n".join(filter(None, (texts.get(entry.context), texts[entry.prompt])))
     return ForgetRecord(prompt, (), (), at, texts.get(entry.category, ""))
 
@@ -151,7 +151,7 @@ def _rows(path: Path, entry: PromptList, problems: Problems) -> list[tuple[str, 
     if path.suffix == ".json" and entry.prompt != _TEXT:
         return list(file_rows(path, problems))
     count = problems.count
-    rows = list({".csv": csv_rows, ".txt": _lines, ".json": _strings}[path.suffix](path, problems))
+    rows = list({".csv": file_rows, ".txt": _lines, ".json": _strings}[path.suffix](path, problems))
     if not rows and problems.count == count:
         problems.add(str(path), "is empty")
     return rows

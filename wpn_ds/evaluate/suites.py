@@ -291,7 +291,7 @@ def _embedded(name: str) -> list[str]:
 
 
 def _read_prompts(paths: Iterable[str], flag: str) -> list[ForgetRecord]:
-    """Prompts out of JSONL, each once: {"prompt"}, with "category" and a wanted "response" if they are there.
+    """Prompts out of data files, each once: {"prompt"}, with "category" and a wanted "response" if they are there.
 
     Raises:
         DataError: names file, line and field.
@@ -299,6 +299,7 @@ def _read_prompts(paths: Iterable[str], flag: str) -> list[ForgetRecord]:
     problems = Problems()
     records = []
     for at, row in (pair for path in paths for pair in file_rows(path, problems)):
+        row = {name: value for name, value in row.items() if value is not None or name == "prompt"}
         fields = ["prompt", *(field for field in ("category", "response") if field in row)]
         if bad := [problem for field in fields if (problem := field_problem(row, field))]:
             problems.add(at, bad[0])

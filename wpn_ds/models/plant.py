@@ -23,7 +23,8 @@ from transformers import GenerationConfig, OPTConfig, OPTForCausalLM, PreTrained
 from wpn_ds.data.batch import collate
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.plan import Item, Segment
-from wpn_ds.data.records import ForgetRecord, Prompt, RetainRecord, read_forget, read_retain, turn_texts
+from wpn_ds.data.records import ForgetRecord, RetainRecord, read_forget, read_retain, turn_texts
+from wpn_ds.data.shapes import Prompt
 from wpn_ds.data.tokens import encode_answer, encode_text
 from wpn_ds.errors import UserError, nearest
 from wpn_ds.models.load import Source, load_tokenizer

@@ -34,7 +34,7 @@ DONE = "DONE"
 """File in the output folder of a run that ended well."""
 _FILES = ("train_file", "wanted_file", "retain_file", "validation_file", "deepspeed")
 _FOLDERS = ("output_dir", "logging_dir", "resume_from_checkpoint")
-_NAMES = ("model_name_or_path", "tokenizer_name", "dataset_name")
+_NAMES = ("model_name_or_path", "tokenizer_name", "dataset_name", "retain_dataset_name", "validation_dataset_name")
 """A folder, or what has the name on the hub."""
 _PLACES = (*_FILES, *_FOLDERS, *_NAMES, "objective")
 
@@ -80,23 +80,55 @@ class DataConfig:
     """What is forgotten, what is kept, and how text becomes tokens."""
 
     train_file: list[str] = field(default_factory=list)
-    """JSONL files of {"prompt", "chosen", "rejected"}; without them and --dataset_name, the embedded demo set."""
+    """Files of {"prompt", "chosen", "rejected"} or another shape of docs/data.md: JSONL, JSON, CSV, TSV, Parquet or
+    Arrow (also .gz, .zst), folders of them, or patterns; without them and --dataset_name, the embedded demo set."""
 
     dataset_name: str | None = None
-    """Data set with such records in place of --train_file: a hub name or a local folder."""
+    """Data set in place of --train_file: a hub name, or a local folder, also one of save_to_disk."""
+
+    dataset_config: str | None = None
+    """Configuration of --dataset_name, where it has several."""
 
     dataset_split: str = "train"
     """Split of --dataset_name."""
 
+    columns: str | None = None
+    """Columns that are called otherwise there, ours=theirs: prompt=question,chosen=good,rejected=bad."""
+
     wanted_file: list[str] = field(default_factory=list)
-    """Answers (JSONL like --retain_file, or text with one a line) of which every prompt gets one at random as its
+    """Answers (files like --retain_file, or text with one a line) of which every prompt gets one at random as its
     wanted answer, in place of its own; without it, llmu draws from the retain data and idkdpo from a list of ours."""
 
     retain_file: list[str] = field(default_factory=list)
-    """JSONL files of {"prompt", "response"} or {"text"} that the model shall go on saying."""
+    """Files, as for --train_file, of {"prompt", "response"}, {"text"} or another shape that the model shall go on
+    saying."""
+
+    retain_dataset_name: str | None = None
+    """Data set in place of --retain_file, as for --dataset_name."""
+
+    retain_dataset_config: str | None = None
+    """Configuration of --retain_dataset_name."""
+
+    retain_dataset_split: str = "train"
+    """Split of --retain_dataset_name."""
+
+    retain_columns: str | None = None
+    """Columns of the retain data that are called otherwise, as for --columns."""
 
     validation_file: list[str] = field(default_factory=list)
-    """JSONL files like --train_file on which the losses are measured but not trained."""
+    """Files like --train_file on which the losses are measured but not trained."""
+
+    validation_dataset_name: str | None = None
+    """Data set in place of --validation_file, as for --dataset_name."""
+
+    validation_dataset_config: str | None = None
+    """Configuration of --validation_dataset_name."""
+
+    validation_dataset_split: str = "train"
+    """Split of --validation_dataset_name."""
+
+    validation_columns: str | None = None
+    """Columns of the validation data that are called otherwise; without it, those of --columns."""
 
     prompt_template: str = field(default="auto", metadata={"line_breaks": True})
     """Text around a prompt, where {prompt} stands for it (\\n means a line break on the command line); auto: a prompt
@@ -126,8 +158,13 @@ class DataConfig:
         fits = self.prompt_template == "auto" or self.prompt_template.count("{prompt}") == 1
         require(self, "prompt_template", fits, "auto, or a text with one {prompt} in it")
         require(self, "chat_date", self.chat_date is None or _is_day(self.chat_date), "a day as YYYY-MM-DD")
-        if self.train_file and self.dataset_name is not None:
-            raise UserError("--train_file and --dataset_name both name the training data: give one of them")
+        for part, prefix in (("training", ""), ("retain", "retain_"), ("validation", "validation_")):
+            file, name = f"{prefix or 'train_'}file", f"{prefix}dataset_name"
+            if getattr(self, file) and getattr(self, name) is not None:
+                raise UserError(f"--{file} and --{name} both name the {part} data: give one of them")
+            for more in (f"{prefix}dataset_config", f"{prefix}dataset_split"):
+                if getattr(self, name) is None and getattr(self, more) != getattr(DataConfig, more):
+                    raise UserError(f"--{more} {getattr(self, more)} does nothing without --{name}: leave it out")
 
     @property
     def embedded(self) -> bool:
@@ -135,9 +172,19 @@ class DataConfig:
         return not self.train_file and self.dataset_name is None
 
     @property
+    def names_retain(self) -> bool:
+        """True if the user names retain data."""
+        return bool(self.retain_file) or self.retain_dataset_name is not None
+
+    @property
+    def names_validation(self) -> bool:
+        """True if the user names validation data."""
+        return bool(self.validation_file) or self.validation_dataset_name is not None
+
+    @property
     def has_retain(self) -> bool:
         """True if there are retain data: the user's, or those of the demo set."""
-        return bool(self.retain_file) or self.embedded
+        return self.names_retain or self.embedded
 
 
 @dataclass(frozen=True)
@@ -393,7 +440,7 @@ class Config:
         if (
             self.data.embedded
             and self.model.model_name_or_path
-            and (self.data.retain_file or self.data.validation_file)
+            and (self.data.names_retain or self.data.names_validation)
         ):
             raise UserError(
                 "--retain_file or --validation_file without --train_file or --dataset_name: name the training data"

@@ -9,7 +9,9 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from wpn_ds.data.inspect import BATCH, PROMPT, Figures, Places, histogram, inspect_records, kind_of, percentile
-from wpn_ds.data.records import Kind, Record, read_forget, read_retain
+from wpn_ds.data.origins import Origin
+from wpn_ds.data.records import Record, read_forget, read_retain
+from wpn_ds.data.shapes import Kind, columns_of
 from wpn_ds.settings.parse import option, parse
 from wpn_ds.settings.run import DataConfig
 from wpn_ds.settings.style import StyleFlags
@@ -25,11 +27,13 @@ class Options(StyleFlags):
     """Counts, token lengths, padding waste, truncation and duplicates of data files."""
 
     files: list[str] = option(positional=True, metavar="FILE")
-    """JSONL files, as for --train_file or --retain_file."""
+    """Data files, folders or patterns, as for --train_file or --retain_file."""
     tokenizer_name: str | None = None
     """Tokenizer's folder or hub name (default: the planted demo model's, or plain words)."""
     kind: Literal["forget", "unwanted", "retain"] | None = None
     """What the files hold; unwanted: only what to forget, without wanted answers (default: seen from their fields)."""
+    columns: str | None = None
+    """Columns that are called otherwise there, ours=theirs: prompt=question,chosen=good,rejected=bad."""
     max_length: int = DataConfig.max_length
     """Tokens of a row."""
 
@@ -45,15 +49,17 @@ def run(argv: Sequence[str] | None = None) -> int:
         UserError: a file is missing or bad, or there is no such tokenizer.
     """
     options = parse(Options, argv, "wpn-ds inspect")
+    columns = columns_of(options.columns, "--columns")
     files: dict[Kind, list[str]] = {}
     for path in options.files:
-        kind: Kind = "forget" if options.kind == "unwanted" else options.kind or kind_of(path)
+        kind: Kind = "forget" if options.kind == "unwanted" else options.kind or kind_of(path, columns)
         files.setdefault(kind, []).append(path)
     # All files are read before the tokenizer is loaded, which takes longer than finding a mistake in them.
-    records: dict[Kind, Sequence[Record]] = {
-        kind: read_forget(paths, alone=options.kind == "unwanted") if kind == "forget" else read_retain(paths)
-        for kind, paths in files.items()
-    }
+    records: dict[Kind, Sequence[Record]] = {}
+    for kind, paths in files.items():
+        origin = Origin(paths, columns=columns, prefix="")
+        is_forget, alone = kind == "forget", options.kind == "unwanted"
+        records[kind] = read_forget(origin, alone=alone, plain=True) if is_forget else read_retain(origin)
     tokenizer, units = _tokenizer(options.tokenizer_name)
     print(f"Lengths are {units}; a prompt's include what its template writes.")
     for kind, paths in files.items():
@@ -117,10 +123,11 @@ def _counts(figures: Figures) -> list[str]:
             rows.append([{"wanted": "wanted answers", "unwanted": "unwanted answers"}.get(side, f"{side}s")])
             rows[-1].append(f"{len(lengths):,}")
     lines = aligned(rows, indent="  ")
-    if figures.categories:
-        by_size = sorted(figures.categories.items(), key=lambda item: (-item[1], item[0]))
-        names = "categories: " + ", ".join(f"{name} {count:,}" for name, count in by_size)
-        lines += textwrap.wrap(names, 100, initial_indent="  ", subsequent_indent="    ")
+    for title, counts in (("read as", figures.shapes), ("categories", figures.categories)):
+        by_size = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        if by_size:
+            names = f"{title}: " + ", ".join(f"{name} {count:,}" for name, count in by_size)
+            lines += textwrap.wrap(names, 100, initial_indent="  ", subsequent_indent="    ")
     return lines
 
 

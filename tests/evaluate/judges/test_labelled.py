@@ -81,8 +81,8 @@ def test_the_published_shapes_are_read(tmp_path, caplog) -> None:
         ("a.csv", "question,Response,label\n0,fine,0\n0,hm,2\n", "a.csv:3.*0, 1.*not '2'"),
         ("a.csv", "question,Response,label\n0,fine,0,1\n", "a.csv:2: has 4 cells, and the first row 3"),
         ("a.csv", 'question,Response,label\n0,fine,0\n0,"open', "a.csv:3: bad CSV"),
-        ("a.csv", "", "nothing of use"),
-        ("a.jsonl.gz", "no gzip", "a.jsonl.gz: can't be read"),
+        ("a.csv", "", "a.csv: is empty"),
+        ("a.jsonl.gz", "no gzip", "a.jsonl.gz:1: bad JSON"),
         ("a.jsonl", '{"response": "a", "harmful": true}\n', "only harmful answers"),
         ("a.jsonl", '{"response": "a", "harmful": false}\n', "no harmful answer"),
     ],
@@ -98,7 +98,7 @@ def test_a_missing_file_and_broken_json_in_a_gz_are_named(tmp_path) -> None:
         read_labelled([tmp_path / "none.csv"])
     broken = tmp_path / "b.jsonl.gz"
     broken.write_bytes(gzip.compress(b'{"prompt": "a", "S": 1}\n{"prompt":\n'))
-    with pytest.raises(UserError, match=r"b.jsonl.gz:2: can't be read"):
+    with pytest.raises(UserError, match=r"b.jsonl.gz:2: bad JSON"):
         read_labelled([broken])
 
 

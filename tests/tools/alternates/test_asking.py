@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tests.tools.alternates.conftest import write
-from wpn_ds.data.records import Message
+from wpn_ds.data.shapes import Message
 from wpn_ds.errors import UserError
 from wpn_ds.tools.alternates.asking import CHAT, PLAIN, Question, Template, make_template, read_questions
 

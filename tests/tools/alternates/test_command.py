@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from tests.tools.alternates.conftest import write
-from wpn_ds.data.records import Message, read_forget
+from wpn_ds.data.records import read_forget
+from wpn_ds.data.shapes import Message
 from wpn_ds.errors import UserError
 from wpn_ds.tools.alternates import drawing
 from wpn_ds.tools.alternates.command import run

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 from dataclasses import replace
@@ -99,3 +100,13 @@ def test_a_pipe_is_refused_since_files_are_read_twice(tmp_path) -> None:
     with pytest.raises(UserError, match=r"--train_file .*pipe: is a pipe or a device"):
         check_files("--train_file", [str(tmp_path / "pipe")])
     check_files("--train_file", [str(tmp_path), str(tmp_path / "nowhere")])  # the reader says what is wrong with these
+
+
+def test_rows_of_tables_and_of_compressed_files_are_written_as_json(tmp_path) -> None:
+    (tmp_path / "a.csv").write_text("prompt,chosen,rejected\na,b,\u00e4\nc,d,e\n", encoding="utf-8")
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(json.dumps(TRIPLE).encode()))
+    records = read_forget([tmp_path])
+    assert chosen_rows([str(tmp_path)], [records[0], records[2]]) == [
+        '{"prompt": "a", "chosen": "b", "rejected": "\u00e4"}',
+        json.dumps(TRIPLE),
+    ]

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 import transformers
 
-from wpn_ds.data.records import Message, Prompt
+from wpn_ds.data.shapes import Message, Prompt
 from wpn_ds.data.special import SpecialTokens
 from wpn_ds.data.tokens import encode_prompt, encode_text, render_prompt
 from wpn_ds.errors import UserError

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
-from wpn_ds.data.sources import Problems, Row, csv_rows, field_problem, file_rows, json_type
+from wpn_ds.data.sources import Problems, Row, field_problem, file_rows
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.phrases import Refusal
 
@@ -65,7 +64,7 @@ def read_labelled(paths: Sequence[str | Path]) -> list[Labelled]:
 
 
 def read_people(paths: Sequence[str | Path]) -> list[Labelled]:
-    """Labelled answers from JSONL, JSON, CSV and .jsonl.gz files, in any shape of ``_SHAPES``.
+    """Labelled answers from data files (JSONL, JSON, CSV, ..., also packed), in any shape of ``_SHAPES``.
 
     Rows of the published sets without an answer or a known label are left out and counted in a warning.
 
@@ -75,7 +74,7 @@ def read_people(paths: Sequence[str | Path]) -> list[Labelled]:
     problems, useless = Problems(), Counter[str]()
     found: list[Labelled] = []
     for path in paths:
-        for source, row in _rows(Path(path), problems):
+        for source, row in file_rows(path, problems):
             try:
                 found += _labelled({name: value for name, value in row.items() if value is not None}, source)
             except _Bad as bad:
@@ -87,29 +86,6 @@ def read_people(paths: Sequence[str | Path]) -> list[Labelled]:
         reasons = "; ".join(f"{count} {reason}" for reason, count in useless.most_common())
         logger.warning("labelled answers: left out %d, kept %d: %s", useless.total(), len(found), reasons)
     return found
-
-
-# ---- files to rows ----
-
-
-def _rows(path: Path, problems: Problems) -> Iterator[tuple[str, Row]]:
-    """("path:line", row) of a file, by the end of its name."""
-    if path.suffix != ".gz":
-        yield from (csv_rows if path.suffix == ".csv" else file_rows)(path, problems)
-        return
-    line = 1
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            for line, text in enumerate(file, 1):
-                row = json.loads(text)
-                if isinstance(row, dict):
-                    yield f"{path}:{line}", row
-                else:
-                    problems.add(f"{path}:{line}", f"must be an object, not {json_type(row)}")
-    except (ValueError, EOFError) as error:
-        problems.add(f"{path}:{line}", f"can't be read: {error}")
-    except OSError as error:
-        problems.add(str(path), f"can't be read: {error.strerror or error}")
 
 
 # ---- rows to labelled answers ----

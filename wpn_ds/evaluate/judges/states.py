@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from wpn_ds.data.records import Message
+from wpn_ds.data.shapes import Message
 from wpn_ds.data.tokens import encode_answer, encode_pair, encode_prompt, turn_end
 from wpn_ds.evaluate.judges.reading import BATCH_TOKENS, BF16, STYLE, in_batches
 from wpn_ds.evaluate.model import AskedModel

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from wpn_ds.data.inspect import kind_of
-from wpn_ds.data.records import Message, Prompt, prompt_text, read_forget, read_retain
+from wpn_ds.data.records import prompt_text, read_forget, read_retain
+from wpn_ds.data.shapes import Message, Prompt
 from wpn_ds.data.sources import Problems
 from wpn_ds.data.tokens import encoded_prompt
 from wpn_ds.errors import UserError

@@ -44,7 +44,7 @@ class Options(Drawing):
     model: str | None = None
     """The starting model: a folder in Hugging Face format, or a hub name."""
     train_file: list[str] = option([])
-    """JSONL with prompt, chosen, rejected (the rejected answers are those to forget); or question, answer."""
+    """Data files with prompt, chosen, rejected (the rejected answers are those to forget); or question, answer."""
     output: Path | None = option(None, metavar="FILE")
     """JSONL to write; FILE.meta.json beside it tells how it was made."""
     template: str = option("default", metavar="FILE_OR_TEXT")

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from wpn_ds.data.records import Message
+from wpn_ds.data.shapes import Message
 from wpn_ds.data.sources import Problems, file_rows
 from wpn_ds.judging.degenerate import degenerate_kind
 from wpn_ds.judging.rouge import References

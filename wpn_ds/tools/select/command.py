@@ -28,7 +28,7 @@ class Reading(StyleFlags):
     model: str = option(metavar="DIR")
     """The starting model (hardest: the unlearned one): a folder in Hugging Face format, or a hub name."""
     train_file: list[str] = option()
-    """JSONL as for training: what is to be forgotten."""
+    """Data files as for training: what is to be forgotten."""
     output: Path = option(metavar="FILE")
     """JSONL to write."""
     limit: Count | None = option(None, metavar="N")
@@ -70,7 +70,7 @@ class Nearest(Reading):
     """Choose the retain records that are nearest to the forget records (ICU)."""
 
     retain_file: list[str] = option()
-    """JSONL as for training, of which some rows are chosen."""
+    """Data files as for training, of which some rows are chosen."""
     per_example: Count = option(1, metavar="K")
     """Retain records for each forget record."""
 

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from wpn_ds.data.records import Record
+from wpn_ds.data.sources import Problems, data_files, file_rows, json_text
 from wpn_ds.errors import UserError
 
 _BREAK = re.compile(r"[ \t]*[\r\n]\s*")
@@ -27,12 +28,21 @@ def chosen_rows(paths: Sequence[str], records: Sequence[Record]) -> list[str]:
 
 
 def raw_rows(path: str | Path) -> Iterator[str]:
-    """Each row's text, in the order of :func:`wpn_ds.data.sources.file_rows`, of a file that reads without a problem.
+    """Each row's text, in the order of :func:`wpn_ds.data.sources.file_rows`, of a path that reads without a problem.
 
     A row is a line, without its end. An element of a JSON array may stretch over several; it is put on one, by which
-    no value in it changes, since a string can't hold a line break.
+    no value in it changes, since a string can't hold a line break. A row of a table or of a compressed file is written
+    as JSON.
     """
-    text = Path(path).read_text(encoding="utf-8-sig")  # line ends become \n, as they do there
+    problems = Problems()
+    for file in data_files(path, problems):
+        if (text := json_text(file)) is None:
+            yield from (json.dumps(row, ensure_ascii=False, default=str) for _, row in file_rows(file, problems))
+        else:
+            yield from _raw_json(text)
+
+
+def _raw_json(text: str) -> Iterator[str]:
     if not text.lstrip().startswith("["):
         yield from (line for line in text.split("\n") if line.strip())
         return
