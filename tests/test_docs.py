@@ -320,7 +320,7 @@ def subcommands(command: str) -> tuple[str, ...]:
 @cache
 def known_flags() -> frozenset[str]:
     """The flags of all commands of ours, and of the launcher."""
-    found = set(re.findall(r"^  (\w+)  ", help_of(), re.MULTILINE))
+    found = set(re.findall(r"^  ([\w-]+)  ", help_of(), re.MULTILINE))
     assert {"train", "evaluate", "judge"} <= found
     calls = [(command, *more) for command in found for more in ([()] + [(name,) for name in subcommands(command)])]
     calls += [("train", "--objective", path.stem) for path in (ROOT / "launch/recipes/objectives").glob("*.yaml")]

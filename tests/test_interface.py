@@ -58,8 +58,8 @@ def flags_of(text: str) -> set[str]:
 
 def test_the_commands_are_the_frozen_ones(helped) -> None:
     names: set[str] = set()
-    for name in re.findall(r"^ {2}(\w+) ", helped(), re.MULTILINE):
-        below = re.search(r"^usage: wpn-ds \w+ \{([\w,]+)\}", helped(name), re.MULTILINE)
+    for name in re.findall(r"^ {2}([\w-]+) ", helped(), re.MULTILINE):
+        below = re.search(r"^usage: wpn-ds [\w-]+ \{([\w,]+)\}", helped(name), re.MULTILINE)
         names |= {f"{name} {each}" for each in below[1].split(",")} if below else {name}
     same(names, {"train", *FROZEN["commands"]}, "commands")
 
