@@ -30,7 +30,9 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 from tests.launching import ROOT, environment
 from tests.pool import Pool
 from wpn_ds.errors import UserError
+from wpn_ds.models.adapters import attach
 from wpn_ds.models.sizes import KNOWN, Architecture, architecture, from_config
+from wpn_ds.settings.lora import LoraConfig
 from wpn_ds.tools import estimate
 from wpn_ds.tools.estimate import (
     Job,
@@ -126,7 +128,36 @@ def test_a_folder_with_a_config_has_the_parameters_of_its_model(config: Any, tmp
     config.save_pretrained(tmp_path)
     with torch.device("meta"):
         built = AutoModelForCausalLM.from_config(config)
-    assert architecture(str(tmp_path)).parameters == sum(p.numel() for p in built.parameters())
+    found = architecture(str(tmp_path))
+    assert found.parameters == sum(p.numel() for p in built.parameters())
+    for target in (["auto"], ["all-linear"]):
+        assert found.adapters(4, target) == adapters(config, target)
+
+
+def adapters(config: Any, target: list[str]) -> int:
+    """Parameters of the adapters that training attaches."""
+    with torch.device("meta"):
+        built = AutoModelForCausalLM.from_config(config)
+        attach(built, LoraConfig(lora_r=4, lora_target=target), seed=0)
+    return sum(p.numel() for p in built.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("model", ["opt-350m", "opt-1.3b", "gpt-neo-1.3b"])
+@pytest.mark.parametrize("target", [["auto"], ["all-linear"], ["q_proj", "k_proj"]], ids="-".join)
+def test_a_known_model_gets_exactly_the_adapters_that_training_attaches(model: str, target: list[str]) -> None:
+    assert KNOWN[model].adapters(4, target) == adapters(config_of(KNOWN[model]), target)
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+@pytest.mark.parametrize("bf16", [False, True])
+def test_adapters_alone_have_gradients_optimizer_and_messages(stage: int, bf16: bool) -> None:
+    values: dict[str, Any] = {"zero": {"stage": stage}, "bf16": bf16, "reference": "sharded"}
+    whole, lora = job(**values), job(**values, adapters=1_000_000)
+    assert lora.parameters == whole.parameters + 1_000_000 and lora.trained == 1_000_000
+    small = states_bytes(job(dataclasses.replace(whole.model, parameters=1_000_000), **values))
+    assert states_bytes(lora) == small | {"weights": states_bytes(lora)["weights"]}
+    assert states_bytes(lora)["weights"] >= states_bytes(whole)["weights"] and "reference" not in memory(lora)
+    assert total(lora) < total(whole) and sum(communication(lora).values()) <= sum(communication(whole).values())
 
 
 # Measured: activations

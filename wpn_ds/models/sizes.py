@@ -6,6 +6,8 @@ models are built by transformers without memory, on the meta device, from their 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +27,8 @@ class Architecture:
         saved: elements that a layer keeps per token for its backward pass, see :func:`estimate.activation_bytes`.
         passing: elements per token that exist for a moment at the peak: temporaries and gradients of the widest layer.
         buffers: bytes of the model's buffers, which no ZeRO stage shards.
+        linears: of the linear layers but the head (name, inputs, outputs, how many there are).
+        adapted: those that get adapters unless others are named.
     """
 
     name: str
@@ -38,6 +42,23 @@ class Architecture:
     saved: int
     passing: int
     buffers: int = 0
+    linears: tuple[tuple[str, int, int, int], ...] = ()
+    adapted: tuple[str, ...] = ("q_proj", "v_proj")
+
+    def adapters(self, rank: int, target: Sequence[str]) -> int:
+        """Parameters of LoRA's adapters; ``target`` as --lora_target.
+
+        Raises:
+            UserError: no linear layer has one of these names.
+        """
+        names = self.adapted if [*target] == ["auto"] else target
+        if [*names] == ["all-linear"]:
+            names = [name for name, *_ in self.linears]
+        known = {name for name, *_ in self.linears}
+        if missing := [name for name in names if name not in known]:
+            has = ", ".join(sorted(known))
+            raise UserError(f"--lora_target {missing[0]}: {self.name} has no linear layer of that name, but {has}")
+        return sum(count * rank * (inputs + outputs) for name, inputs, outputs, count in self.linears if name in names)
 
     @property
     def largest(self) -> int:
@@ -64,10 +85,13 @@ def opt(
     """OPT. Its positions have an offset of 2; with ``embed`` (350m) words are projected into and out of ``hidden``."""
     ffn, embed = ffn or 4 * hidden, embed or hidden
     layer = 4 * _linear(hidden, hidden) + _linear(hidden, ffn) + _linear(ffn, hidden) + 2 * 2 * hidden
+    square = [(name, hidden, hidden, layers) for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
+    around = [("project_in", embed, hidden, 1), ("project_out", hidden, embed, 1)] if embed != hidden else []
     tables = vocab * embed + (positions + 2) * hidden + (2 * embed * hidden if embed != hidden else 0)
     return Architecture(
         name, tables + layers * layer + 2 * hidden * final_norm, layers, hidden, ffn, heads, vocab, embed,
         saved=9 * hidden + ffn, passing=2 * ffn,
+        linears=(*square, ("fc1", hidden, ffn, layers), ("fc2", ffn, hidden, layers), *around),
     )  # fmt: skip
 
 
@@ -84,10 +108,12 @@ def gpt_neo(
     """GPT-Neo: q, k and v without bias; each layer has a causal mask of its own as a buffer, a byte an entry."""
     ffn = ffn or 4 * hidden
     attention = 3 * hidden * hidden + _linear(hidden, hidden)
+    square = [(name, hidden, hidden, layers) for name in ("q_proj", "k_proj", "v_proj", "out_proj")]
     layer = attention + _linear(hidden, ffn) + _linear(ffn, hidden) + 2 * 2 * hidden
     return Architecture(
         name, (vocab + positions) * hidden + layers * layer + 2 * hidden, layers, hidden, ffn, heads, vocab, hidden,
         saved=9 * hidden + 5 * ffn, passing=3 * ffn, buffers=layers * positions**2,
+        linears=(*square, ("c_fc", hidden, ffn, layers), ("c_proj", ffn, hidden, layers)),
     )  # fmt: skip
 
 
@@ -150,6 +176,7 @@ def from_config(config: Any, name: str) -> Architecture:
 def _other(config: Any, name: str) -> Architecture:
     """Exact parameters; activations of a layer with rotary positions, fp32 norms and a gated MLP, roughly."""
     import torch
+    from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING as OF_FAMILY
     from transformers import AutoModelForCausalLM
 
     try:
@@ -164,5 +191,19 @@ def _other(config: Any, name: str) -> Architecture:
         raise UserError(f"--model {name}: not a causal language model that can be estimated ({reason})") from error
     parameters = sum(parameter.numel() for parameter in model.parameters())
     return Architecture(
-        name, parameters, layers, hidden, ffn, heads, vocab, hidden, saved=20 * hidden + 5 * ffn, passing=3 * ffn
-    )
+        name, parameters, layers, hidden, ffn, heads, vocab, hidden, saved=20 * hidden + 5 * ffn, passing=3 * ffn,
+        linears=_linears(model), adapted=tuple(OF_FAMILY.get(config.model_type, ["all-linear"])),
+    )  # fmt: skip
+
+
+def _linears(model: Any) -> tuple[tuple[str, int, int, int], ...]:
+    """The linear layers of a model but its head, Conv1D of GPT-2's kin among them."""
+    import torch
+    from transformers.pytorch_utils import Conv1D
+
+    head, counted = model.get_output_embeddings(), Counter[tuple[str, int, int]]()
+    for name, module in model.named_modules():
+        if module is not head and isinstance(module, torch.nn.Linear | Conv1D):
+            outputs, inputs = module.weight.shape if isinstance(module, torch.nn.Linear) else module.weight.shape[::-1]
+            counted[name.rpartition(".")[2], inputs, outputs] += 1
+    return tuple((*layer, count) for layer, count in counted.items())

@@ -29,6 +29,9 @@ model is then from its first layer to its last; what is fetched exists twice for
 a matrix, d f; the reduce bucket, and a copy for each reduction under way, up to two with `overlap_comm`. **Step**: the
 gradient's shard, once more in fp32; activations are gone by then, so the larger of both counts.
 
+**Adapters** (LoRA). Gradients and optimizer are of the adapters alone, A parameters in the place of P, the head has no
+gradient, and KL's reference is the model itself without them.
+
 **Communication.** In a ring of N, gathering or scattering M bytes sends M (N - 1) / N through every rank, an all-reduce
 twice that. Stage 0 all-reduces gradients once a step; stage 1 too, and gathers weights; stage 2 all-reduces them for
 every micro-batch. Stage 3, for every micro-batch, gathers weights for the forward pass and what is no longer whole
@@ -90,6 +93,17 @@ class Job:
     reference: str
     global_batch_size: int
     tokens_per_example: int
+    adapters: int = 0
+
+    @property
+    def parameters(self) -> int:
+        """Of the model with its adapters."""
+        return self.model.parameters + self.adapters
+
+    @property
+    def trained(self) -> int:
+        """Parameters that have a gradient."""
+        return self.adapters or self.model.parameters
 
     @property
     def ranks(self) -> int:
@@ -119,12 +133,11 @@ class Job:
 
 def states_bytes(job: Job) -> dict[str, int]:
     """Weights, gradients and optimizer of a rank, wherever they lie."""
-    p, n, s, stage = job.model.parameters, job.ranks, job.width, job.stage
-    shard = math.ceil(p / n)
+    p, a, n, s, stage = job.parameters, job.trained, job.ranks, job.width, job.stage
     return {
-        "weights": s * (shard if stage == 3 else p),
-        "gradients": s * p if stage < 2 else 4 * shard,
-        "optimizer": (8 + 4 * (job.bf16 or stage > 0)) * (p if stage == 0 else shard),
+        "weights": s * (math.ceil(p / n) if stage == 3 else p),
+        "gradients": s * a if stage < 2 else 4 * math.ceil(a / n),
+        "optimizer": (8 + 4 * (job.bf16 or stage > 0)) * (a if stage == 0 else math.ceil(a / n)),
     }
 
 
@@ -143,7 +156,7 @@ def activation_bytes(job: Job) -> int:
 def head_bytes(job: Job) -> int:
     """The loss at the label positions, at most every token: logits by chunks, and the gradient of the head."""
     m, s = job.model, job.width
-    weight = m.vocab * m.embed
+    weight = 0 if job.adapters else m.vocab * m.embed
     labels = 2 * s * job.tokens_per_micro_batch * m.embed
     return 3 * 4 * HEAD_CHUNK * m.vocab + 4 * weight + (s * weight if job.bf16 else 0) + labels
 
@@ -178,6 +191,8 @@ def _secondary_bytes(job: Job) -> int:
 
 def _reference_bytes(job: Job) -> int:
     m, s = job.model, job.width
+    if job.adapters and job.reference in ("sharded", "cpu", "nvme"):
+        return 0
     if job.reference == "sharded":
         return s * (math.ceil(m.parameters / job.ranks) if job.stage == 3 else m.parameters) + m.buffers
     if job.reference == "states":
@@ -197,18 +212,18 @@ def _gathered_bytes(job: Job) -> int:
 
 def _bucket_bytes(job: Job) -> int:
     """Gradients on their way: the matrix of which one is being made, and what is being reduced."""
-    matrix = job.width * job.model.hidden * job.model.ffn
+    matrix = 0 if job.adapters else job.width * job.model.hidden * job.model.ffn
     bucket, overlapped = job.size("reduce_bucket_size", 500_000_000), job.zero.get("overlap_comm", job.stage == 3)
     if job.stage == 0:
-        return matrix + job.width * min(job.model.parameters, _ALL_REDUCE_FALLBACK)
+        return matrix + job.width * min(job.trained, _ALL_REDUCE_FALLBACK)
     return matrix + job.width * bucket * (1 + bool(overlapped) + (job.stage == 3))
 
 
 def _step_bytes(job: Job) -> int:
     if job.offload("optimizer") != "none" or (job.stage == 0 and not job.bf16):
         return 0
-    at_once = job.size("sub_group_size", 10**9) if job.stage == 3 else job.model.parameters
-    return 4 * min(at_once, math.ceil(job.model.parameters / (job.ranks if job.stage else 1)))
+    at_once = job.size("sub_group_size", 10**9) if job.stage == 3 else job.trained
+    return 4 * min(at_once, math.ceil(job.trained / (job.ranks if job.stage else 1)))
 
 
 def host_memory(job: Job) -> dict[str, int]:
@@ -219,24 +234,26 @@ def host_memory(job: Job) -> dict[str, int]:
     if job.offload("optimizer") != "none":
         found["cpu"] += states["gradients"]
         found[job.offload("optimizer")] += states["optimizer"]
-    if job.reference in ("cpu", "nvme"):
+    if job.reference in ("cpu", "nvme") and not job.adapters:
         found[job.reference] += job.width * math.ceil(job.model.parameters / job.ranks)
     return {place: size * job.gpus_per_node for place, size in found.items() if size}
 
 
 def communication(job: Job) -> dict[str, int]:
     """Bytes that a rank sends in an optimizer step by what they are."""
-    whole, n, count = job.width * job.model.parameters, job.ranks, job.micro_batches
+    whole, n, count = job.width * job.parameters, job.ranks, job.micro_batches
+    gradients = job.width * job.trained
     live = job.width * min(job.model.parameters, job.size("stage3_max_live_parameters", 10**9))
     moved: dict[str, int] = {}
     if job.stage == 3:
         moved["gather weights, forward"] = count * whole
         moved["gather weights, backward"] = count * (whole - live)
-        moved["scatter gradients"] = count * whole
+        moved["scatter gradients"] = count * gradients
     else:
-        moved["all-reduce gradients"] = 2 * whole * (count if job.stage == 2 else 1)
-        moved["gather weights"] = whole if job.stage else 0
-    if job.reference in ("cpu", "nvme") or (job.reference == "sharded" and job.stage == 3):
+        moved["all-reduce gradients"] = 2 * gradients * (count if job.stage == 2 else 1)
+        moved["gather weights"] = gradients if job.stage else 0
+    beside = job.reference in ("cpu", "nvme") and not job.adapters
+    if beside or (job.reference in ("sharded", "cpu", "nvme") and job.stage == 3):
         moved["gather the reference"] = count * whole
     return {what: size * (n - 1) // n for what, size in moved.items() if size and n > 1}
 
@@ -347,6 +364,10 @@ class Options:
     """As in training."""
     max_length: Count = DataConfig.max_length
     """As in training."""
+    lora_r: int = 0
+    """As in training."""
+    lora_target: list[str] = option(["auto"], metavar="NAME")
+    """As in training."""
     objective: str = option("wpn", metavar="NAME")
     """As in training: whether there is a term with KL."""
     reference: Literal["sharded", "cpu", "nvme", "states", "topk", "none"] | None = None
@@ -414,6 +435,7 @@ def _job(options: Options) -> Job:
         reference=options.reference or ("sharded" if Terms.of(objective).needs_start_distribution else "none"),
         global_batch_size=options.global_batch_size,
         tokens_per_example=options.tokens_per_example,
+        adapters=model.adapters(options.lora_r, options.lora_target) if options.lora_r else 0,
     )
 
 
@@ -423,6 +445,7 @@ def _figures(job: Job, room: float, found: Sequence[Change], options: Options) -
     return {
         "model": job.model.name,
         "parameters": job.model.parameters,
+        "adapters": job.adapters,
         "ranks": job.ranks,
         "zero_stage": job.stage,
         "bf16": job.bf16,
@@ -442,7 +465,8 @@ def _figures(job: Job, room: float, found: Sequence[Change], options: Options) -
 def _as_text(job: Job, figures: Mapping[str, Any], found: Sequence[Change], options: Options) -> str:
     kind = "bf16" if job.bf16 else "fp32"
     gpus = f"{job.nodes} x {job.gpus_per_node} GPUs of {options.gpu_memory:g} GiB"
-    lines = [f"{job.model.name}, {job.model.parameters:,} parameters, {kind}, ZeRO stage {job.stage}, on {gpus}", ""]
+    size = f"{job.model.parameters:,} parameters" + f" and {job.adapters:,} in adapters" * bool(job.adapters)
+    lines = [f"{job.model.name}, {size}, {kind}, ZeRO stage {job.stage}, on {gpus}", ""]
 
     without, other = ("without", "plain") if job.gradient_checkpointing else ("with", "checkpointed")
     notes = {
