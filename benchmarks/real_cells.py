@@ -157,7 +157,8 @@ def write_data(bench: Bench) -> None:
         for row in rows
         if 2 < len(row["output"].split()) <= LONGEST
     ]
-    retain, kept, _ = _parts(_shuffled(texts), sizes.retain, sizes.kept)
+    once = {_words(text["prompt"]): text for text in texts}
+    retain, kept, _ = _parts(_shuffled(once.values()), sizes.retain, sizes.kept)
     for twin in sizes.twins:
         _write(bench.file(twin, "retain"), retain)
         _write(bench.file(twin, "kept"), kept)

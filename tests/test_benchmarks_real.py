@@ -69,7 +69,7 @@ def test_every_method_takes_its_settings_as_flags_that_training_has(tmp_path) ->
         own = {"retain_loss": "kl", "output_dir": "x", "reference": "states"} | real_plan.settings_of(name)
         parse_args(flags(real_cells._budget(bench, "pku") | own))
     assert not METHODS.keys() & SEARCH.keys() and {*map(real_plan.family, SEARCH)} <= METHODS.keys()
-    default = parse_args(["--output_dir", "x"]).objective
+    default = parse_args(["--output_dir", "x", "--deepspeed", "zero0.json"]).objective
     assert all(getattr(default, name) == value for name, value in METHODS[real_plan.DEFAULT].items())
 
 
@@ -324,7 +324,7 @@ def test_figures_of_other_settings_are_refused_but_not_more_methods(tmp_path) ->
 @pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--methods", "wpm"], "did you mean npo"),
+        (["--methods", "wpn-state"], "did you mean wpn-states"),
         (["--only", "nothing"], "no cell is called so"),
         (["--data", "nowhere", "--model", "x"], "isn't below nowhere: name the folder that has it with --data"),
     ],

@@ -113,7 +113,7 @@ def test_refusals_train_no_judge_of_harm(tmp_path) -> None:
         run(["measure", "--judge", "reference", "--file", file])
     with pytest.raises(UserError, match=r'field "final_label": must be one of 2_full_refusal'):
         read_people([refusals(tmp_path / "y.csv", ("refused", NO))])
-    with pytest.raises(UserError, match=r'y\.csv:2: field "completion": is empty'):
+    with pytest.raises(UserError, match=r'y\.csv:2: field "completion": is missing or empty'):
         run(["measure", "--judge", "phrases", "--file", refusals(tmp_path / "y.csv", ("1_full_compliance", ""))])
 
 

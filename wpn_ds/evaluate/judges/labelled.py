@@ -95,6 +95,10 @@ def _labelled(row: Row, source: str) -> list[Labelled]:
     for fields, convert in _SHAPES:
         if all(field in row for field in fields):
             return convert(row, source)
+    near = max((fields for fields, _ in _SHAPES), key=lambda fields: len({*fields} & {*row}) / len(fields))
+    missing = [field for field in near if field not in row]
+    if len(missing) == 1 < len(near) - 1:
+        raise _Bad(f'field "{missing[0]}": is missing or empty')
     known = " or ".join("{" + ", ".join(fields) + "}" for fields, _ in _SHAPES)
     raise _Bad(f"unknown shape, its fields are {', '.join(map(str, row)) or 'none'}; known are {known}")
 
