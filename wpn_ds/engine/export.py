@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -29,13 +29,7 @@ def export(lm: Any, tokenizer: Any, output_dir: Path, world: World, config_overr
     Args:
         config_overrides: configuration values to write in place of the training ones (the original dropout).
     """
-    with busy(world, f"gathering the weights for {output_dir}"):
-        weights = full_weights(lm, world)
-    if world.is_main:
-        with busy(world, f"writing {output_dir}"):
-            patiently(lambda: _write_model(lm, tokenizer, weights or {}, output_dir, config_overrides))
-    else:
-        patiently(lambda: None)
+    _written(lm, world, output_dir, lambda weights: _write_model(lm, tokenizer, weights, output_dir, config_overrides))
 
 
 def export_adapters(
@@ -50,13 +44,28 @@ def export_adapters(
 ) -> None:
     """The adapters of ``lm`` in PEFT's format or, with ``merge``, the whole model that they make of ``source``. Every
     rank must call it."""
+    _written(
+        lm,
+        world,
+        output_dir,
+        lambda weights: _write_adapters(lm, tokenizer, weights, output_dir, source, overrides, merge=merge),
+        adapters_alone=not merge,
+    )
+
+
+def _written(
+    lm: Any,
+    world: World,
+    output_dir: Path,
+    write: Callable[[dict[str, Tensor]], None],
+    *,
+    adapters_alone: bool = False,
+) -> None:
+    """Gather the weights by all ranks, and let rank 0 ``write`` them."""
     with busy(world, f"gathering the weights for {output_dir}"):
-        weights = full_weights(lm, world, adapters_alone=not merge)
-    if world.is_main:
-        with busy(world, f"writing {output_dir}"):
-            patiently(lambda: _write_adapters(lm, tokenizer, weights or {}, output_dir, source, overrides, merge=merge))
-    else:
-        patiently(lambda: None)
+        weights = full_weights(lm, world, adapters_alone=adapters_alone)
+    with busy(world, f"writing {output_dir}"):
+        patiently(lambda: None if weights is None else write(weights))
 
 
 def full_weights(lm: Any, world: World, *, adapters_alone: bool = False) -> dict[str, Tensor] | None:

@@ -35,9 +35,9 @@ from wpn_ds.jobs.distributed import World, agree, announce, busy, init, on_main,
 from wpn_ds.jobs.heartbeat import after_the_watchdog
 from wpn_ds.jobs.output import claim_output, lock_output
 from wpn_ds.jobs.preflight import check as check_nodes
-from wpn_ds.models.adapters import is_adapter, whole
+from wpn_ds.models.adapters import whole
 from wpn_ds.models.check import supported
-from wpn_ds.models.folder import check_place
+from wpn_ds.models.folder import check_place, is_adapter
 from wpn_ds.models.load import (
     Source,
     check_ids,

@@ -21,14 +21,14 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from wpn_ds.errors import UserError
-from wpn_ds.models.folder import identity, read_json
+from wpn_ds.models.folder import ADAPTER_CONFIG, identity, is_adapter, read_json
 from wpn_ds.models.load import Source, load_model, load_tokenizer, pinned
 from wpn_ds.settings.lora import LoraConfig
 from wpn_ds.system.files import cache_folder, filled, sha256
 
 logger = logging.getLogger(__name__)
 
-CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+WEIGHTS = "adapter_model.safetensors"
 #: What PEFT calls the one set of adapters, in the names of a live model; its files leave it out.
 _NAME = "default"
 #: What PEFT's files put before the names, which are those within its wrapper.
@@ -68,11 +68,6 @@ def attach(lm: Any, settings: LoraConfig, seed: int) -> None:
     for name, parameter in lm.named_parameters():
         parameter.requires_grad_(_is_adapter(name))
     lm.train()
-
-
-def attached(lm: Any) -> bool:
-    """Whether ``lm`` has adapters."""
-    return bool(_layers(lm))
 
 
 @contextlib.contextmanager
@@ -119,15 +114,10 @@ def write(lm: Any, weights: Mapping[str, Tensor], tokenizer: Any, base: str, rev
     config = copy.deepcopy(lm.peft_config[_NAME])
     config.base_model_name_or_path, config.revision, config.inference_mode = base, revision, True
     named = {_PREFIX + name.replace(f".{_NAME}.", "."): weight.contiguous() for name, weight in weights.items()}
-    with filled(out, last=CONFIG) as partial:
+    with filled(out, last=ADAPTER_CONFIG) as partial:
         save_file(named, partial / WEIGHTS, metadata={"format": "pt"})
         config.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
-
-
-def is_adapter(folder: str | Path) -> bool:
-    """Whether the folder holds an adapter in PEFT's format and no model."""
-    return Path(folder, CONFIG).is_file()
 
 
 def whole(source: Source) -> Source:
@@ -140,9 +130,10 @@ def whole(source: Source) -> Source:
     folder, where = Path(source.name_or_path), f"{source.flag} {source.name_or_path}"
     if not is_adapter(folder):
         return source
-    about = read_json(folder / CONFIG)
+    about = read_json(folder / ADAPTER_CONFIG)
     if not (base := about.get("base_model_name_or_path")):
-        raise UserError(f"{where}: its {CONFIG} names no base_model_name_or_path: add the model that it was trained on")
+        lacks = f"its {ADAPTER_CONFIG} names no base_model_name_or_path"
+        raise UserError(f"{where}: {lacks}: add the model that it was trained on")
     flag = f"{where}: its base model"
     of_base = pinned(replace(source, name_or_path=base, revision=about.get("revision"), flag=flag))
     files = [sha256(path) for path in sorted(folder.glob("adapter_*"))]

@@ -9,6 +9,7 @@ from typing import Any
 
 from wpn_ds.errors import UserError
 
+ADAPTER_CONFIG = "adapter_config.json"
 WEIGHTS = "*.safetensors or pytorch_model*.bin"
 _POINTER = b"version https://git-lfs"
 _INDEX = "model.safetensors.index.json"
@@ -27,8 +28,8 @@ def fault(place: Path, *, weights: bool = True) -> str:
     """
     if place.is_file():
         return _file(place)
-    if (place / "adapter_config.json").is_file():
-        base = read_json(place / "adapter_config.json").get("base_model_name_or_path")
+    if is_adapter(place):
+        base = read_json(place / ADAPTER_CONFIG).get("base_model_name_or_path")
         return (
             f"an adapter (PEFT){f' for {base}' if base else ''}, not a model: merge it into its base model first, with "
             "peft's merge_and_unload and save_pretrained"
@@ -45,12 +46,17 @@ def check_place(flag: str, name: str) -> None:
         UserError: it is such.
     """
     folder = Path(name)
-    if (folder / "adapter_config.json").is_file():  # it stands for the model that it makes of its base
+    if is_adapter(folder):  # it stands for the model that it makes of its base
         return
     if folder.exists() and (reason := fault(folder)):
         raise UserError(f"{flag} {name}: {reason}")
     if not folder.exists() and not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name):
         raise UserError(f"{flag} {name}: there is no such folder")
+
+
+def is_adapter(folder: str | Path) -> bool:
+    """Whether the folder holds an adapter in PEFT's format."""
+    return Path(folder, ADAPTER_CONFIG).is_file()
 
 
 def configuration(folder: Path) -> dict[str, Any]:

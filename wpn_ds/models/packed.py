@@ -211,10 +211,11 @@ def _chunks(
         # The coefficients scale what is [c, d], not what is [c, V].
         wide, delta = delta.dtype, delta.to(weight.dtype)
         of_hidden.append(((delta @ weight) * scale).to(weight.dtype))
-        scaled = (states * scale).to(weight.dtype)
         if frozen:
-            pass
-        elif of_weight is None:  # summed over chunks in fp32: bf16 would round after each
+            del delta
+            continue
+        scaled = (states * scale).to(weight.dtype)
+        if of_weight is None:  # summed over chunks in fp32: bf16 would round after each
             of_weight = (delta.T @ scaled).to(wide)
         elif wide == delta.dtype:
             of_weight.addmm_(delta.T, scaled)
