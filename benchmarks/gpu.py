@@ -5,6 +5,7 @@ b  optimizer steps of WPN, bf16 and ZeRO-3, of models with random weights: speed
 c  the plain way (benchmarks/way_plain.py) on the same examples; of two sizes of a micro-batch the faster counts
 d  the operators that a step of b spends its time on
 e  the largest of some OPTs whose weights and optimizer the host's memory holds
+f  steps of b by every kernel
 
 Prints tables, and writes JSON after every row. Another call goes on with what there was no time for, or what failed.
 Steps are those of a run that goes on: what ours computes once (the answers' vectors, the reference's states) is in its
@@ -45,22 +46,26 @@ from wpn_ds.tools.ablate.grid import flags
 
 RESULTS = Path(__file__).parent / "results.gpu.json"
 #: The most telling first: what there is no time for is at the end.
-MODELS = ("opt-6.7b", "opt-2.7b", "opt-1.3b", "gpt-neo-2.7b", "opt-125m", "gpt-neo-1.3b")
+MODELS = ("opt-6.7b", "opt-2.7b", "opt-1.3b", "gpt-neo-2.7b", "gpt-neo-1.3b", "opt-125m")
 OFFLOADED = ("opt-13b", "opt-6.7b", "opt-2.7b")
 EXACT = ("opt-1.3b", "gpt-neo-1.3b")
-PROFILED = "opt-2.7b"
+PROFILED = "opt-6.7b"
+COMPARED = "opt-1.3b"
+"""Whose steps are measured with each of the kernels that a GPU has."""
 SMALL = ("opt-tiny", "gpt_neo-tiny")
-PARTS = "abcde"
+PARTS = "abcdef"
 
 ROW_LENGTH = 2048
 #: (activation checkpointing, tokens of a micro-batch): the first that the estimate lets fit is taken. Recomputation
 #: costs a third more time, smaller micro-batches cost less than that.
-SETTINGS = [(checkpointing, tokens) for checkpointing in (False, True) for tokens in (8192, 4096, 2048)]
+SETTINGS = [(checkpointing, tokens) for checkpointing in (False, True) for tokens in (32768, 16384, 8192, 4096, 2048)]
 WARM_UP, STEPS = 2, 3
 MICRO_BATCHES = (8, 32)
 """Of the plain way."""
 EXACT_SECONDS = 150
 """At most, of each model."""
+NOMINAL = {"H100": 989e12, "H200": 989e12}
+"""Flops a second in bfloat16 by the data sheet, of which MFU is a share; of other devices, the measured rate."""
 ENV = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 """Of both ways: micro-batches differ in length, and blocks of a fixed size would leave gaps."""
 
@@ -97,12 +102,10 @@ class Bench:
                 f"{FORGET['pku']} isn't below {SHARED}: set WPN_DS_SHARED to the folder that holds data/ (the demo's "
                 "texts are too short)"
             )
+        name = torch.cuda.get_device_name(0) if cuda else ""
+        self.nominal = next((flops for known, flops in NOMINAL.items() if known in name), None)
         about = {"device": torch.cuda.get_device_name(0) if cuda else "CPU", "small": options.small}
         about |= {"data": self.data.source, "machine": machine()}
-        zero3 = json.loads((ROOT / "ds_configs/zero3.json").read_text())
-        zero3["optimizer"]["params"]["torch_adam"] = True  # DeepSpeed's own would be compiled first, a minute
-        self.zero3 = folder / "zero3.json"
-        self.zero3.write_text(json.dumps(zero3))
         self.found: dict[str, Any] = about
         if options.output.exists():
             earlier = json.loads(options.output.read_text())
@@ -123,6 +126,11 @@ class Bench:
                 self._note("steps", name, self._ours(name, self._settings(name), profiled))
             if "c" in parts and not self._known("plain", name):
                 self._note("plain", name, self._plain(name))
+        if "f" in parts:
+            name = SMALL[0] if small else COMPARED
+            for kernel in ("packed",) if small else ("varlen", "flex"):
+                if not self._known("kernels", kernel):
+                    self._note("kernels", kernel, self._ours(name, self._settings(name), False, kernel))
         if "e" in parts:
             self._offloaded(SMALL[:1] if small else OFFLOADED)
         if "a" in parts and not self._known("gradient", "one rank"):
@@ -200,15 +208,17 @@ class Bench:
 
     def _settings(self, name: str) -> list[Setting]:
         """Those of :data:`SETTINGS` that fit; if none does, the smallest."""
-        found = [self._setting(name, str(self.zero3), checkpointing, tokens) for checkpointing, tokens in SETTINGS]
+        found = [
+            self._setting(name, "ds_configs/zero3.json", checkpointing, tokens) for checkpointing, tokens in SETTINGS
+        ]
         return [setting for setting in found if setting.fits] or found[-1:]
 
-    def _ours(self, name: str, settings: Sequence[Setting], profiled: bool) -> dict[str, Any]:
+    def _ours(self, name: str, settings: Sequence[Setting], profiled: bool, attention: str = "auto") -> dict[str, Any]:
         """The first of ``settings`` that doesn't run out of memory."""
         row: dict[str, Any] = {}
         for setting in settings:
             row = {"setting": asdict(setting), "estimate_gib": setting.peak / 2**30}
-            row |= self._unfit(setting) or self._ours_with(name, setting, profiled)
+            row |= self._unfit(setting) or self._ours_with(name, setting, profiled, attention)
             if row.get("reason") != _OUT_OF_MEMORY:
                 break
             say(f"{name}: out of memory with {setting}")
@@ -222,7 +232,7 @@ class Bench:
             return {"reason": f"needs {setting.host / 2**30:.0f} GiB of host memory, of {memory / 2**30:.0f}"}
         return {}
 
-    def _ours_with(self, name: str, setting: Setting, profiled: bool) -> dict[str, Any]:
+    def _ours_with(self, name: str, setting: Setting, profiled: bool, attention: str) -> dict[str, Any]:
         settings = {
             "deepspeed": setting.deepspeed,
             "model_name_or_path": self._model(name),
@@ -233,6 +243,7 @@ class Bench:
             "max_length": ROW_LENGTH,
             "tokens_per_micro_batch": setting.tokens_per_micro_batch,
             "gradient_checkpointing": setting.gradient_checkpointing,
+            "attention": attention,
             "bf16": True,
             "learning_rate": LEARNING_RATE,
             "lr_scheduler_type": "constant",
@@ -272,7 +283,7 @@ class Bench:
             way = Way(["-m", *command], self.folder / f"{label}.log", env=env, seconds=self._seconds_left)
             first, *done = [way.step() for _ in range(warm_up + steps)]
             done = done[warm_up - 1 :]
-            operators = way.step()["operators"] if profiled else []
+            profile = way.step() if profiled else {}
             way.end()
         except Failed as error:
             if way is not None:
@@ -285,8 +296,8 @@ class Bench:
         if "flops" in last:
             found |= {name: last[name] for name in ("tokens", "largest_micro_batch", "attention")}
             found |= {"tokens_per_second": last["tokens"] / seconds, "matrix_product_tflops": last["peak_flops"] / 1e12}
-            found["mfu"] = last["flops"] / seconds / last["peak_flops"]
-        return found | ({"operators": operators} if operators else {})
+            found["mfu"] = last["flops"] / seconds / (self.nominal or last["peak_flops"])
+        return found | {name: profile[name] for name in ("operators", "device_busy") if name in profile}
 
 
 _OUT_OF_MEMORY, _NO_TIME, _TIME_UP = "out of memory", "no time was left", "the time was up"
@@ -315,7 +326,7 @@ def parser() -> argparse.ArgumentParser:
         prog="python -m benchmarks.gpu", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = made.add_argument
-    add("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help="of a, b, c, d, e")
+    add("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
     add("--minutes", type=float, default=8.5, help="after which no row goes on (default 8.5)")
     add("--output", type=Path, default=RESULTS, help="JSON (default benchmarks/results.gpu.json)")

@@ -13,18 +13,22 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import multiprocessing
 import os
 import platform
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from datetime import datetime, timedelta
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from benchmarks import real_table
-from benchmarks.real_cells import Bench, require_data, run_cell, write_data
+from benchmarks.real_cells import Bench, Results, require_data, run_cell, write_data
 from benchmarks.real_plan import METHODS, SEARCH, SMALL, Cell, Sizes, expected_minutes, plan, wanted
 from benchmarks.setting import SHARED, make_model
 from wpn_ds.errors import UserError, nearest
@@ -79,6 +83,7 @@ def parser() -> argparse.ArgumentParser:
     end.add_argument("--until", type=clock, metavar="HH:MM", help="start no cell that would not end before")
     end.add_argument("--minutes", type=lambda text: number(text, Positive), help="the same, in minutes from now")
     add("--batch_size", type=number, default=32, help="prompts that are answered at a time (default 32)")
+    add("--jobs", type=number, default=1, help="cells at a time, for a GPU that one leaves idle (default 1)")
     add("--ranks", type=number, default=1, help="processes of a training; from 2 on with ZeRO-3 (default 1)")
     add("--tokens_per_micro_batch", type=number, default=4096, help="of a training's rank (default 4096)")
     add("--small", action="store_true", help="a tiny model with random weights, few prompts: a check, no result")
@@ -100,7 +105,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with locked(options.work / ".real.lock", f"--work {options.work}"):
         bench = ready(options, sizes)
         known = same_settings(known, settings(bench), path)
-        failed = run_all(cells, bench, known, path, minutes_left(options))
+        failed = run_all(cells, bench, known, path, minutes_left(options), options.jobs)
     print(real_table.report(known))
     if options.write:
         real_table.plot(known["cells"], PLOT)
@@ -151,6 +156,10 @@ def settings(bench: Bench) -> dict[str, Any]:
     return json.loads(json.dumps({"model": [digest[:16] for digest in weights], **sizes}))  # type: ignore[no-any-return]
 
 
+def device_name() -> str:
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+
+
 def same_settings(known: dict[str, Any], own: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """What is known, with its settings.
 
@@ -171,28 +180,61 @@ def minutes_left(options: argparse.Namespace) -> float:
     return float("inf") if options.minutes is None else options.minutes
 
 
-def run_all(cells: Sequence[Cell], bench: Bench, known: dict[str, Any], path: Path, minutes: float) -> list[str]:
-    """Run the cells that aren't done, in their order, and write the results after each; the names of those that
-    failed. What needs a cell that isn't done, or would last longer than is left, is passed over."""
+class Inline(Executor):
+    """Does the work at once, in this process."""
+
+    def submit(self, work: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(work(*args, **kwargs))
+        except UserError as error:
+            future.set_exception(error)
+        return future
+
+
+def workers(jobs: int) -> Executor:
+    """Of processes that import everything anew: a GPU's context doesn't outlive a fork."""
+    return Inline() if jobs == 1 else ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"))
+
+
+def timed(cell: Cell, bench: Bench, done: Results) -> dict[str, Any]:
+    """The cell's figures, and where and how fast they were measured."""
+    started = time.monotonic()
+    found = run_cell(cell, bench, done)
+    minutes = (time.monotonic() - started) / 60
+    return rounded(found | {"minutes": minutes, "bf16": bench.bf16, "device": device_name()})  # type: ignore[no-any-return]
+
+
+def run_all(
+    cells: Sequence[Cell], bench: Bench, known: dict[str, Any], path: Path, minutes: float, jobs: int = 1
+) -> list[str]:
+    """Run the cells that aren't done, ``jobs`` at a time, and write the results after each; the names of those that
+    failed. The first of those that can begin begins. What needs a cell that isn't done, or would last longer than is
+    left, is passed over."""
     done, failed, begun = known["cells"], [], time.monotonic()
     left = [cell for cell in cells if cell.name not in done]
-    for at, cell in enumerate(left, start=1):
-        if missing := [name for name in cell.needs if name not in done]:
-            say(f"{cell.name} waits for {', '.join(missing)}")
-            continue
-        expected, started = expected_minutes(cell, done), time.monotonic()
-        if (started - begun) / 60 + expected > minutes:
-            say(f"{cell.name} would take {expected:.0f} minutes: no time is left for it")
-            continue
-        say(f"[{at}/{len(left)}] {cell.name}, about {expected:.0f} minutes")
-        try:
-            found = run_cell(cell, bench, done)
-        except UserError as error:
-            say(f"{cell.name} FAILED: {error}")
-            failed.append(cell.name)
-            continue
-        done[cell.name] = rounded(found | {"minutes": (time.monotonic() - started) / 60, "bf16": bench.bf16})
-        write_results(path, known)
+    total, at, running = len(left), 0, dict[Future[Any], Cell]()
+    with workers(jobs) as pool:
+        while running or any(done.keys() >= set(cell.needs) for cell in left):
+            for cell in [cell for cell in left if done.keys() >= set(cell.needs)][: jobs - len(running)]:
+                left.remove(cell)
+                at, expected = at + 1, expected_minutes(cell, done)
+                if (time.monotonic() - begun) / 60 + expected > minutes:
+                    say(f"{cell.name} would take {expected:.1f} minutes: no time is left for it")
+                    continue
+                say(f"[{at}/{total}] {cell.name}, about {expected:.1f} minutes")
+                running[pool.submit(timed, cell, bench, dict(done))] = cell
+            for future in wait(running, return_when=FIRST_COMPLETED).done:
+                cell = running.pop(future)
+                try:
+                    done[cell.name] = future.result()
+                except UserError as error:
+                    say(f"{cell.name} FAILED: {error}")
+                    failed.append(cell.name)
+                else:
+                    write_results(path, known)
+    for cell in left:
+        say(f"{cell.name} waits for {', '.join(name for name in cell.needs if name not in done)}")
     return failed
 
 

@@ -547,10 +547,10 @@ def _mix(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
     if not before or 1 - means[1.0] / before <= DAMAGE:
         asked = results[f"ask/{cell.twin}/{cell.method}/{cell.which}"]["suites"]
         return {"alpha": 1.0, "means": {"1": means[1.0]}, "suites": {name: asked[name] for name in names}}
-    with _mixed(start, model, ALPHA, bench) as folder:
+    with _mixed(start, model, ALPHA, cell, bench) as folder:
         means[ALPHA] = _benchmarks(cell, bench, folder, f"alpha-{ALPHA:g}", sizes.items)["mean"]
     alpha = round(equal_damage({at: 1 - mean / before for at, mean in means.items()}, DAMAGE), 4)
-    with _mixed(start, model, alpha, bench) as folder:
+    with _mixed(start, model, alpha, cell, bench) as folder:
         found = _answered(
             cell, cell.twin, bench, folder, "equal-damage", {"suite": ",".join(names), "limit": sizes.ask}
         )
@@ -558,14 +558,15 @@ def _mix(cell: Cell, bench: Bench, results: Results) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _mixed(start: Path, unlearned: Path, alpha: float, bench: Bench) -> Iterator[Path]:
+def _mixed(start: Path, unlearned: Path, alpha: float, cell: Cell, bench: Bench) -> Iterator[Path]:
     """A folder with ``start + alpha (unlearned - start)``, as long as it is needed (arXiv 2406.09179).
 
     Raises:
         UserError: they could not be mixed; the command has said why.
     """
-    folder = bench.work / "weights" / "mixed"
+    folder = bench.work / "weights" / "mixed" / cell.name
     shutil.rmtree(folder, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
     given = {"start": str(start), "unlearned": str(unlearned), "alpha": alpha, "output_dir": str(folder)}
     with _into(folder.with_suffix(".log")):
         code = wpn_ds(["mix", *flags(given)])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from wpn_ds.models.speed import synchronize
 from wpn_ds.settings.run import parse_args
 
 #: Operators that a profile has, the costliest first.
-OPERATORS = 10
+OPERATORS = 15
 
 
 def random_lm(job: Job, attention: str, *, trained: bool) -> Any:
@@ -65,7 +66,7 @@ def main() -> None:
 
     def step(number: int) -> dict[str, Any]:
         plan = parts.feed.plan(number)
-        costs: list[dict[str, Any]] = []
+        costs: dict[str, Any] = {}
         with profiled(device, costs) if number == own.profile else contextlib.nullcontext():
             sums = parts.take(plan).sums
             synchronize(device)
@@ -84,26 +85,37 @@ def main() -> None:
             "peak_flops": parts.progress.peak_flops,
             "peak_bytes": peak_memory_bytes(device),
             "attention": parts.policy.attention,
-            "operators": costs,
+            **costs,
         }
 
     serve(step)
 
 
 @contextlib.contextmanager
-def profiled(device: torch.device, costs: list[dict[str, Any]]) -> Iterator[None]:
-    """Put into ``costs`` the operators that took most of the device's own time, in milliseconds and as a share."""
+def profiled(device: torch.device, costs: dict[str, Any]) -> Iterator[None]:
+    """Put into ``costs`` the "operators" that took most of the device's own time, in milliseconds and as a share, and
+    "device_busy", the share of the step in which it worked at all."""
     on_device = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_device else [])
+    begun = time.perf_counter()
     with profile(activities=activities) as found:
         yield
+        lasted = time.perf_counter() - begun
     name = "self_device_time_total" if on_device else "self_cpu_time_total"
     # A kernel stands in the list a second time, by its own name beside the operator that started it.
     operators = [event for event in found.key_averages() if event.device_type == DeviceType.CPU]
     whole = sum(getattr(event, name) for event in operators) or 1
-    for event in sorted(operators, key=lambda event: getattr(event, name), reverse=True)[:OPERATORS]:
-        time = getattr(event, name)
-        costs.append({"name": event.key, "calls": event.count, "ms": time / 1000, "share": time / whole})
+    costs["device_busy"] = whole / 1e6 / lasted
+    costs["operators"] = [
+        {
+            "name": event.key,
+            "calls": event.count,
+            "ms": getattr(event, name) / 1000,
+            "share": getattr(event, name) / whole,
+            "cpu_ms": event.self_cpu_time_total / 1000,
+        }
+        for event in sorted(operators, key=lambda event: getattr(event, name), reverse=True)[:OPERATORS]
+    ]
 
 
 if __name__ == "__main__":

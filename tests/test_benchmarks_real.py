@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -308,6 +310,24 @@ def test_no_cell_begins_that_would_not_end_in_time_and_none_is_run_again(monkeyp
     assert "no time is left for it" in capsys.readouterr().err
     assert not run_all(monkeypatch, tmp_path, run, results) and len(ran) == 3
     assert not run_all(monkeypatch, tmp_path, run, results) and len(ran) == 3
+
+
+def test_cells_run_side_by_side_each_after_those_that_it_needs(monkeypatch, tmp_path) -> None:
+    together, order = threading.Barrier(2, timeout=20), []
+
+    def run(cell: Cell, _: Bench, done: dict[str, Any]) -> dict[str, Any]:
+        assert done.keys() >= set(cell.needs)
+        order.append(cell.name)
+        if not cell.needs:
+            together.wait()  # breaks if the other one hasn't begun
+        return judge(0.9) | asked("1") | figures(1.0)
+
+    monkeypatch.setattr(real, "workers", lambda jobs: ThreadPoolExecutor(jobs))
+    monkeypatch.setattr(real, "run_cell", run)
+    results: dict[str, Any] = {"cells": {}, "settings": {"learning_rates": [1e-4]}}
+    assert not real.run_all(CELLS, bench(tmp_path), results, tmp_path / "real.json", float("inf"), jobs=2)
+    assert order[2:] == ["start/pku"] and results["cells"].keys() == {*order}
+    assert isinstance(results["cells"]["start/pku"]["device"], str)
 
 
 def test_figures_of_other_settings_are_refused_but_not_more_methods(tmp_path) -> None:

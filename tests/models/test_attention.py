@@ -252,7 +252,7 @@ def test_a_kernel_that_fails_or_gives_wrong_numbers_is_found_out(monkeypatch) ->
     ("wanted", "device", "dropout", "tried"),
     [
         ("auto", "cpu", 0.0, ["wpn_packed"]),
-        ("auto", "cuda", 0.0, ["wpn_flex", "wpn_varlen", "wpn_packed"]),
+        ("auto", "cuda", 0.0, ["wpn_varlen", "wpn_flex", "wpn_packed"]),
         ("auto", "cuda", 0.1, ["wpn_packed"]),
         ("varlen", "cuda", 0.0, ["wpn_varlen"]),
         ("packed", "cuda", 0.0, ["wpn_packed"]),

@@ -93,7 +93,7 @@ def test_a_shipped_file_takes_everything_from_the_flags(path: Path, device: str)
     assert resolved.notes == []
     params = {"lr": 3e-4, "betas": [0.8, 0.95], "eps": 1e-6, "weight_decay": 0.1}
     offloaded = path.stem in ("zero3_offload", "zero3_nvme")
-    if device == "cpu" and not offloaded:
+    if not offloaded:
         params |= {"torch_adam": True, "fused": True}
     assert resolved.json["optimizer"] == {"type": "AdamW", "params": params}
     assert resolved.json["gradient_clipping"] == 0.5
@@ -606,13 +606,15 @@ def test_for_loading_lacks_the_batch_size_and_nothing_else() -> None:
 )
 def test_adamw_is_complete_from_the_flags_even_where_the_file_is_silent(content: dict[str, Any]) -> None:
     params = resolve(content, make(learning_rate=2e-5, weight_decay=0.3)).json["optimizer"]["params"]
-    assert params == {"lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.3}
+    torchs = {"torch_adam": True, "fused": True}
+    assert params == {"lr": 2e-5, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.3} | torchs
 
 
 @pytest.mark.parametrize(
     ("device", "zero", "expected"),
     [
-        ("cuda", {"stage": 3}, None),
+        ("cuda", {"stage": 3}, True),
+        ("cuda", {"stage": 3, "offload_optimizer": {"device": "cpu"}}, None),
         ("cpu", {"stage": 3}, True),
         ("cpu", {}, True),
         ("cpu", {"stage": 3, "offload_param": {"device": "cpu"}}, True),
@@ -622,7 +624,7 @@ def test_adamw_is_complete_from_the_flags_even_where_the_file_is_silent(content:
         ("cpu", {"stage": 2, "cpu_offload": True}, None),
     ],
 )
-def test_adamw_is_torchs_on_a_cpu_without_offload(device: str, zero: dict[str, Any], expected: Any) -> None:
+def test_adamw_is_torchs_without_offload(device: str, zero: dict[str, Any], expected: Any) -> None:
     resolved = resolve({"zero_optimization": zero}, device=device)
     assert resolved.json["optimizer"]["params"].get("torch_adam") is expected
     assert resolved.json["zero_optimization"] == zero
@@ -633,7 +635,7 @@ def test_a_file_that_says_torch_adam_itself_is_obeyed() -> None:
     assert resolve(adamw(torch_adam=False), device="cpu").json["optimizer"]["params"]["torch_adam"] is False
     for device in ("cpu", "cuda"):
         assert resolve(adamw(torch_adam=True), device=device).json["optimizer"]["params"]["fused"] is True
-    assert "fused" not in resolve(adamw(), device="cuda").json["optimizer"]["params"]
+        assert "fused" not in resolve(adamw(torch_adam=False), device=device).json["optimizer"]["params"]
 
 
 def test_torchs_adamw_is_fused_only_where_the_file_does_not_want_foreach() -> None:

@@ -31,7 +31,7 @@ def candidates(wanted: str, device: torch.device, dropout: float) -> list[str]:
         return []
     if wanted != "auto":
         return [f"wpn_{wanted}"]
-    return ["wpn_flex", "wpn_varlen", "wpn_packed"] if device.type == "cuda" and not dropout else ["wpn_packed"]
+    return ["wpn_varlen", "wpn_flex", "wpn_packed"] if device.type == "cuda" and not dropout else ["wpn_packed"]
 
 
 def supported(config: PretrainedConfig) -> bool:

@@ -318,10 +318,8 @@ _KEYS: dict[str, Row] = {
     "optimizer.params: max_grad_norm": _only("DeepSpeed wants it as gradient_clipping: move it"),
     "optimizer.params: maximize": _only("the loss is minimised", False),
     "optimizer.params: differentiable": _only("the update has no gradient", False),
-    # DeepSpeed's for a CPU would be compiled first, for a minute; torch's makes two copies of all moments unfused
-    "optimizer.params: torch_adam": Row(
-        absent=lambda facts: (facts.adam and not facts.offloaded and facts.device == "cpu") or None
-    ),
+    # DeepSpeed's would be compiled first, for a minute; torch's makes two copies of all moments unfused
+    "optimizer.params: torch_adam": Row(absent=lambda facts: (facts.adam and not facts.offloaded) or None),
     "optimizer.params: fused": Row(
         absent=lambda facts: (
             (facts.adam and not facts.offloaded and facts.has("torch_adam") and not facts.has("foreach")) or None
