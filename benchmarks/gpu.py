@@ -1,6 +1,6 @@
 """``python -m benchmarks.gpu``: what a single GPU shows of exactness and speed, in one command of ten minutes.
 
-a  packed rows by every kernel, and plain sequences, against the same model in fp64; last, the gradient test of one rank
+a  packed rows by every kernel, and plain sequences, against the same model in fp64; the gradient test of one rank
 b  optimizer steps of WPN, bf16 and ZeRO-3, of models with random weights: speed, MFU, peak memory and its estimate
 c  the plain way (benchmarks/way_plain.py) on the same examples; of two sizes of a micro-batch the faster counts
 d  the operators that a step of b spends its time on
@@ -23,8 +23,10 @@ import re
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
@@ -92,6 +94,7 @@ class Bench:
     def __init__(self, options: argparse.Namespace, folder: Path) -> None:
         self.options, self.folder = options, folder
         self.end = time.monotonic() + 60 * options.minutes
+        self._writing = threading.Lock()
         cuda = torch.cuda.is_available()
         self.gpu_memory = torch.cuda.get_device_properties(0).total_memory / 2**30 if cuda else 80.0
         self.examples = 8 if options.small else 256
@@ -117,9 +120,12 @@ class Bench:
         """All parts; each row is on disk as soon as it is known."""
         parts, small = set(self.options.only), self.options.small
         models = SMALL if small else self.options.models
-        if "a" in parts:
-            for name in SMALL if small else EXACT:
-                self._exact(name)
+        if "a" in parts:  # nothing of it is timed
+            with ThreadPoolExecutor() as pool:
+                done = [pool.submit(self._exact, name) for name in (SMALL if small else EXACT)]
+                done += [] if self._known("gradient", "one rank") else [pool.submit(self._gradient)]
+            for future in done:
+                future.result()
         for name in models:
             profiled = "d" in parts and name == (SMALL[0] if small else PROFILED)
             if ("b" in parts or profiled) and not self._known("steps", name, "operators" if profiled else ""):
@@ -133,8 +139,6 @@ class Bench:
                     self._note("kernels", kernel, self._ours(name, self._settings(name), False, kernel))
         if "e" in parts:
             self._offloaded(SMALL[:1] if small else OFFLOADED)
-        if "a" in parts and not self._known("gradient", "one rank"):
-            self._gradient()
 
     def _offloaded(self, names: Sequence[str]) -> None:
         """The first of the models that the host holds."""
@@ -150,8 +154,9 @@ class Bench:
         return "reason" not in row and (not figure or figure in row)
 
     def _note(self, part: str, name: str, row: Mapping[str, Any]) -> None:
-        self.found.setdefault(part, {})[name] = row
-        self.options.output.write_text(json.dumps(self.found, indent=2) + "\n")
+        with self._writing:
+            self.found.setdefault(part, {})[name] = row
+            self.options.output.write_text(json.dumps(self.found, indent=2) + "\n")
         say(f"{part}, {name}: {row.get('reason') or _short(row)}")
 
     @property
