@@ -41,7 +41,7 @@ def environment(extra: Mapping[str, str] | None = None) -> dict[str, str]:
     env = {k: v for k, v in os.environ.items() if k not in _OWN}
     bin_folder = str(Path(sys.executable).parent)
     env |= {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), *filter(None, [env.get("PYTHONPATH")])]),
         "PATH": bin_folder + os.pathsep + env["PATH"],  # ninja, for DeepSpeed's just-in-time builds
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
