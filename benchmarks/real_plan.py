@@ -89,15 +89,15 @@ class Sizes:
     retain: int = 192
     kept: int = 96
     start_epochs: int = 3
-    updates: Mapping[str, int] = field(default_factory=lambda: {"pku": 24, "rude": 32})
-    max_length: int = 128
+    updates: Mapping[str, int] = field(default_factory=lambda: {"pku": 48, "rude": 32})
+    max_length: int = 192
     global_batch_size: int = 16
-    retain_batch_size: int = 4
+    retain_batch_size: int = 8
     max_new_tokens: int = 32
     judged: int = 1000
     ask: int = 205
     attacks: int = 16
-    items: int = 60
+    items: int = 100
     relearn: int = 64
     relearn_steps: tuple[int, ...] = (5, 10, 20)
 
@@ -133,13 +133,13 @@ SMALL = Sizes(
 MINUTES = {
     "judge": {"pku": 12.0, "rude": 3.0},
     "start": {"pku": 10.0, "rude": 13.0, ORIGINAL: 2.0},
-    "choose": {"pku": 9.0, "rude": 7.0},
-    "search": {"pku": 9.0, "rude": 7.0},
-    "unlearn": {"pku": 7.0, "rude": 5.5},
+    "choose": {"pku": 16.0, "rude": 9.0},
+    "search": {"pku": 16.0, "rude": 9.0},
+    "unlearn": {"pku": 14.0, "rude": 7.0},
     "ask": {"pku": 14.0, "rude": 9.0},
-    "know": {"pku": 4.0, "rude": 4.0},
+    "know": {"pku": 7.0, "rude": 7.0},
     "relearn": {"pku": 6.0, "rude": 5.0},
-    "mix": {"pku": 18.0, "rude": 17.0},
+    "mix": {"pku": 20.0, "rude": 18.0},
 }
 
 
