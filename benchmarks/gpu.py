@@ -56,6 +56,8 @@ COMPARED = "opt-1.3b"
 """Whose steps are measured with each of the kernels that a GPU has."""
 SMALL = ("opt-tiny", "gpt_neo-tiny")
 PARTS = "abcdef"
+ZERO = ("zero3", "zero1")
+"""Files of ds_configs; a single GPU has nothing to partition, and stage 1 hooks into no module."""
 
 ROW_LENGTH = 2048
 #: (activation checkpointing, tokens of a micro-batch): the first that the estimate lets fit is taken. Recomputation
@@ -128,8 +130,10 @@ class Bench:
                 future.result()
         for name in models:
             profiled = "d" in parts and name == (SMALL[0] if small else PROFILED)
-            if ("b" in parts or profiled) and not self._known("steps", name, "operators" if profiled else ""):
-                self._note("steps", name, self._ours(name, self._settings(name), profiled))
+            for zero in self.options.deepspeed if "b" in parts or profiled else ():
+                row = name if zero == "zero3" else f"{name}, {zero}"
+                if not self._known("steps", row, "operators" if profiled else ""):
+                    self._note("steps", row, self._ours(name, self._settings(name, zero), profiled))
             if "c" in parts and not self._known("plain", name):
                 self._note("plain", name, self._plain(name))
         if "f" in parts:
@@ -211,7 +215,7 @@ class Bench:
         host = known["host_memory_per_node"].get("cpu", 0)
         return Setting(zero, tokens, checkpointing, known["total"], host, known["fits"])
 
-    def _settings(self, name: str) -> list[Setting]:
+    def _settings(self, name: str, zero: str = "zero3") -> list[Setting]:
         """Those of :data:`SETTINGS` that fit; if none does, the smallest."""
         found = [
             self._setting(name, "ds_configs/zero3.json", checkpointing, tokens) for checkpointing, tokens in SETTINGS
@@ -299,12 +303,13 @@ class Bench:
         found = {"step_seconds": seconds, "load_seconds": way.load_seconds, "first_losses": first["losses"]}
         found |= {"examples_per_second": last["examples"] / seconds, "peak_gib": last["peak_bytes"] / 2**30}
         if "flops" in last:
-            found |= {name: last[name] for name in ("tokens", "largest_micro_batch", "attention")}
+            found |= {name: last[name] for name in _OF_A_STEP}
             found |= {"tokens_per_second": last["tokens"] / seconds, "matrix_product_tflops": last["peak_flops"] / 1e12}
             found["mfu"] = last["flops"] / seconds / (self.nominal or last["peak_flops"])
         return found | {name: profile[name] for name in ("operators", "device_busy") if name in profile}
 
 
+_OF_A_STEP = ("tokens", "largest_micro_batch", "attention", "alloc_retries")
 _OUT_OF_MEMORY, _NO_TIME, _TIME_UP = "out of memory", "no time was left", "the time was up"
 
 
@@ -333,6 +338,7 @@ def parser() -> argparse.ArgumentParser:
     add = made.add_argument
     add("--only", nargs="+", choices=PARTS, default=list(PARTS), metavar="PART", help=f"of {', '.join(PARTS)}")
     add("--models", nargs="+", choices=MODELS, default=list(MODELS), metavar="NAME", help=f"of {', '.join(MODELS)}")
+    add("--deepspeed", nargs="+", choices=ZERO, default=["zero3"], metavar="FILE", help=f"of {', '.join(ZERO)}")
     add("--minutes", type=float, default=8.5, help="after which no row goes on (default 8.5)")
     add("--output", type=Path, default=RESULTS, help="JSON (default benchmarks/results.gpu.json)")
     add("--small", action="store_true", help="tiny models, on a CPU too: tries all parts")

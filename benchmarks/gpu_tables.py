@@ -36,7 +36,7 @@ def tables(found: Mapping[str, Any]) -> list[list[list[str]]]:
     if rows := found.get("exact"):
         made.append([["route", "states", "gradient", "as plain"], *(_exact_line(name, rows) for name in rows)])
     steps, plain = found.get("steps", {}), found.get("plain", {})
-    lines = [_step_line(name, steps.get(name, {}), plain.get(name, {})) for name in steps | plain]
+    lines = [_step_line(name, steps.get(name, {}), plain.get(name.partition(",")[0], {})) for name in steps | plain]
     lines += [_step_line(f"by {name}", row, {}) for name, row in found.get("kernels", {}).items()]
     lines += [_step_line(f"{name}, offloaded", row, {}) for name, row in found.get("offload", {}).items()]
     if lines:
@@ -100,15 +100,16 @@ def verdicts(found: Mapping[str, Any]) -> list[str]:
     for name, row in found.get("steps", {}).items():
         if "mfu" not in row:
             continue
-        if name in PUBLISHED:
-            speed, mfu = PUBLISHED[name]
+        model = name.partition(",")[0]
+        if model in PUBLISHED:
+            speed, mfu = PUBLISHED[model]
             said, reached = f"{row['tokens_per_second']:,.0f}", row["tokens_per_second"] >= speed
             lines.append(_verdict(f"tokens/s of {name}", said, f">= {speed:,}", reached))
             lines.append(_verdict(f"MFU of {name}", f"{row['mfu']:.1%}", f">= {mfu:.1%}", row["mfu"] >= mfu))
         if found["device"] != "CPU":  # whose peak is the whole process, libraries and all
             off = row["estimate_gib"] / row["peak_gib"] - 1
             lines.append(_verdict(f"estimate of {name}", f"{off:+.1%}", f"within {ESTIMATE:.0%}", abs(off) <= ESTIMATE))
-        plain = found.get("plain", {}).get(name, {})
+        plain = found.get("plain", {}).get(model, {})
         if "examples_per_second" in plain:
             times = row["examples_per_second"] / plain["examples_per_second"]
             lines.append(_verdict(f"times plain, {name}", f"{times:.2f}", f">= {SPEED_UP:g}", times >= SPEED_UP))

@@ -18,6 +18,7 @@ import os
 import platform
 import sys
 import time
+import traceback
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from datetime import datetime, timedelta
@@ -187,7 +188,7 @@ class Inline(Executor):
         future: Future[Any] = Future()
         try:
             future.set_result(work(*args, **kwargs))
-        except UserError as error:
+        except Exception as error:
             future.set_exception(error)
         return future
 
@@ -228,8 +229,10 @@ def run_all(
                 cell = running.pop(future)
                 try:
                     done[cell.name] = future.result()
-                except UserError as error:
-                    say(f"{cell.name} FAILED: {error}")
+                except Exception as error:  # of a device that is full, say: the other cells go on
+                    if not isinstance(error, UserError):
+                        traceback.print_exception(error)
+                    say(f"{cell.name} FAILED: {error or type(error).__name__}")
                     failed.append(cell.name)
                 else:
                     write_results(path, known)

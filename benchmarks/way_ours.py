@@ -85,6 +85,7 @@ def main() -> None:
             "peak_flops": parts.progress.peak_flops,
             "peak_bytes": peak_memory_bytes(device),
             "attention": parts.policy.attention,
+            "alloc_retries": torch.cuda.memory_stats(device)["num_alloc_retries"] if device.type == "cuda" else 0,
             **costs,
         }
 

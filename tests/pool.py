@@ -1,4 +1,5 @@
 """Ranks that start at once: a process that has imported torch, DeepSpeed and the package once forks them for a call.
+Where there is a GPU each starts anew: imports use its driver, which doesn't survive a fork.
 
 A rank is a process of its own with a launcher's environment, as a shell's job has it: it may exit, be killed, or hang,
 and nothing that it does is seen by a later call. What the processes that fork share is what they have imported.
@@ -9,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import faulthandler
+import functools
 import gc
 import importlib
 import os
@@ -247,9 +249,10 @@ class Pool:
 
 def serve(connection: Connection) -> NoReturn:
     """Fork the ranks of each call, and tell when they end. Ends them all, and itself, with the tests' process."""
-    _import_all()
-    gc.collect()
-    gc.freeze()  # or each rank would copy what its collections only look at
+    if not _on_gpu():
+        _import_all()
+        gc.collect()
+        gc.freeze()  # or each rank would copy what its collections only look at
     connection.send("ready")
     living: dict[int, int] = {}  # reading ends of pipes that close with a rank, and its process
     while True:
@@ -259,7 +262,8 @@ def serve(connection: Connection) -> NoReturn:
                     ranks, *call = connection.recv()
                 except EOFError:
                     os.killpg(0, signal.SIGKILL)
-                _load_compiled()
+                if not _on_gpu():
+                    _load_compiled()
                 started = [_fork(connection, rank, *call) for rank in range(ranks)]
                 living |= started
                 connection.send([pid for _, pid in started])
@@ -269,6 +273,13 @@ def serve(connection: Connection) -> NoReturn:
                 os.close(ready)
                 _, status = os.waitpid(pid, 0)
                 connection.send((pid, os.waitstatus_to_exitcode(status)))
+
+
+@functools.cache
+def _on_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
 
 
 def _import_all() -> None:
@@ -309,10 +320,20 @@ def _fork(connection: Connection, rank: int, *call: Any) -> tuple[int, int]:
     try:
         os.close(reading)
         connection.close()
+        if _on_gpu():
+            _start_anew(rank, writing, *call)
         code = _work(rank, *call)
     except BaseException:
         traceback.print_exc()
     os._exit(code)
+
+
+def _start_anew(rank: int, pipe: int, *call: Any) -> NoReturn:
+    """Go on with the call as a new program, which closes ``pipe`` when it ends."""
+    path = Path(call[-1], f"{rank}.call")
+    path.write_bytes(pickle.dumps(call))
+    os.set_inheritable(pipe, True)
+    os.execv(sys.executable, [sys.executable, "-m", "tests.pool", str(rank), str(path)])
 
 
 def _work(rank: int, place: str, arguments: tuple[Any, ...], shared: Mapping[str, str], folder: Path) -> int:
@@ -348,4 +369,6 @@ def _work(rank: int, place: str, arguments: tuple[Any, ...], shared: Mapping[str
 
 
 if __name__ == "__main__":
+    if len(sys.argv) == 3:
+        os._exit(_work(int(sys.argv[1]), *pickle.loads(Path(sys.argv[2]).read_bytes())))
     serve(Connection(int(sys.argv[1])))

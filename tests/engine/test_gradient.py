@@ -71,7 +71,8 @@ def compare(folder: Path, saved: Path, case: dict) -> float:
             norm += float(gradient.square().sum())
         got = json.loads(weights.metadata()["parts"])
     for name in parts.keys() - {"total"}:
-        assert got[name] == pytest.approx(parts[name], rel=1e-5), f"{name} of {name_of(case)}"
+        # abs: a small KL is what is left of log-probabilities that fp32 knows to 5e-7
+        assert got[name] == pytest.approx(parts[name], rel=1e-5, abs=2e-7), f"{name} of {name_of(case)}"
         assert abs(parts[name]) > 1e-3, "the reference's own part is too small to test anything"
     assert got["grad_norm"] == pytest.approx(norm**0.5, rel=1e-4)
     return (difference / norm) ** 0.5

@@ -12,7 +12,9 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.utils import set_z3_leaf_module
 from transformers import get_scheduler
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wpn_ds.data.layout import Layout
 from wpn_ds.data.seeds import seed_of
@@ -143,6 +145,7 @@ def build_engine(
     Raises:
         UserError: DeepSpeed can't make the optimizer or the scheduler from the JSON.
     """
+    _gather_by_layer(model)
     try:
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -154,6 +157,14 @@ def build_engine(
     except (TypeError, ValueError, AssertionError) as error:  # a parameter that the optimizer or scheduler lacks
         raise UserError(f"the DeepSpeed JSON can't be used: {' '.join(str(error).split())[:300]}") from error
     return engine
+
+
+def _gather_by_layer(model: PackedLM) -> None:
+    """Let ZeRO-3 fetch a decoder layer's weights at once, when the layer begins, and not each when its own module does:
+    that takes DeepSpeed's Python as long as the whole layer takes a GPU."""
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what transformers makes its layers of
+            set_z3_leaf_module(module, True)
 
 
 def wait_for_locks(say: Callable[[str], None]) -> None:
