@@ -19,7 +19,7 @@ import platform
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from datetime import datetime, timedelta
 from importlib.metadata import version
@@ -29,8 +29,8 @@ from typing import Any
 import torch
 
 from benchmarks import real_table
-from benchmarks.real_cells import Bench, Results, require_data, run_cell, write_data
-from benchmarks.real_plan import METHODS, SEARCH, SMALL, Cell, Sizes, expected_minutes, plan, wanted
+from benchmarks.real_cells import Bench, Results, rate_of, require_data, run_cell, write_data
+from benchmarks.real_plan import METHODS, OF_A_MODEL, SEARCH, SMALL, Cell, Sizes, expected_minutes, plan, wanted
 from benchmarks.setting import SHARED, make_model
 from wpn_ds.errors import UserError, nearest
 from wpn_ds.evaluate.model import device
@@ -42,7 +42,7 @@ from wpn_ds.system.lock import locked
 
 RESULTS = Path(__file__).parent / "real.json"
 PAGE, PLOT = Path("docs/results.md"), Path("docs/real-model.svg")
-FREE = ("twins", "methods", "search", "seeds")
+FREE = ("twins", "methods", "search", "learning_rates", "seeds")
 """Fields of `Sizes` that say which cells there are, and change none of their figures."""
 
 
@@ -213,6 +213,7 @@ def run_all(
     failed. The first of those that can begin begins. What needs a cell that isn't done, or would last longer than is
     left, is passed over."""
     done, failed, begun = known["cells"], [], time.monotonic()
+    forget(stale(done, bench.sizes), done)
     left = [cell for cell in cells if cell.name not in done]
     total, at, running = len(left), 0, dict[Future[Any], Cell]()
     with workers(jobs) as pool:
@@ -235,16 +236,37 @@ def run_all(
                     say(f"{cell.name} FAILED: {error or type(error).__name__}")
                     failed.append(cell.name)
                 else:
-                    write_results(path, known)
+                    if old := stale(done, bench.sizes):
+                        forget(old, done)
+                        left += [cell for cell in cells if cell.name in old]
+                    write_results(path, known, bench.sizes.learning_rates)
     for cell in left:
         say(f"{cell.name} waits for {', '.join(name for name in cell.needs if name not in done)}")
     return failed
 
 
-def write_results(path: Path, known: dict[str, Any]) -> None:
-    """The results, with what they say together."""
+def stale(done: Results, sizes: Sizes) -> set[str]:
+    """Cells of models that were trained at a learning rate which is no longer chosen, since another was tried."""
+    found: set[str] = set()
+    for name, result in done.items():
+        kind, twin, *rest = name.split("/")
+        if kind != "unlearn" or not all(f"choose/{twin}/{rest[0]}/{rate:g}" in done for rate in sizes.learning_rates):
+            continue
+        if result["learning_rate"] != rate_of(twin, rest[0], done):
+            found |= {f"{kind}/{twin}/{'/'.join(rest)}" for kind in OF_A_MODEL} & done.keys()
+    return found
+
+
+def forget(names: Iterable[str], done: dict[str, Any]) -> None:
+    for name in sorted(names):
+        say(f"{name} is of a learning rate that is no longer chosen, and will be measured again")
+        del done[name]
+
+
+def write_results(path: Path, known: dict[str, Any], rates: Sequence[float]) -> None:
+    """The results, with what they say together; ``rates``: the grid that choices are made of."""
     cells = known["cells"]
-    whole = {"choices": real_table.choices(cells, known["settings"]["learning_rates"]), "goal": real_table.goal(cells)}
+    whole = {"choices": real_table.choices(cells, rates), "goal": real_table.goal(cells)}
     known |= rounded(whole | {"npair_adds": real_table.npair_adds(cells)})
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, json.dumps(known, indent=1) + "\n")

@@ -54,6 +54,9 @@ NPAIRS = ("wpn-states", "wpn-likelihood")
 START, ORIGINAL = "start", "original"
 """In a method's place: the twin before unlearning, and the model before it was made harmful."""
 
+OF_A_MODEL = ("unlearn", "ask", "know", "mix", "relearn")
+"""Kinds of cells that speak of one unlearned model."""
+
 DEGENERATE, PERPLEXITY = 0.02, 1.05
 """A learning rate may be chosen up to this share of degenerate answers, and this ratio of retain perplexities."""
 
@@ -81,7 +84,7 @@ class Sizes:
     twins: tuple[str, ...] = TWINS
     methods: tuple[str, ...] = tuple(METHODS)
     search: tuple[str, ...] = tuple(SEARCH)
-    learning_rates: tuple[float, ...] = (1e-4, 2e-4)
+    learning_rates: tuple[float, ...] = (1e-4, 2e-4, 5e-4)
     seeds: tuple[int, ...] = (0, 1, 2)
     start: int = 256
     forget: int = 384

@@ -5,6 +5,8 @@ All of it comes from the results alone.
 
 from __future__ import annotations
 
+import textwrap
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from math import inf
 from pathlib import Path
@@ -333,10 +335,16 @@ def sentences(results: Results) -> list[str]:
     return said
 
 
+def measured_on(results: Results) -> str:
+    devices = Counter(result.get("device", "CPU") for result in results.values())
+    return f"Measured: {', '.join(f'{n} cells on {device}' for device, n in devices.most_common())}."
+
+
 def report(known: Mapping[str, Any]) -> str:
     """In Markdown, all that the results say."""
     results = known["cells"]
-    parts = [*sentences(results), *([markdown(rows)] if (rows := additions(results)) else [])]
+    said = [textwrap.fill(line, 120, break_long_words=False) for line in (measured_on(results), *sentences(results))]
+    parts = [*said, *([markdown(rows)] if (rows := additions(results)) else [])]
     for twin in TWINS:
         parts += [f"{twin}:\n\n{made}" for make in (table, depths) if (made := make(results, twin))]
     return "\n\n".join([*parts, *filter(None, [tried(results, known.get("choices", {}))])])

@@ -330,11 +330,44 @@ def test_cells_run_side_by_side_each_after_those_that_it_needs(monkeypatch, tmp_
     assert isinstance(results["cells"]["start/pku"]["device"], str)
 
 
+def test_a_model_whose_rate_is_no_longer_chosen_is_measured_again(monkeypatch, tmp_path, capsys) -> None:
+    sizes = real.dataclasses.replace(SMALL, methods=("neat",), learning_rates=(1e-4, 2e-4))
+    cells = [cell for cell in plan(sizes) if cell.method == "neat" and cell.kind in ("choose", "unlearn", "ask")]
+    ran: list[str] = []
+
+    def run(cell: Cell, _: Bench, done: dict[str, Any]) -> dict[str, Any]:
+        ran.append(cell.name)
+        if cell.kind == "choose":
+            return figures(1.0) | {"learning_rate": cell.which}
+        return asked("1") | {"learning_rate": real.rate_of("pku", "neat", done), "training": {"tokens_given": 1}}
+
+    monkeypatch.setattr(real, "run_cell", run)
+    done: dict[str, Any] = {"judge/pku": judge(0.9), "start/pku": figures(0.1)}
+    done["choose/pku/neat/0.0001"] = figures(0.5) | {"learning_rate": 1e-4}
+    for kind in ("unlearn", "ask", "know"):
+        done[f"{kind}/pku/neat/0"] = asked("0") | known(0.5) | {"learning_rate": 1e-4}
+    done |= {"ask/pku/start": asked("1"), "know/pku/start": known(0.5)}
+    done["unlearn/pku/neat/0"]["training"] = {"tokens_given": 1}
+    done = {name: of | {"minutes": 0.1} for name, of in done.items()}
+    of_sizes = Bench(tmp_path, tmp_path, tmp_path, sizes)
+    assert not real.run_all(cells, of_sizes, {"cells": done}, tmp_path / "real.json", float("inf"))
+    assert ran == ["choose/pku/neat/0.0002", "unlearn/pku/neat/0", "ask/pku/neat/0"]
+    assert done["ask/pku/neat/0"]["learning_rate"] == 2e-4
+    assert "know/pku/neat/0" not in done and "ask/pku/start" in done, "what another call asks for waits for it"
+    assert "know/pku/neat/0 is of a learning rate that is no longer chosen" in capsys.readouterr().err
+    assert not real.run_all(cells, of_sizes, {"cells": done}, tmp_path / "real.json", float("inf")) and len(ran) == 3
+
+
 def test_figures_of_other_settings_are_refused_but_not_more_methods(tmp_path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"weights")
     own = real.settings(bench(tmp_path))
     found = real.same_settings({"cells": {}}, own, tmp_path)
-    more = Bench(tmp_path, tmp_path, tmp_path, real.dataclasses.replace(SMALL, methods=("neat",), seeds=(5,)))
+    more = Bench(
+        tmp_path,
+        tmp_path,
+        tmp_path,
+        real.dataclasses.replace(SMALL, methods=("neat",), learning_rates=(5e-4,), seeds=(5,)),
+    )
     real.same_settings(found, real.settings(more), tmp_path)
     other = Bench(tmp_path, tmp_path, tmp_path, real.dataclasses.replace(SMALL, ask=3))
     with pytest.raises(UserError, match="figures of another ask: name another --json"):

@@ -100,6 +100,14 @@ def test_a_run_goes_on_bit_for_bit(train, unbroken, tmp_path):
     assert losses(out) == losses(unbroken) and same_adapters(out, unbroken)
 
 
+@pytest.mark.parametrize("ds", ["zero0", "zero1"])
+def test_a_frozen_head_is_in_no_checkpoint_by_its_second_name_either(train, tmp_path, ds):
+    train(tmp_path / "out", "--max_steps", "2", ranks=1, ds=ds)
+    states = [*(tmp_path / "out" / "checkpoint-2" / "state").glob("*model_states.pt")]
+    names = [name for path in states for name in torch.load(path, weights_only=False)["module"]]
+    assert names and all("lora_" in name for name in names)
+
+
 @pytest.mark.parametrize("ds", ["zero0", "zero3"])
 def test_a_run_goes_on_with_another_number_of_ranks(train, tmp_path, ds):
     whole, out, quiet = tmp_path / "whole", tmp_path / "out", ["--adam_epsilon", "1e-3"]

@@ -120,11 +120,13 @@ class Saver:
 
         try:
             on_main(self._world, prepare)
-            # Weights that nothing changes, those beneath adapters, are the starting model's.
-            frozen = has_frozen(self._engine)
+            # Weights that nothing changes, those beneath adapters, are the starting model's. A head that is tied to the
+            # embedding has a second name, by which DeepSpeed would write it nevertheless.
+            weights = self._engine.module.named_parameters(remove_duplicate=False)
+            self._writer.left_out = frozenset(name for name, weight in weights if not weight.requires_grad)
             with busy(self._world, f"saving checkpoint-{state.step}"):
                 self._engine.save_checkpoint(
-                    str(partial), tag=STATE, save_latest=False, exclude_frozen_parameters=frozen
+                    str(partial), tag=STATE, save_latest=False, exclude_frozen_parameters=bool(self._writer.left_out)
                 )
             self._writer.save(rng_state(self._world.device), partial / f"rng-{self._world.rank}.pt")
             if self._ema is not None and self._ema.holder == self._world.rank:

@@ -161,9 +161,10 @@ def build_engine(
 
 def _gather_by_layer(model: PackedLM) -> None:
     """Let ZeRO-3 fetch a decoder layer's weights at once, when the layer begins, and not each when its own module does:
-    that takes DeepSpeed's Python as long as the whole layer takes a GPU."""
-    for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer):  # what transformers makes its layers of
+    that takes DeepSpeed's Python as long as the whole layer takes a GPU. Layers with frozen weights are left as they
+    are: of those DeepSpeed lets go before the layer's backward pass has read them."""
+    for module in model.modules():  # transformers makes its layers of one class
+        if isinstance(module, GradientCheckpointingLayer) and all(p.requires_grad for p in module.parameters()):
             set_z3_leaf_module(module, True)
 
 

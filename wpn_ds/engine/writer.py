@@ -29,9 +29,14 @@ class Writer(TorchCheckpointEngine):
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._files: dict[Path, Future[tuple[int, str]]] = {}
         self.ended = 0.0  # when the last file was written, by time.perf_counter
+        self.left_out: frozenset[str] = frozenset()
+        """Names of the model's weights that are not written."""
 
     def save(self, state_dict: Any, path: str | Path) -> None:
         """Write ``state_dict``, or a copy of it in host memory later on."""
+        if self.left_out and "module" in state_dict:
+            kept = {name: weight for name, weight in state_dict["module"].items() if name not in self.left_out}
+            state_dict = {**state_dict, "module": kept}
         state = tree_map(_on_host, state_dict) if self._background else state_dict
         written = self._thread.submit(self._write, state, Path(path))
         self._files[Path(path)] = written

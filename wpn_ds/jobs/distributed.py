@@ -53,6 +53,8 @@ def init(timeout_minutes: float) -> World:
         if "OMP_NUM_THREADS" not in os.environ:
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
         device = torch.device("cpu")
+        # Where its launcher hasn't said so, DeepSpeed runs numactl to count devices, for every reduction again.
+        os.environ.setdefault("LOCAL_SIZE", os.environ["LOCAL_WORLD_SIZE"])
         # DeepSpeed would first compile a shared-memory all-reduce: most of a minute without a word, and a lock file
         # that hangs every later run if this one is killed meanwhile. ZeRO's gathers and scatters don't use it.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False

@@ -90,7 +90,7 @@ def opt(
     tables = vocab * embed + (positions + 2) * hidden + (2 * embed * hidden if embed != hidden else 0)
     return Architecture(
         name, tables + layers * layer + 2 * hidden * final_norm, layers, hidden, ffn, heads, vocab, embed,
-        saved=9 * hidden + ffn, passing=2 * ffn,
+        saved=8 * hidden + ffn, passing=2 * ffn,
         linears=(*square, ("fc1", hidden, ffn, layers), ("fc2", ffn, hidden, layers), *around),
     )  # fmt: skip
 
@@ -112,7 +112,7 @@ def gpt_neo(
     layer = attention + _linear(hidden, ffn) + _linear(ffn, hidden) + 2 * 2 * hidden
     return Architecture(
         name, (vocab + positions) * hidden + layers * layer + 2 * hidden, layers, hidden, ffn, heads, vocab, hidden,
-        saved=9 * hidden + 5 * ffn, passing=3 * ffn, buffers=layers * positions**2,
+        saved=8 * hidden + 5 * ffn, passing=3 * ffn, buffers=layers * positions**2,
         linears=(*square, ("c_fc", hidden, ffn, layers), ("c_proj", ffn, hidden, layers)),
     )  # fmt: skip
 

@@ -15,17 +15,18 @@ above. Bytes a parameter, as measured:
     3        20 / N                   18 / N
 
 **Activations.** A layer keeps for its backward pass, per token: its input, the first norm's output, q, k, v, the output
-of attention piece by piece and joined to a row, the input and output of the second norm, which is 9 d; for OPT the
-output of its ReLU, f; for GPT-Neo five tensors of its gelu_new, 5 f. No matrix of tokens by tokens: attention keeps a
-logarithm a head, and a norm two numbers, in fp32. At the peak the MLP of one layer also has temporaries, 2 f (gelu_new
-3 f). So s T (L (9 d + f) + d + 2 f), and with checkpointing s T ((L + 1) d + (9 d + f) + 2 f): the layers' inputs, and
-one layer at a time.
+of attention (with ``--attention packed`` piece by piece and once more joined to a row), the input and output of the
+second norm, which is 8 d; for OPT the output of its ReLU, f; for GPT-Neo five tensors of its gelu_new, 5 f. No matrix
+of tokens by tokens: attention keeps a logarithm a head, and a norm two numbers, in fp32. At the peak the MLP of one
+layer also has temporaries, 2 f (gelu_new 3 f). So s T (L (8 d + f) + d + 2 f), and with checkpointing s T ((L + 1) d +
+(8 d + f) + 2 f): the layers' inputs, and one layer at a time.
 
 **Head.** Logits of 256 labels in fp32 and two temporaries of that size, the gradient [V, d] of the head's weight, which
 is added up in fp32, a chunk's share of it in bf16, and the label positions' states with their gradient.
 
 **Gathered.** ZeRO-3 fetches ahead until `stage3_max_live_parameters` (a thousand million) are whole, which a smaller
-model is then from its first layer to its last; what is fetched exists twice for a moment. **Buckets**: the gradient of
+model is then from its first layer to its last; what is fetched exists twice for a moment. A rank alone fetches nothing,
+its shard is the weight. **Buckets**: the gradient of
 a matrix, d f; the reduce bucket, and a copy for each reduction under way, up to two with `overlap_comm`. **Step**: the
 gradient's shard, once more in fp32; activations are gone by then, so the larger of both counts.
 
@@ -203,7 +204,8 @@ def _reference_bytes(job: Job) -> int:
 def _gathered_bytes(job: Job) -> int:
     """Whole weights under ZeRO-3, the policy's or the reference's: they run one after the other."""
     m = job.model
-    if job.stage < 3 and job.reference not in ("cpu", "nvme"):
+    beside = job.reference in ("cpu", "nvme")
+    if not beside and (job.stage < 3 or (job.ranks == 1 and job.offload("param") == "none")):
         return 0
     ahead = job.size("stage3_prefetch_bucket_size", 50_000_000) + m.largest
     live = max(job.size("stage3_max_live_parameters", 10**9), m.largest)
