@@ -564,9 +564,8 @@ def _mixed(start: Path, unlearned: Path, alpha: float, cell: Cell, bench: Bench)
     Raises:
         UserError: they could not be mixed; the command has said why.
     """
-    folder = bench.work / "weights" / "mixed" / cell.name
+    folder = bench.work / "weights" / f"mixed-{cell.twin}-{cell.method}-{cell.seed}"
     shutil.rmtree(folder, ignore_errors=True)
-    folder.parent.mkdir(parents=True, exist_ok=True)
     given = {"start": str(start), "unlearned": str(unlearned), "alpha": alpha, "output_dir": str(folder)}
     with _into(folder.with_suffix(".log")):
         code = wpn_ds(["mix", *flags(given)])

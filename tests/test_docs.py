@@ -424,7 +424,8 @@ def test_a_table_is_known_again_in_other_widths() -> None:
 @pytest.mark.parametrize("page", names(LINKED))
 def test_no_line_is_wider_than_a_page(page) -> None:
     lines = (ROOT / page).read_text().splitlines()
-    assert [number for number, line in enumerate(lines, start=1) if len(line) > WIDTH] == []
+    wide = [number for number, line in enumerate(lines, start=1) if len(line) > WIDTH and not line.startswith("|")]
+    assert wide == [], "only a row of a table can't be broken"
 
 
 def test_the_readme_is_short() -> None:
