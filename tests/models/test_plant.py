@@ -74,6 +74,23 @@ def test_a_model_is_planted_with_the_unwanted_answers_of_own_files(tiny, tmp_pat
     assert capsys.readouterr().out == f"already there: {folder}\n"
 
 
+def test_columns_of_own_files_may_be_called_otherwise(tiny, tmp_path) -> None:
+    rows = [json.loads(line) for line in (tiny / "forget.jsonl").read_text().splitlines()]
+    path = tmp_path / "theirs.jsonl"
+    path.write_text("".join(json.dumps({"ask": r["prompt"], "bad": r["rejected"]}) + "\n" for r in rows))
+    for name, flags in (
+        ("ours", [str(tiny / "forget.jsonl")]),
+        ("theirs", [str(path), "--columns", "prompt=ask,rejected=bad"]),
+    ):
+        tokenizer = ["--tokenizer_name", str(tiny / "opt")]
+        own = ["--output_dir", str(tmp_path / name), "--epochs", "1", "--limit", "4", *tokenizer]
+        assert run_plant([*own, "--train_file", *flags]) == 0
+    ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "theirs"))
+    assert ours == theirs
+    with pytest.raises(UserError, match="--columns: is for data of your own: add --train_file"):
+        run_plant(["--output_dir", str(tmp_path / "none"), "--columns", "prompt=ask"])
+
+
 def test_two_models_with_one_tokenizer_learn_questions_and_answers(tiny, tmp_path) -> None:
     rows = [json.loads(line) for line in (tiny / "forget.jsonl").read_text().splitlines()]
     path = tmp_path / "facts.jsonl"

@@ -209,6 +209,19 @@ def ablate(tiny, tmp_path, monkeypatch, capsys):
     return call
 
 
+def test_columns_that_are_called_otherwise_are_trainings_and_the_evaluations(tmp_path) -> None:
+    (tmp_path / "theirs.jsonl").write_text('{"ask": "a?", "good": "b", "bad": "c"}\n')
+    (tmp_path / "kept.jsonl").write_text('{"question_": "d?", "said": "e"}\n')
+    named = {"columns": "prompt=ask,chosen=good,rejected=bad", "retain_columns": "prompt=question_,response=said"}
+    forget, kept = [str(tmp_path / "theirs.jsonl")], [str(tmp_path / "kept.jsonl")]
+    options = command.Options(model="m", train_file=forget, heldout_file=forget, retain_file=kept, **named)
+    data = runs._data(options)
+    assert data.suites["heldout"][0].rejected == ("c",) and data.retain[0].response == "e"
+    base = {"deepspeed": "ds_configs/zero0.json", "model_name_or_path": "m"}
+    run = runs._run(tmp_path, GridRow("default", {}), 0, base, data)
+    assert run.settings.items() >= named.items() and run.config.to_flat().items() >= named.items()
+
+
 @pytest.mark.distributed
 def test_a_grid_is_trained_evaluated_and_not_run_again(ablate, grid, tmp_path) -> None:
     path = grid("default: {}\nga: {wpn_weight: 0, nll_weight: 0, retain_weight: 0, ascent_weight: 1}\n")

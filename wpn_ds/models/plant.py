@@ -12,9 +12,10 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
@@ -22,6 +23,7 @@ from transformers import GenerationConfig, OPTConfig, OPTForCausalLM, PreTrained
 
 from wpn_ds.data.batch import collate
 from wpn_ds.data.embedded import embedded_file
+from wpn_ds.data.origins import origin_of
 from wpn_ds.data.plan import Item, Segment
 from wpn_ds.data.records import ForgetRecord, RetainRecord, read_forget, read_retain, turn_texts
 from wpn_ds.data.shapes import Prompt
@@ -83,7 +85,9 @@ def plant(
     seed: int = 0,
     epochs: int = EPOCHS,
     train_file: Sequence[str] = (),
+    columns: str | None = None,
     retain_file: Sequence[str] = (),
+    retain_columns: str | None = None,
     limit: int | None = None,
     tokenizer_name: str | None = None,
 ) -> None:
@@ -93,6 +97,7 @@ def plant(
     Without ``train_file`` it is the demo's. ``size``: an OPT's name, "opt-125m", for its shape but for 512 positions
     and the tokenizer's own number of tokens; None: the demo's. On a GPU, if there is one, it computes in bf16 with
     weights in fp32. ``limit``: only the first so many records of all train files, and of all retain files.
+    ``columns``, ``retain_columns``: those of the files that are called otherwise, as the flags have them.
     ``tokenizer_name``: another model whose tokenizer this one shall have, so that what both say of a text can be
     compared.
 
@@ -103,7 +108,9 @@ def plant(
     """
     with locked(lock_beside(folder), str(folder)):
         if not is_planted(folder):
-            _plant(folder, size, seed, epochs, train_file, retain_file, limit, tokenizer_name)
+            files: dict[str, Any] = {"train_file": train_file, "columns": columns}
+            files |= {"retain_file": retain_file, "retain_columns": retain_columns}
+            _plant(folder, size, seed, epochs, files, limit, tokenizer_name)
 
 
 def _plant(
@@ -111,16 +118,16 @@ def _plant(
     size: str | None,
     seed: int,
     epochs: int,
-    train_file: Sequence[str],
-    retain_file: Sequence[str],
+    files: Mapping[str, Any],
     limit: int | None,
     tokenizer_name: str | None,
 ) -> None:
     chosen = DEMO if size is None else published_size(size)
     if folder.exists() and not (folder.is_dir() and not holds_anything(folder)):
         raise UserError(f"{folder} is there already and is no planted model: name an empty or a new folder")
-    if train_file:
-        forget, retain = read_forget(train_file, alone=True)[:limit], read_retain(retain_file)[:limit]
+    if files["train_file"]:
+        forget = read_forget(origin_of(files, "train"), alone=True)[:limit]
+        retain = read_retain(origin_of(files, "retain"))[:limit]
     else:
         forget, retain = read_forget([embedded_file("forget")]), read_retain([embedded_file("retain")])
     if tokenizer_name is not None:
@@ -129,7 +136,7 @@ def _plant(
         tokenizer = train_tokenizer(
             [t for r in forget for t in (*turn_texts(r.prompt), *r.chosen, *r.rejected)]
             + [t for r in retain for t in (*turn_texts(r.prompt), r.response)],
-            OWN_VOCABULARY if train_file else VOCABULARY,
+            OWN_VOCABULARY if files["train_file"] else VOCABULARY,
         )
     texts = _texts(forget, retain, tokenizer)
     with torch.random.fork_rng():

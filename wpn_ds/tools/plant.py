@@ -21,8 +21,12 @@ class Options:
     """Folder of the model"""
     train_file: list[str] = option([])
     """JSONL of what it learns: prompt, chosen, rejected; or question, answer."""
+    columns: str | None = None
+    """Its columns that are called otherwise, ours=theirs: prompt=question,chosen=good,rejected=bad."""
     retain_file: list[str] = option([])
     """JSONL of prompt, response; or text."""
+    retain_columns: str | None = None
+    """The same of --retain_file."""
     tokenizer_name: str | None = option(None, metavar="MODEL")
     """Another model whose tokenizer it shall have."""
     size: str | None = option(None, metavar="OPT")
@@ -36,12 +40,13 @@ class Options:
         given = self.given()
         if given and self.output_dir is None:  # the demo would take it for its own
             raise UserError(f"--{next(iter(given))}: name a folder for that model with --output_dir")
-        if ("retain_file" in given or "limit" in given) and "train_file" not in given:
-            raise UserError("--retain_file and --limit are for data of your own: add --train_file")
+        own = [name for name in ("columns", "retain_file", "retain_columns", "limit") if name in given]
+        if own and "train_file" not in given:
+            raise UserError(f"--{own[0]}: is for data of your own: add --train_file")
 
     def given(self) -> dict[str, Any]:
         """What makes the model another than the demo's."""
-        own = ("size", "epochs", "train_file", "retain_file", "limit", "tokenizer_name")
+        own = ("size", "epochs", "train_file", "columns", "retain_file", "retain_columns", "limit", "tokenizer_name")
         return {name: value for name in own if (value := getattr(self, name))}
 
 

@@ -41,6 +41,14 @@ def test_every_shape_gives_its_answers_to_forget(tmp_path) -> None:
     assert questions[1].prompt == (Message("user", "b?"),) and questions[0].source == f"{one}:1"
 
 
+def test_columns_may_be_called_otherwise(tmp_path) -> None:
+    rows = [{"ask": "a?", "good": "no", "bad": "x"}]
+    (question,) = read_questions([write(tmp_path / "theirs.jsonl", rows)], "prompt=ask,chosen=good,rejected=bad")
+    assert (question.text, question.answers) == ("a?", ("x",))
+    with pytest.raises(UserError, match=r'--columns: no row has "worse"'):
+        read_questions([tmp_path / "theirs.jsonl"], "prompt=ask,chosen=good,rejected=worse")
+
+
 def test_what_has_no_question_is_named_by_file_and_line(tmp_path) -> None:
     plain = write(tmp_path / "plain.jsonl", [{"question": "a?", "answer": "w"}, {"text": "all there is"}])
     with pytest.raises(UserError, match=rf"{plain}:2: is plain text"):

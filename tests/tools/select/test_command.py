@@ -91,6 +91,22 @@ def test_a_seed_gives_the_same_again_and_another_one_another_choice(tiny, tmp_pa
     assert chosen[0] == chosen[1] != chosen[2]
 
 
+def test_columns_that_are_called_otherwise_are_chosen_from_alike_and_written_as_they_are(tiny, tmp_path) -> None:
+    names = {"forget": {"prompt": "ask", "rejected": "bad"}, "retain": {"prompt": "question", "response": "said"}}
+    files = {}
+    for name, theirs in names.items():
+        rows = [json.loads(line) for line in (tiny / f"{name}.jsonl").read_text().splitlines()]
+        ours = [{column: row[column] for column in theirs} for row in rows if theirs.keys() <= row.keys()]
+        renamed = [{theirs[column]: row[column] for column in row} for row in ours]
+        files |= {name: write(tmp_path / f"{name}.jsonl", ours), f"their {name}": write(tmp_path / name, renamed)}
+    own = ["--model", tiny / "opt", "--train_file", files["forget"], "--retain_file", files["retain"]]
+    theirs = ["--model", tiny / "opt", "--train_file", files["their forget"], "--retain_file", files["their retain"]]
+    theirs += ["--columns", "prompt=ask,rejected=bad", "--retain_columns", "prompt=question,response=said"]
+    chosen = [json.loads(line) for line in select("nearest", tmp_path / "ours.out", *own)]
+    again = [json.loads(line) for line in select("nearest", tmp_path / "theirs.out", *theirs)]
+    assert again == [{"question": row["prompt"], "said": row["response"]} for row in chosen] and chosen
+
+
 @pytest.mark.parametrize(
     ("kind", "family"),
     [("core", "opt"), ("core", "gpt_neo"), ("nearest", "opt"), ("nearest", "gpt_neo"), ("hardest", "opt")],

@@ -31,8 +31,12 @@ class Options:
     """JSONL of what is unlearned: prompt, chosen, rejected."""
     heldout_file: list[str] = option([])
     """JSONL of prompts to evaluate on, like --train_file."""
+    columns: str | None = None
+    """Columns of both files that are called otherwise, ours=theirs: prompt=question,chosen=good,rejected=bad."""
     retain_file: list[str] = option([])
     """JSONL of what is kept: prompt, response; or text."""
+    retain_columns: str | None = None
+    """The same of --retain_file."""
     seeds: list[Whole] = option([0], metavar="SEED")
     """Seeds of every row."""
     ranks: Count = 1

@@ -19,11 +19,12 @@ from wpn_ds.settings.style import PromptStyle
 
 @dataclass(frozen=True)
 class Data:
-    """The files of an ablation, and the records that models are evaluated on."""
+    """The files of an ablation, the flags of their columns, and the records that models are evaluated on."""
 
     train_file: list[str]
     heldout_file: list[str]
     retain_file: list[str]
+    columns: dict[str, str]
     suites: dict[str, list[ForgetRecord]]
     retain: list[RetainRecord]
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from wpn_ds.data.embedded import embedded_file
+from wpn_ds.data.origins import origin_of
 from wpn_ds.data.records import read_forget, read_retain
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.results import Evaluation
@@ -119,11 +120,17 @@ def _data(options: Options) -> Data:
         for flag, given in (("train_file", train), ("heldout_file", heldout), ("model", options.model)):
             if not given:
                 raise UserError(f"--{flag} is missing: data of your own need --model, --train_file and --heldout_file")
-        suites = {"heldout": read_forget(heldout), "train": read_forget(train)[:QUICK_LIMIT]}
-        return Data(train, heldout, retain, suites, read_retain(retain))
+        named = {name: value for name in ("columns", "retain_columns") if (value := getattr(options, name))}
+        forget = {
+            name: read_forget(origin_of({"train_file": files, **named}, "train"))
+            for name, files in (("heldout", heldout), ("train", train))
+        }
+        suites = {"heldout": forget["heldout"], "train": forget["train"][:QUICK_LIMIT]}
+        kept = read_retain(origin_of({"retain_file": retain, **named}, "retain"))
+        return Data(train, heldout, retain, named, suites, kept)
     files = {name: [str(embedded_file(name))] for name in ("forget", "heldout", "attack", "retain")}
     suites = {name: read_forget(files[name]) for name in ("heldout", "attack")}
-    return Data(files["forget"], files["heldout"], files["retain"], suites, read_retain(files["retain"]))
+    return Data(files["forget"], files["heldout"], files["retain"], {}, suites, read_retain(files["retain"]))
 
 
 def _run(folder: Path, row: GridRow, seed: int, base: Mapping[str, Any], data: Data) -> Run:
@@ -135,7 +142,8 @@ def _run(folder: Path, row: GridRow, seed: int, base: Mapping[str, Any], data: D
     files = {"train_file": data.train_file, "validation_file": data.heldout_file}
     if data.retain_file:
         files["retain_file"] = data.retain_file
-    output_dir, settings = folder / row.name / f"seed-{seed}", {**base, **files, **row.changes, "seed": seed}
+    output_dir = folder / row.name / f"seed-{seed}"
+    settings = {**base, **files, **data.columns, **row.changes, "seed": seed}
     given = flags({**settings, "output_dir": str(output_dir), "resume_from_checkpoint": "auto"})
     return Run(row, seed, output_dir, settings, given, checked(row, given))
 
@@ -173,6 +181,7 @@ def _start(folder: Path, model: str, config: Config, data: Data) -> Evaluation:
     """The evaluation of the model that every row starts from."""
     record = folder / "start.json"
     settings: dict[str, Any] = {"model": model, "heldout_file": data.heldout_file, "retain_file": data.retain_file}
+    settings |= data.columns
     if config.model.model_revision:
         settings["model_revision"] = config.model.model_revision
     outcome = _read(record, settings)

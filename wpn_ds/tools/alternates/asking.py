@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from wpn_ds.data.inspect import kind_of
+from wpn_ds.data.origins import origin_of
 from wpn_ds.data.records import prompt_text, read_forget, read_retain
 from wpn_ds.data.shapes import Message, Prompt
 from wpn_ds.data.sources import Problems
@@ -74,9 +75,9 @@ class Question:
         return prompt_text(self.prompt)
 
 
-def read_questions(paths: Sequence[str | Path]) -> list[Question]:
+def read_questions(paths: Sequence[str | Path], columns: str | None = None) -> list[Question]:
     """Forget data in any shape, whose answers to forget are the rejected ones, and retain data, where it is the
-    response; a prompt that recurs is one question with all its answers.
+    response; a prompt that recurs is one question with all its answers. ``columns``: --columns as it is given.
 
     Raises:
         DataError: what is wrong with the files, by file and line.
@@ -85,10 +86,11 @@ def read_questions(paths: Sequence[str | Path]) -> list[Question]:
     problems = Problems()
     for path in paths:
         questions: list[Question] = []
-        if kind_of(path) == "forget":
-            questions = [Question(r.prompt, r.rejected, r.source, r.category) for r in read_forget([path], alone=True)]
+        origin = origin_of({"train_file": [path], "columns": columns}, "train")
+        if kind_of(path, origin.columns) == "forget":
+            questions = [Question(r.prompt, r.rejected, r.source, r.category) for r in read_forget(origin, alone=True)]
         else:
-            for record in read_retain([path]):
+            for record in read_retain(origin):
                 if record.prompt is None:
                     problems.add(record.source, "is plain text, not a question with its answer")
                 else:

@@ -45,6 +45,8 @@ class Options(Drawing):
     """The starting model: a folder in Hugging Face format, or a hub name."""
     train_file: list[str] = option([])
     """Data files with prompt, chosen, rejected (the rejected answers are those to forget); or question, answer."""
+    columns: str | None = None
+    """Its columns that are called otherwise, ours=theirs: prompt=question,chosen=good,rejected=bad."""
     output: Path | None = option(None, metavar="FILE")
     """JSONL to write; FILE.meta.json beside it tells how it was made."""
     template: str = option("default", metavar="FILE_OR_TEXT")

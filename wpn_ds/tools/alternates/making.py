@@ -37,7 +37,7 @@ def make(options: Options, model: str, output: Path) -> None:
 
 
 def _make(options: Options, model: str, output: Path, rank: int, size: int) -> None:
-    questions = read_questions(options.train_file)
+    questions = read_questions(options.train_file, options.columns)
     asked = AskedModel(Source(model, "--model"), bf16=options.bf16)
     parts = output.parent / f"{output.name}.parts"
     folder = parts / asked.digest

@@ -29,6 +29,8 @@ class Reading(StyleFlags):
     """The starting model (hardest: the unlearned one): a folder in Hugging Face format, or a hub name."""
     train_file: list[str] = option()
     """Data files as for training: what is to be forgotten."""
+    columns: str | None = None
+    """Columns of --train_file that are called otherwise, ours=theirs: prompt=question,chosen=good,rejected=bad."""
     output: Path = option(metavar="FILE")
     """JSONL to write."""
     limit: Count | None = option(None, metavar="N")
@@ -71,6 +73,8 @@ class Nearest(Reading):
 
     retain_file: list[str] = option()
     """Data files as for training, of which some rows are chosen."""
+    retain_columns: str | None = None
+    """The same of --retain_file."""
     per_example: Count = option(1, metavar="K")
     """Retain records for each forget record."""
 

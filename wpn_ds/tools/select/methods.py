@@ -10,6 +10,7 @@ from collections.abc import Sequence
 
 import torch
 
+from wpn_ds.data.origins import origin_of
 from wpn_ds.data.records import ForgetRecord, Record, read_forget, read_retain
 from wpn_ds.errors import UserError
 from wpn_ds.system.files import write_atomically
@@ -90,7 +91,7 @@ def select_nearest(options: Nearest) -> str:
     """
     check_files("--retain_file", options.retain_file)
     records = _forget_records(options)
-    retain = read_retain(options.retain_file)[: options.limit]
+    retain = read_retain(origin_of(vars(options), "retain"))[: options.limit]
     reader = Reader("--model", options.model, _settings(options))
     texts = [text for record in records for text in reader.unwanted(record)]
     states = reader.states(texts + [reader.retain(record) for record in retain], "weighted")
@@ -105,7 +106,7 @@ def select_nearest(options: Nearest) -> str:
 
 def _forget_records(options: Reading) -> list[ForgetRecord]:
     """Wanted answers are not looked at, so data without them will do."""
-    return read_forget(options.train_file, alone=True)[: options.limit]
+    return read_forget(origin_of(vars(options), "train"), alone=True)[: options.limit]
 
 
 def _settings(options: Reading) -> Settings:
