@@ -76,15 +76,12 @@ def test_a_model_is_planted_with_the_unwanted_answers_of_own_files(tiny, tmp_pat
 
 def test_columns_of_own_files_may_be_called_otherwise(tiny, tmp_path) -> None:
     rows = [json.loads(line) for line in (tiny / "forget.jsonl").read_text().splitlines()]
-    path = tmp_path / "theirs.jsonl"
-    path.write_text("".join(json.dumps({"ask": r["prompt"], "bad": r["rejected"]}) + "\n" for r in rows))
-    for name, flags in (
-        ("ours", [str(tiny / "forget.jsonl")]),
-        ("theirs", [str(path), "--columns", "prompt=ask,rejected=bad"]),
-    ):
-        tokenizer = ["--tokenizer_name", str(tiny / "opt")]
-        own = ["--output_dir", str(tmp_path / name), "--epochs", "1", "--limit", "4", *tokenizer]
-        assert run_plant([*own, "--train_file", *flags]) == 0
+    for name, (prompt, rejected) in {"ours": ("prompt", "rejected"), "theirs": ("ask", "bad")}.items():
+        lines = [json.dumps({prompt: row["prompt"], rejected: row["rejected"]}) for row in rows]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(lines))
+        flags = ["--output_dir", str(tmp_path / name), "--epochs", "1", "--tokenizer_name", str(tiny / "opt")]
+        flags += ["--columns", "prompt=ask,rejected=bad"] if name == "theirs" else []
+        assert run_plant([*flags, "--train_file", str(tmp_path / f"{name}.jsonl")]) == 0
     ours, theirs = ((tmp_path / name / "model.safetensors").read_bytes() for name in ("ours", "theirs"))
     assert ours == theirs
     with pytest.raises(UserError, match="--columns: is for data of your own: add --train_file"):
@@ -146,8 +143,8 @@ def test_a_size_that_is_no_opt_is_refused(name, tmp_path, monkeypatch) -> None:
         (["--size", "opt-125m"], "--size: name a folder for that model with --output_dir"),
         (["--train_file", "a.jsonl"], "--train_file: name a folder for that model with --output_dir"),
         (["--epochs", "1"], "--epochs: name a folder for that model with --output_dir"),
-        (["--output_dir", "m", "--retain_file", "a.jsonl"], "--retain_file and --limit are for data of your own"),
-        (["--output_dir", "m", "--limit", "3"], "--retain_file and --limit are for data of your own"),
+        (["--output_dir", "m", "--retain_file", "a.jsonl"], "--retain_file: is for data of your own"),
+        (["--output_dir", "m", "--limit", "3"], "--limit: is for data of your own"),
     ],
 )
 def test_flags_of_planting_that_do_not_go_together_are_refused(argv, said, tmp_path, monkeypatch) -> None:
