@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# wpn-ds estimate --model opt-6.7b --nodes 2 --gpus_per_node 8 --bf16 true --gradient_checkpointing: 13.3 of 80 GiB a GPU
+# wpn-ds estimate --model opt-6.7b --nodes 2 --gpus_per_node 8 --bf16 true --gradient_checkpointing: 13.6 of 80 GiB a GPU
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s|/[^/ ]*\.sh\( .*\)\{0,1\}$||p;q}')/common.sh"

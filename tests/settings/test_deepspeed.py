@@ -253,7 +253,10 @@ def test_a_bucket_is_long_enough_for_the_wire_and_no_longer_than_a_layer(hidden:
         assert sizes[key] == layer or sizes[key] / world_size >= 2**18
         assert sizes[key] == layer or sizes[key] >= 2**24
         assert sizes[key] % 2 == 0  # DeepSpeed asserts it of the all-gather bucket
-        assert 2 * sizes[key] <= 2**28  # bytes in bf16, up to 512 ranks
+        if "prefetch" not in key:
+            assert 2 * sizes[key] <= 2**28  # bytes in bf16, up to 512 ranks
+    # The next layer comes while one is computed, where DeepSpeed may hold both.
+    assert (sizes["stage3_prefetch_bucket_size"] == layer) is (2 * layer <= 10**9 or hidden <= 1024)
     # Biases and norms stay whole, matrices don't.
     assert 4 * hidden <= sizes["stage3_param_persistence_threshold"] < hidden**2
 

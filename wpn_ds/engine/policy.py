@@ -25,7 +25,7 @@ from wpn_ds.models import adapters
 from wpn_ds.models.check import candidates, check_exact_reading, kernel_fault
 from wpn_ds.models.load import default_attention, load_model
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.settings.deepspeed import for_loading
+from wpn_ds.settings.deepspeed import MAX_LIVE, for_loading
 
 #: The longest that DeepSpeed's extensions take to compile, and some.
 _LONGEST_BUILD = 15 * 60
@@ -145,7 +145,7 @@ def build_engine(
     Raises:
         UserError: DeepSpeed can't make the optimizer or the scheduler from the JSON.
     """
-    _gather_by_layer(model)
+    _gather_by_layer(model, ds_json.get("zero_optimization", {}).get("stage3_max_live_parameters", MAX_LIVE))
     try:
         engine, *_ = deepspeed.initialize(
             model=model,
@@ -159,13 +159,19 @@ def build_engine(
     return engine
 
 
-def _gather_by_layer(model: PackedLM) -> None:
+def _gather_by_layer(model: PackedLM, max_live: int) -> None:
     """Let ZeRO-3 fetch a decoder layer's weights at once, when the layer begins, and not each when its own module does:
-    that takes DeepSpeed's Python as long as the whole layer takes a GPU. Layers with frozen weights are left as they
-    are: of those DeepSpeed lets go before the layer's backward pass has read them."""
-    for module in model.modules():  # transformers makes its layers of one class
-        if isinstance(module, GradientCheckpointingLayer) and all(p.requires_grad for p in module.parameters()):
-            set_z3_leaf_module(module, True)
+    that takes DeepSpeed's Python as long as the whole layer takes a GPU.
+
+    Left as they are: layers with frozen weights, of which DeepSpeed lets go before the backward pass has read them; and
+    such that ``max_live`` doesn't let come while another one is there, since nothing would be computed meanwhile.
+    """
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer):  # what transformers makes its layers of
+            weights = [*module.parameters()]
+            size = sum(getattr(weight, "ds_numel", weight.numel()) for weight in weights)
+            if 2 * size <= max_live and all(weight.requires_grad for weight in weights):
+                set_z3_leaf_module(module, True)
 
 
 def wait_for_locks(say: Callable[[str], None]) -> None:

@@ -81,6 +81,10 @@ def resolve_deepspeed(
     return ResolvedDeepSpeed(json=file.json, config=facts.config, notes=notes)
 
 
+MAX_LIVE = 10**9
+"""DeepSpeed's default of `stage3_max_live_parameters`: how many a rank may hold whole."""
+
+
 def bucket_sizes(hidden_size: int, world_size: int) -> dict[str, int]:
     """ZeRO's sizes, in elements, in place of "auto".
 
@@ -92,15 +96,18 @@ def bucket_sizes(hidden_size: int, world_size: int) -> dict[str, int]:
     layer (12 d**2): its gradients leave while the layer before is computed. What is larger by itself, such as a
     matrix of a wide model, goes alone and uncopied.
 
-    transformers' d**2 is 1.2 MB in bf16 for OPT-125m, a collective for every few matrices. The prefetch bucket is the
-    same message on its way in; the all-gather bucket is that of stages 1 and 2 after the step. Parameters up to 10 d,
-    biases and norms, stay whole on every rank (as with transformers): each would cost a latency and saves no memory.
+    transformers' d**2 is 1.2 MB in bf16 for OPT-125m, a collective for every few matrices. The all-gather bucket is
+    that of stages 1 and 2 after the step. Weights come a layer at a time (:func:`~wpn_ds.engine.policy.build_engine`),
+    so the prefetch bucket is the next layer, or where two would be more than may be whole, a message. Parameters up to
+    10 d, biases and norms, stay whole on every rank (as with transformers): each would cost a latency and saves no
+    memory.
     """
-    message = min(12 * hidden_size**2, max(2**24, 2**18 * world_size))
+    layer = 12 * hidden_size**2
+    message = min(layer, max(2**24, 2**18 * world_size))
     return {
         "reduce_bucket_size": message,
         "allgather_bucket_size": message,
-        "stage3_prefetch_bucket_size": message,
+        "stage3_prefetch_bucket_size": layer if 2 * layer <= MAX_LIVE else message,
         "stage3_param_persistence_threshold": 10 * hidden_size,
     }
 

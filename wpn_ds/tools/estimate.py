@@ -51,7 +51,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.models.sizes import KNOWN, Architecture, architecture
 from wpn_ds.objectives.registry import find
 from wpn_ds.objectives.terms import Terms
-from wpn_ds.settings.deepspeed import resolve_deepspeed
+from wpn_ds.settings.deepspeed import MAX_LIVE, resolve_deepspeed
 from wpn_ds.settings.parse import Count, Flag, Positive, option, parse
 from wpn_ds.settings.run import Config, DataConfig, TrainingConfig
 from wpn_ds.system.shipped import shipped
@@ -208,7 +208,7 @@ def _gathered_bytes(job: Job) -> int:
     if not beside and (job.stage < 3 or (job.ranks == 1 and job.offload("param") == "none")):
         return 0
     ahead = job.size("stage3_prefetch_bucket_size", 50_000_000) + m.largest
-    live = max(job.size("stage3_max_live_parameters", 10**9), m.largest)
+    live = max(job.size("stage3_max_live_parameters", MAX_LIVE), m.largest)
     return job.width * (min(m.parameters, live) + min(m.parameters, ahead))
 
 
@@ -245,7 +245,7 @@ def communication(job: Job) -> dict[str, int]:
     """Bytes that a rank sends in an optimizer step by what they are."""
     whole, n, count = job.width * job.parameters, job.ranks, job.micro_batches
     gradients = job.width * job.trained
-    live = job.width * min(job.model.parameters, job.size("stage3_max_live_parameters", 10**9))
+    live = job.width * min(job.model.parameters, job.size("stage3_max_live_parameters", MAX_LIVE))
     moved: dict[str, int] = {}
     if job.stage == 3:
         moved["gather weights, forward"] = count * whole
