@@ -19,6 +19,7 @@ from pathlib import Path
 import pytest
 from deepspeed.launcher import runner
 
+from tests.engine.test_families import FAMILIES
 from wpn_ds.cli import main
 from wpn_ds.data.embedded import recipe
 from wpn_ds.errors import UserError
@@ -419,6 +420,12 @@ def test_no_table_stands_in_two_places() -> None:
 def test_a_table_is_known_again_in_other_widths() -> None:
     one, other = "| a | b |\n|---|---|\n| 1 | 2 |\n| 3 | 4 |\n", "|a|b|\n| --- | :-: |\n|1|  2|\n| 3 | 4 |\n| 5 | 6 |\n"
     assert tables(f"{one}\ntext\n\n{other}")[0] == tables(other)[0] != tables(other.replace("3", "7"))[0]
+
+
+def test_the_table_of_families_has_those_that_are_held_against_fp64() -> None:
+    section = (ROOT / "docs/big-models.md").read_text().split("## Families")[1].split("\n## ")[0]
+    rows = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert sorted(re.findall(r"`(\w+)`", "".join(rows))) == sorted(["opt", "gpt_neo", *FAMILIES])
 
 
 @pytest.mark.parametrize("page", names(LINKED))

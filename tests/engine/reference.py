@@ -111,9 +111,11 @@ ORACLES: dict[str, Oracle] = {
 
 def sequence(lm, ids) -> tuple[Tensor, Tensor]:
     """([n, d] states that the head receives, [n, V] log-probabilities) of one sequence read alone."""
-    tokens = torch.tensor([list(ids)])
-    hidden = lm.base_model(input_ids=tokens, use_cache=False).last_hidden_state[0]
-    return hidden, torch.log_softmax(lm.lm_head(hidden), -1)
+    received: list[Tensor] = []
+    hook = lm.get_output_embeddings().register_forward_pre_hook(lambda _, inputs: received.append(inputs[0]))
+    logits = lm(input_ids=torch.tensor([list(ids)]), use_cache=False).logits  # with the family's own caps and scales
+    hook.remove()
+    return received[0][0], torch.log_softmax(logits[0], -1)
 
 
 def weights(n: int, kind: str, power: float) -> Tensor:
