@@ -485,7 +485,8 @@ def test_a_small_run_that_is_stopped_goes_on_to_its_end(
     prompts = [json.loads(line)["prompt"] for line in (tmp_path / "data/pku/heldout.jsonl").read_text().splitlines()]
     assert str(tmp_path) not in text and not any(json.dumps(prompt)[1:-1] in text for prompt in prompts)
     capsys.readouterr()
-    again, weights = Bench(tmp_path / "model", data, tmp_path, SMALL), tmp_path / "weights/pku/wpn-states/0.0001-0"
+    again = Bench(tmp_path / "model", data, tmp_path, SMALL, bf16=cells["start/pku"]["bf16"])
+    weights = tmp_path / "weights/pku/wpn-states/0.0001-0"
     damaged = cells | {"know/pku/start": {"mean": cells[f"know/{default}/0"]["mean"] + 1}}
     (mix,) = [cell for cell in plan(SMALL) if cell.name == f"mix/{default}/0"]
     mixed = real_cells._mix(mix, again, damaged)
