@@ -38,7 +38,7 @@ from benchmarks.__main__ import machine
 from benchmarks.gpu_tables import tables, verdicts
 from benchmarks.protocol import ROOT, Failed, Way
 from benchmarks.rows import LEARNING_RATE, STATES
-from benchmarks.setting import FORGET, SEED, SHARED, make_data, make_shape, write_steps
+from benchmarks.setting import FORGET, SEED, SHARED, device_name, make_data, make_shape, write_steps
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.local import say
 from wpn_ds.models.attention import KERNELS
@@ -107,9 +107,8 @@ class Bench:
                 f"{FORGET['pku']} isn't below {SHARED}: set WPN_DS_SHARED to the folder that holds data/ (the demo's "
                 "texts are too short)"
             )
-        name = torch.cuda.get_device_name(0) if cuda else ""
-        self.nominal = next((flops for known, flops in NOMINAL.items() if known in name), None)
-        about = {"device": torch.cuda.get_device_name(0) if cuda else "CPU", "small": options.small}
+        about = {"device": device_name(), "small": options.small}
+        self.nominal = next((flops for known, flops in NOMINAL.items() if known in device_name()), None)
         about |= {"data": self.data.source, "machine": machine()}
         self.found: dict[str, Any] = about
         if options.output.exists():
@@ -218,7 +217,7 @@ class Bench:
     def _settings(self, name: str, zero: str = "zero3") -> list[Setting]:
         """Those of :data:`SETTINGS` that fit; if none does, the smallest."""
         found = [
-            self._setting(name, "ds_configs/zero3.json", checkpointing, tokens) for checkpointing, tokens in SETTINGS
+            self._setting(name, f"ds_configs/{zero}.json", checkpointing, tokens) for checkpointing, tokens in SETTINGS
         ]
         return [setting for setting in found if setting.fits] or found[-1:]
 

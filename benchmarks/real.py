@@ -26,12 +26,10 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from benchmarks import real_table
 from benchmarks.real_cells import Bench, Results, rate_of, require_data, run_cell, write_data
 from benchmarks.real_plan import METHODS, OF_A_MODEL, SEARCH, SMALL, Cell, Sizes, expected_minutes, plan, wanted
-from benchmarks.setting import SHARED, make_model
+from benchmarks.setting import SHARED, device_name, make_model
 from wpn_ds.errors import UserError, nearest
 from wpn_ds.evaluate.model import device
 from wpn_ds.jobs.local import say
@@ -157,10 +155,6 @@ def settings(bench: Bench) -> dict[str, Any]:
     return json.loads(json.dumps({"model": [digest[:16] for digest in weights], **sizes}))  # type: ignore[no-any-return]
 
 
-def device_name() -> str:
-    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
-
-
 def same_settings(known: dict[str, Any], own: Mapping[str, Any], path: Path) -> dict[str, Any]:
     """What is known, with its settings.
 
@@ -217,8 +211,8 @@ def run_all(
     left = [cell for cell in cells if cell.name not in done]
     total, at, running = len(left), 0, dict[Future[Any], Cell]()
     with workers(jobs) as pool:
-        while running or any(done.keys() >= set(cell.needs) for cell in left):
-            for cell in [cell for cell in left if done.keys() >= set(cell.needs)][: jobs - len(running)]:
+        while (ready := [cell for cell in left if done.keys() >= set(cell.needs)]) or running:
+            for cell in ready[: jobs - len(running)]:
                 left.remove(cell)
                 at, expected = at + 1, expected_minutes(cell, done)
                 if (time.monotonic() - begun) / 60 + expected > minutes:

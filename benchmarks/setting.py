@@ -57,6 +57,10 @@ class Data:
     source: str
 
 
+def device_name() -> str:
+    return torch.cuda.get_device_name(0) if torch.cuda.is_available() else "CPU"
+
+
 def make_model(name: str, folder: Path) -> Path:
     """Save random weights of ``name`` (a family, or family-size) and a tokenizer in ``folder``, unless it is there."""
     if folder.exists():

@@ -68,9 +68,14 @@ def bench(tmp_path, monkeypatch, gpu_memory: float) -> gpu.Bench:
 
 
 def test_settings_that_fit_are_tried_in_their_order_and_a_model_that_does_not_fit_says_so(tmp_path, monkeypatch):
-    settings = bench(tmp_path, monkeypatch, 80.0)._settings("opt-1.3b")
+    made = bench(tmp_path, monkeypatch, 80.0)
+    settings = made._settings("opt-1.3b")
     assert all(setting.fits for setting in settings)
     assert (settings[0].gradient_checkpointing, settings[0].tokens_per_micro_batch) == (False, 32768)
+    by_stage = {zero: made._settings("opt-1.3b", zero)[0] for zero in gpu.ZERO}
+    assert {zero: setting.deepspeed for zero, setting in by_stage.items()} == {
+        z: f"ds_configs/{z}.json" for z in gpu.ZERO
+    }
     tight = bench(tmp_path, monkeypatch, 30.0)._settings("opt-1.3b")
     assert tight[0].fits and tight[0].peak < 30 * 2**30 < settings[0].peak and len(tight) < len(settings)
     none = bench(tmp_path, monkeypatch, 20.0)
