@@ -212,6 +212,11 @@ def make_model(family: str, folder: Path, seed: int) -> None:
         )
         layers = {"num_hidden_layers": 2, "ffn_dim": 64, "num_attention_heads": 4, "pad_token_id": 1}
         lm = OPTForCausalLM(OPTConfig(**common, **layers, **odd, **(special | {"bos_token_id": 2})))
+    save_larger(lm, folder)
+
+
+def save_larger(lm: Any, folder: Path) -> None:
+    """Save the model with noise on its weights, which are small otherwise."""
     with torch.no_grad():
         for parameter in lm.parameters():
             parameter.add_(torch.randn_like(parameter) * 0.05)

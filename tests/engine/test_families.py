@@ -17,7 +17,7 @@ from transformers import (
     SmolLM3Config,
 )
 
-from tests.engine.gradient_cases import VOCABULARY, case
+from tests.engine.gradient_cases import VOCABULARY, case, save_larger
 from tests.engine.test_gradient import TOLERANCE, WORKER, compare
 from tests.models.families import CONFIGS, LLAMA, WINDOW
 
@@ -40,11 +40,7 @@ def make_family(config: PretrainedConfig, folder: Path, seed: int) -> None:
     special = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "attention_dropout": 0.0}
     own = type(config)(**config.to_dict() | special | {"vocab_size": VOCABULARY, "max_position_embeddings": 96})
     torch.manual_seed(seed)
-    lm = AutoModelForCausalLM.from_config(own)
-    with torch.no_grad():
-        for parameter in lm.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.05)
-    lm.save_pretrained(folder)
+    save_larger(AutoModelForCausalLM.from_config(own), folder)
 
 
 @pytest.mark.distributed

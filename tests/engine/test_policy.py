@@ -4,27 +4,13 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable
-from typing import Any
 
 import pytest
 from deepspeed.utils import z3_leaf_module
-from transformers import AutoModelForCausalLM, GPTNeoConfig, LlamaConfig, OPTConfig
 
+from tests.models.families import CONFIGS, make, plain_attention
 from wpn_ds.engine.policy import _gather_by_layer, remove_stale_locks
 from wpn_ds.models.packed import PackedLM
-
-SMALL: dict[str, Callable[[], Any]] = {
-    "opt": lambda: OPTConfig(
-        vocab_size=64, hidden_size=16, word_embed_proj_dim=16, num_hidden_layers=2, ffn_dim=32, num_attention_heads=2
-    ),
-    "gpt_neo": lambda: GPTNeoConfig(
-        vocab_size=64, hidden_size=16, num_layers=2, attention_types=[[["global", "local"], 1]], num_heads=2
-    ),
-    "llama": lambda: LlamaConfig(
-        vocab_size=64, hidden_size=16, intermediate_size=32, num_hidden_layers=2, num_attention_heads=2
-    ),
-}
 
 
 def test_only_old_locks_of_killed_compilations_go(tmp_path, monkeypatch) -> None:
@@ -39,10 +25,10 @@ def test_only_old_locks_of_killed_compilations_go(tmp_path, monkeypatch) -> None
     assert not (tmp_path / "py311_cpu" / "cpu_adam" / "lock").exists() and "cpu_adam" in said[0]
 
 
-@pytest.mark.parametrize("family", SMALL)
+@pytest.mark.parametrize("family", CONFIGS)
 def test_layers_are_fetched_at_once_unless_parts_are_frozen_or_two_are_too_large(family) -> None:
     def fetched(max_live: int, frozen: bool = False) -> list[str]:
-        lm = AutoModelForCausalLM.from_config(SMALL[family]())
+        lm = make(CONFIGS[family], plain_attention(family))
         if frozen:
             next(p for name, p in lm.named_parameters() if ".0." in name).requires_grad_(False)
         _gather_by_layer(PackedLM(lm, packed=True), max_live)
