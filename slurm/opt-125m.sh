@@ -10,7 +10,7 @@
 #SBATCH --requeue
 #SBATCH --open-mode=append
 #SBATCH --output=%x-%j.log
-# wpn-ds estimate --model opt-125m --nodes 1 --gpus_per_node 1 --bf16 false: 5.0 of 80 GiB a GPU
+# wpn-ds estimate --model opt-125m --nodes 1 --gpus_per_node 1 --bf16 false: 5.1 of 80 GiB a GPU
 
 # shellcheck source-path=SCRIPTDIR source=common.sh
 . "$(scontrol show job "$SLURM_JOB_ID" | sed -n '/^ *Command=/{s///;s|/[^/ ]*\.sh\( .*\)\{0,1\}$||p;q}')/common.sh"

@@ -6,16 +6,12 @@ import dataclasses
 import json
 import subprocess
 import sys
-import weakref
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -29,6 +25,7 @@ from transformers.models.gpt_neo.modeling_gpt_neo import GPTNeoSelfAttention
 
 from tests.launching import ROOT, environment
 from tests.pool import Pool
+from tests.tools.peak import Peak
 from wpn_ds.errors import UserError
 from wpn_ds.models.adapters import attach
 from wpn_ds.models.sizes import KNOWN, Architecture, architecture, from_config
@@ -161,34 +158,6 @@ def test_adapters_alone_have_gradients_optimizer_and_messages(stage: int, bf16: 
 
 
 # Measured: activations
-
-
-class Peak(TorchDispatchMode):
-    """Follows the bytes of all storages that are made under it. ``known``: tensors that were there before."""
-
-    def __init__(self, known: Iterable[torch.Tensor]) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self.seen = {x.untyped_storage()._cdata for x in known}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = function(*args, **(kwargs or {}))
-        for x in tree_leaves(result):
-            if isinstance(x, torch.Tensor) and not x.is_meta:
-                self._add(x.untyped_storage())
-        return result
-
-    def _add(self, storage: torch.UntypedStorage) -> None:
-        key, size = storage._cdata, storage.nbytes()
-        if key not in self.seen:
-            self.seen.add(key)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-            weakref.finalize(storage, self._remove, key, size)
-
-    def _remove(self, key: int, size: int) -> None:
-        self.seen.discard(key)
-        self.now -= size
 
 
 SEGMENT = 64

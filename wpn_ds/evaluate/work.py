@@ -100,7 +100,7 @@ class Ledger:
             if file.tell():
                 file.write("\n")
             for unit in left:
-                bar.set_description(f"{label}: {unit.name}")
+                bar.set_description_str(f"{label}: {unit.name}", refresh=False)  # it would be a line of a log each time
                 file.write(json.dumps([unit.key, unit.run(model, tokenizer)]) + "\n")
                 file.flush()
                 os.fsync(file.fileno())

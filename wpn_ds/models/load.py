@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import importlib.util
 import inspect
 import logging
@@ -266,6 +267,7 @@ def load_model(
             **source.hub_arguments,
         )
     del partition_on_load
+    gc.collect()  # a partitioned weight refers to itself: the head that tying has replaced would stay for a while
     model, info = loaded
     if quantised:
         audit(info, source)

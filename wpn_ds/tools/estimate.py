@@ -25,10 +25,11 @@ layer also has temporaries, 2 f (gelu_new 3 f). So s T (L (8 d + f) + d + 2 f), 
 is added up in fp32, a chunk's share of it in bf16, and the label positions' states with their gradient.
 
 **Gathered.** ZeRO-3 fetches ahead until `stage3_max_live_parameters` (a thousand million) are whole, which a smaller
-model is then from its first layer to its last; what is fetched exists twice for a moment. A rank alone fetches nothing,
-its shard is the weight. **Buckets**: the gradient of
-a matrix, d f; the reduce bucket, and a copy for each reduction under way, up to two with `overlap_comm`. **Step**: the
-gradient's shard, once more in fp32; activations are gone by then, so the larger of both counts.
+model is then from its first layer to its last; what is fetched exists twice for a moment. A rank alone fetches the
+head's weight, V d, and else its shard is the weight. **Buckets**: the gradient of a matrix, d f; the reduce bucket, and
+a copy for each reduction under way, up to two with `overlap_comm`; a rank alone needs none under stage 0. **Step**: the
+gradient's shard, once more in fp32 (stages 1 and 2 make it at the end of the last backward pass, beside the gradients
+of head and embedding, and stage 2 beside their sum); activations are gone by then, so the larger of both counts.
 
 **Adapters** (LoRA). Gradients and optimizer are of the adapters alone, A parameters in the place of P, the head has no
 gradient, and KL's reference is the model itself without them.
@@ -205,8 +206,10 @@ def _gathered_bytes(job: Job) -> int:
     """Whole weights under ZeRO-3, the policy's or the reference's: they run one after the other."""
     m = job.model
     beside = job.reference in ("cpu", "nvme")
-    if not beside and (job.stage < 3 or (job.ranks == 1 and job.offload("param") == "none")):
+    if not beside and job.stage < 3:
         return 0
+    if not beside and job.ranks == 1 and job.offload("param") == "none":
+        return job.width * m.vocab * m.embed
     ahead = job.size("stage3_prefetch_bucket_size", 50_000_000) + m.largest
     live = max(job.size("stage3_max_live_parameters", MAX_LIVE), m.largest)
     return job.width * (min(m.parameters, live) + min(m.parameters, ahead))
@@ -217,7 +220,7 @@ def _bucket_bytes(job: Job) -> int:
     matrix = 0 if job.adapters else job.width * job.model.hidden * job.model.ffn
     bucket, overlapped = job.size("reduce_bucket_size", 500_000_000), job.zero.get("overlap_comm", job.stage == 3)
     if job.stage == 0:
-        return matrix + job.width * min(job.trained, _ALL_REDUCE_FALLBACK)
+        return matrix + (job.width * min(job.trained, _ALL_REDUCE_FALLBACK) if job.ranks > 1 else 0)
     return matrix + job.width * bucket * (1 + bool(overlapped) + (job.stage == 3))
 
 
@@ -225,7 +228,9 @@ def _step_bytes(job: Job) -> int:
     if job.offload("optimizer") != "none" or (job.stage == 0 and not job.bf16):
         return 0
     at_once = job.size("sub_group_size", 10**9) if job.stage == 3 else job.trained
-    return 4 * min(at_once, math.ceil(job.trained / (job.ranks if job.stage else 1)))
+    of_head = 2 * job.width + 4 * (job.stage == 2) if job.stage in (1, 2) and not job.adapters else 0
+    flat = 4 * min(at_once, math.ceil(job.trained / (job.ranks if job.stage else 1)))
+    return flat + of_head * job.model.vocab * job.model.embed
 
 
 def host_memory(job: Job) -> dict[str, int]:
