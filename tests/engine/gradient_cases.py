@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from bitsandbytes.functional import dequantize_4bit
 from transformers import (
     GPTNeoConfig,
     GPTNeoForCausalLM,
@@ -22,6 +23,7 @@ from wpn_ds.data.examples import Answer, ExampleSet, ForgetExample
 from wpn_ds.data.layout import SHORTEST_HEADER
 from wpn_ds.data.plan import Segment
 from wpn_ds.models.adapters import attach
+from wpn_ds.models.load import Source, load_model
 from wpn_ds.settings.lora import LoraConfig
 
 VOCABULARY = 96
@@ -50,6 +52,7 @@ BASE = {
     "harmonise": False,
     "headed": False,
     "lora": 0,
+    "four_bits": False,
 }
 
 
@@ -177,6 +180,7 @@ LORA = [
     case(lora=4, objective="altpo", nll=0.0, beta=0.5, layout="padded"),
     case(lora=4, objective="tnpo", ascent=0.4, nll=0.0, beta=2.0, several=False),
     *(case(lora=4, harmonise=True, stage=stage, ascent=9.0) for stage in (0, 3)),
+    *(case(lora=4, four_bits=True, stage=stage, layout=layout) for stage, layout in ((0, "shared"), (2, "padded"))),
 ]
 #: Two forwards of each micro-batch must drop the same activations.
 REPLAYS = [case(targets="live", dropout=0.3), case(**BY_LIKELIHOOD, dropout=0.3)]
@@ -231,6 +235,16 @@ def adapt(lm: Any, rank: int) -> None:
             if parameter.requires_grad:
                 seed = torch.Generator().manual_seed(sum(name.encode()))
                 parameter.copy_(torch.randn(parameter.shape, generator=seed) * 0.2)
+
+
+def rounded_to_4_bits(lm: Any, folder: Path) -> None:
+    """Give ``lm``, which is of ``folder``, the weights that its linear layers have in 4 bits."""
+    small = load_model(Source(str(folder)), dtype=torch.float32, four_bits=True)
+    layers = dict(lm.named_modules())
+    for name, module in small.named_modules():
+        if hasattr(getattr(module, "weight", None), "quant_state"):
+            weight = dequantize_4bit(module.weight.data, module.weight.quant_state)
+            layers[name].weight.data = weight.to(layers[name].weight.dtype)
 
 
 def make_examples(headed: bool = False) -> ExampleSet:

@@ -86,10 +86,10 @@ def load(folder: Path, config: dict, flat: bool, **settings: Any) -> Any:
 
 
 @cache
-def starting_engine(folder: Path, stage: int, flat: bool, packed: bool, world: World) -> Any:
+def starting_engine(folder: Path, stage: int, flat: bool, packed: bool, four_bits: bool, world: World) -> Any:
     """Of the starting model, which no case changes: an engine takes as long as a step."""
     config = ds_json(stage, world.size)
-    return build_engine(PackedLM(load(folder, config, flat), packed=packed), config, None)
+    return build_engine(PackedLM(load(folder, config, flat, four_bits=four_bits), packed=packed), config, None)
 
 
 @cache
@@ -109,6 +109,7 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
         config,
         layout.flat,
         gradient_checkpointing=case["checkpointing"],
+        four_bits=case["four_bits"],
         dropout=case["dropout"],
     )
     if case["lora"]:
@@ -122,7 +123,7 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
     from_tables = terms.needs_start_distribution and case["reference"] in ("states", "topk")
     starting = policy
     if terms.keeps_answers or from_tables:
-        starting = Reader(starting_engine(*start_of, world), layout, 0, world)
+        starting = Reader(starting_engine(*start_of, case["four_bits"], world), layout, 0, world)
     # With all tokens but one, topk is exact.
     settings = UnlearningConfig(reference=case["reference"], reference_topk=VOCABULARY - 1)
     tabulator = Tabulator(starting, tables, silent)

@@ -16,7 +16,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import wpn_ds.cli
 from tests.engine import runs
+from tests.engine.gradient_cases import rounded_to_4_bits
 from tests.engine.runs import cached, flags, losses
+from wpn_ds.engine import checks
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.model import AskedModel
 from wpn_ds.models.adapters import WEIGHTS
@@ -146,6 +148,41 @@ def test_merged_it_is_a_plain_model_with_the_same_logits(train, tiny, tmp_path, 
         assert wpn_ds.cli.main([*argv, "--lora_merge", str(merge).lower()]) == 0
     assert same_adapters(tmp_path / "a", alone)
     assert torch.allclose(logits(loaded(tmp_path / "m")), expected, atol=1e-5)
+
+
+def test_a_base_in_4_bits_goes_on_bit_for_bit_and_is_merged_as_it_was_trained_on(train, tiny, tmp_path):
+    whole, out, made, four_bits = tmp_path / "whole", tmp_path / "out", tmp_path / "made", ["--load_in_4bit", "true"]
+    said = train(whole, *four_bits, ds="zero2")
+    adapters = sum(weight.numel() for weight in load_file(whole / WEIGHTS).values())
+    assert f"{loaded(tiny / 'opt').num_parameters() + adapters:,} parameters, {adapters:,} of them in" in said
+    shutil.copytree(whole, out)
+    shutil.rmtree(out / "checkpoint-6")
+    (out / "DONE").unlink()
+    assert "checkpoint-4 after step 4" in train(out, *four_bits, "--resume_from_checkpoint", "auto", ds="zero2")
+    assert losses(out) == losses(whole) and same_adapters(out, whole)
+    argv = ["checkpoint", "export", str(out / "checkpoint-6"), "--output_dir", str(made), "--lora_merge", "true"]
+    assert wpn_ds.cli.main(argv) == 0
+    assert "quantization_config" not in json.loads((made / "config.json").read_text())
+    base = loaded(tiny / "opt")
+    rounded_to_4_bits(base, tiny / "opt")
+    expected = logits(PeftModel.from_pretrained(base, str(whole)))
+    assert torch.allclose(logits(loaded(made)), expected, atol=1e-5)
+    assert (expected - with_adapter(tiny / "opt", whole)).abs().max() > 1e-3, "4 bits changed nothing"
+
+
+@pytest.mark.parametrize(
+    ("ds", "installed", "told"),
+    [
+        ("zero3", True, r"--load_in_4bit with --deepspeed \S+zero3\.json: ZeRO stage 3 can't shard weights of 4 bits"),
+        ("zero2", False, r"--load_in_4bit: needs bitsandbytes: pip install 'wpn-ds\[4bit\]'"),
+    ],
+)
+def test_a_base_in_4_bits_that_cannot_be_had_is_refused(ds, installed, told, monkeypatch):
+    if not installed:
+        monkeypatch.setattr(checks, "find_spec", lambda name: None)
+    stage = {"zero_optimization": {"stage": int(ds[4:])}}
+    with pytest.raises(UserError, match=told):
+        checks.check_four_bits(stage, f"ds_configs/{ds}.json")
 
 
 def test_an_adapter_s_folder_is_asked_as_the_model_that_it_makes(unbroken, tiny, tmp_path):

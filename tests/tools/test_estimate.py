@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit, Params4bit
 from transformers import (
     AttentionInterface,
     AttentionMaskInterface,
@@ -155,6 +156,25 @@ def test_adapters_alone_have_gradients_optimizer_and_messages(stage: int, bf16: 
     assert states_bytes(lora) == small | {"weights": states_bytes(lora)["weights"]}
     assert states_bytes(lora)["weights"] >= states_bytes(whole)["weights"] and "reference" not in memory(lora)
     assert total(lora) < total(whole) and sum(communication(lora).values()) <= sum(communication(whole).values())
+
+
+def test_a_base_in_4_bits_has_the_bytes_that_bitsandbytes_gives_it() -> None:
+    layer = torch.nn.Linear(512, 1024, bias=False)
+    small = Linear4bit(512, 1024, bias=False, compress_statistics=True, quant_type="nf4")
+    small.weight = Params4bit(layer.weight.data, requires_grad=False, quant_type="nf4").to("cpu")
+    state = small.weight.quant_state
+    parts = [small.weight.data, state.absmax, state.state2.absmax]
+    held = sum(part.numel() * part.element_size() for part in parts)
+    assert held == pytest.approx(512 * 1024 * estimate.NF4_BYTES, rel=1e-3)
+
+
+def test_only_linear_layers_are_in_4_bits(capsys: Any) -> None:
+    flags = ("--model", "opt-6.7b", "--gpus_per_node", "1", "--lora_r", "16", "--json")
+    whole, small = (json.loads(run(*flags, *more, capsys=capsys)[1]) for more in ([], ["--load_in_4bit", "true"]))
+    model = KNOWN["opt-6.7b"]
+    linears = sum(inputs * outputs * count for _, inputs, outputs, count in model.linears)
+    assert linears == 32 * 12 * 4096**2 and small["zero_stage"] == 2 and whole["zero_stage"] == 3
+    assert whole["memory"]["weights"] - small["memory"]["weights"] == pytest.approx(linears * (2 - 0.516), rel=1e-3)
 
 
 # Measured: activations
@@ -411,6 +431,11 @@ def test_every_shipped_file_is_estimated_where_its_folders_are_not_there(
     [
         (["--model", "./nowhere"], "--model ./nowhere"),
         (["--model", "opt-1.3b", "--deepspeed", "nowhere.json"], "--deepspeed nowhere.json"),
+        (["--model", "opt-1.3b", "--load_in_4bit", "true"], "--load_in_4bit: what is in 4 bits can't be trained"),
+        (
+            ["--model", "opt-1.3b", "--lora_r", "4", "--load_in_4bit", "true", "--deepspeed", "ds_configs/zero3.json"],
+            "--load_in_4bit with --deepspeed ds_configs/zero3.json: ZeRO stage 3 can't shard",
+        ),
         (["--model", "opt-1.3b", "--max_length", "8192"], "--tokens_per_micro_batch 4096 is less than one row"),
     ],
 )

@@ -7,6 +7,7 @@ import copy
 import os
 import tempfile
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,8 @@ from wpn_ds.engine.trackers import check_trackers
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, announce, on_main
 from wpn_ds.objectives.terms import NPair, OnAnswers, OnTokens, Terms
-from wpn_ds.settings.deepspeed import frozen_json
+from wpn_ds.settings.deepspeed import frozen_json, stage_of
+from wpn_ds.settings.lora import NOT_SHARDED
 from wpn_ds.settings.run import Config, UnlearningConfig
 from wpn_ds.system.files import usable
 
@@ -41,6 +43,8 @@ def check(config: Config, ds_json: dict[str, Any], terms: Terms, lm_config: Any,
         on_main(world, lambda: check_hub(repo, world))
     if terms.needs_start_distribution and unlearning.reference not in ("states", "topk"):
         frozen_json(ds_json, unlearning.reference)
+    if config.lora.load_in_4bit:
+        check_four_bits(ds_json, path)
     if unlearning.harmonise:
         check_harmony(ds_json, terms)
     if unlearning.redraw_steps:
@@ -78,6 +82,15 @@ def note_on_joined(examples: ExampleSet, tokenizer: Any) -> str:
         f"are what is asked: the tokenizer or its chat template writes both otherwise where the answer begins; the "
         f"first: {before!r} before {after!r}"
     )
+
+
+def check_four_bits(ds_json: Mapping[str, Any], path: str) -> None:
+    """Raises UserError where a base in 4 bits can't be had: without its package, or sharded, since several of its
+    weights share a number."""
+    if find_spec("bitsandbytes") is None:
+        raise UserError("--load_in_4bit: needs bitsandbytes: pip install 'wpn-ds[4bit]'")
+    if stage_of(ds_json) == 3:
+        raise UserError(f"--load_in_4bit with --deepspeed {path}: {NOT_SHARDED}")
 
 
 def check_hub(repo: str, world: World) -> None:

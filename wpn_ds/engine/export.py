@@ -140,8 +140,9 @@ def export_checkpoint(
         allow_key_mismatch=settings["allow_key_mismatch"],
     )
     source = adapters.whole(source)
-    lm = load_model(source, dtype=torch.bfloat16 if settings["bf16"] else torch.float32)
     lora = LoraConfig(**{field.name: settings[field.name] for field in fields(LoraConfig) if field.name in settings})
+    dtype = torch.bfloat16 if settings["bf16"] else torch.float32
+    lm = load_model(source, dtype=dtype, four_bits=lora.load_in_4bit)
     if lora:
         adapters.attach(lm, lora, seed=0)
     weights = {name.removeprefix("lm."): w.to(lm.dtype) for name, w in _weights(path).items()}

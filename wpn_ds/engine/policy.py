@@ -122,6 +122,7 @@ def load_lm(job: Job, attention: str, *, trained: bool) -> Any:
             dropout=settings.dropout if trained else 0.0,
             attention=attention,
             gradient_checkpointing=settings.gradient_checkpointing and trained,
+            four_bits=job.config.lora.load_in_4bit,
             zero3=for_loading(job.ds_json) if job.zero_stage == 3 else None,
         )
     if job.config.lora and trained:

@@ -304,7 +304,8 @@ def _starting_model(config: Config, model_path: str, world: World) -> tuple[Sour
     lm_config = load_config(source)
     if (how := quantisation(lm_config)) is not None:
         raise UserError(
-            f"{source.flag} {model_path}: {how} weights are quantised and can't be trained: give whole ones"
+            f"{source.flag} {model_path}: {how} weights are quantised and can't be trained: give whole ones, "
+            "which --load_in_4bit quantises for --lora_r"
         )
     return source, lm_config
 

@@ -33,7 +33,7 @@ def describe(job: Job, policy: Policy, first: StepPlan, peak_flops: float, telem
         peak_flops: of one device.
     """
     lm, layout, cut = policy.model.lm, policy.layout, job.examples.truncation
-    sizes = [(getattr(p, "ds_numel", p.numel()), p.requires_grad) for p in lm.parameters()]
+    sizes = [(_size(p), p.requires_grad) for p in lm.parameters()]
     trained, every = (sum(size for size, own in sizes if own or not alone) for alone in (True, False))
     adapters = f", {trained:,} of them in adapters, which alone are trained" if trained < every else ""
     facts = {
@@ -216,3 +216,10 @@ class Progress:
         telemetry.log(step, values)
         telemetry.last_losses = values
         return values
+
+
+def _size(parameter: Any) -> int:
+    """Of a whole one, however it is sharded; two numbers of 4 bits share one of its bytes."""
+    if hasattr(parameter, "quant_state"):
+        return int(parameter.quant_state.shape.numel())
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

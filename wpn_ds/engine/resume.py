@@ -145,7 +145,7 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
                 f"--early_stopping: {path} doesn't say what the retain perplexity was at the start: leave it out, or "
                 "start afresh"
             )
-    decisive |= {"lora_r", "lora_alpha", "lora_dropout", "lora_target"}
+    decisive |= {"lora_r", "lora_alpha", "lora_dropout", "lora_target", "load_in_4bit"}
     layout = {"tokens_per_micro_batch", "packing", "share_prefix", "attention", "gradient_checkpointing"}
     quiet = layout | {"output_dir", "logging_dir", "resume_from_checkpoint", "overwrite_output_dir", "logging_steps"}
     notes = []

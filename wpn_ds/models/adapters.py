@@ -86,9 +86,12 @@ def off(lm: Any) -> Iterator[None]:
 def merged(lm: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """The whole model's weights by their names without adapters, in fp32: bfloat16 would round small updates away.
 
-    ``weights``: all of ``lm`` by name, adapters among them.
+    ``weights``: all of ``lm`` by name, adapters among them; of a base in 4 bits ``lm``'s own are taken.
     """
     found = {_plain(name): weight.float() for name, weight in weights.items() if not _is_adapter(name)}
+    for name, layer in lm.named_modules():
+        if hasattr(getattr(layer, "weight", None), "quant_state"):
+            found[_plain(f"{name}.weight")] = _from_4_bits(layer.weight)
     for name, layer in lm.named_modules():
         if not hasattr(layer, "lora_A"):
             continue
@@ -100,8 +103,11 @@ def merged(lm: Any, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def plain(lm: Any) -> Any:
     """A model like ``lm`` without adapters and without weights, in fp32: what the files of :func:`merged` are of."""
+    config = copy.deepcopy(lm.config)
+    if hasattr(config, "quantization_config"):
+        del config.quantization_config
     with torch.device("meta"):
-        return type(lm)(copy.deepcopy(lm.config)).float()
+        return type(lm)(config).float()
 
 
 def write(lm: Any, weights: Mapping[str, Tensor], tokenizer: Any, base: str, revision: str | None, out: Path) -> None:
@@ -167,6 +173,12 @@ def _merge(folder: Path, base: Source, where: str, place: Path) -> None:
     with filled(place, last="config.json") as partial:
         merged_model.save_pretrained(partial)
         tokenizer.save_pretrained(partial)
+
+
+def _from_4_bits(weight: Any) -> Tensor:
+    from bitsandbytes.functional import dequantize_4bit
+
+    return dequantize_4bit(weight.data, weight.quant_state).float().cpu()
 
 
 def _names(folder: Path) -> set[str]:

@@ -26,6 +26,7 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PretrainedConfig,
 )
 from transformers.utils.hub import cached_file, extract_commit_hash
@@ -222,6 +223,7 @@ def load_model(
     dropout: float = 0.0,
     attention: str = "auto",
     gradient_checkpointing: bool = False,
+    four_bits: bool = False,
     zero3: Mapping[str, Any] | None = None,
     tokenizer: Any = None,
 ) -> Any:
@@ -229,6 +231,8 @@ def load_model(
 
     Args:
         attention: "auto", "sdpa", "eager", or one of :data:`wpn_ds.models.attention.KERNELS`.
+        four_bits: the linear layers but the head in NF4 with scales that are quantised as well (QLoRA), by bitsandbytes;
+            they compute in ``dtype``.
         zero3: a DeepSpeed configuration of stage 3 without batch sizes: the weights are then partitioned as they are
             read, and no rank ever holds the whole model.
         tokenizer: whose ids it reads; those that it lacks are then refused when they come.
@@ -255,6 +259,14 @@ def load_model(
 
         # from_pretrained partitions while this object is alive; a leftover one would partition later plain loads too.
         partition_on_load = HfDeepSpeedConfig(dict(zero3))
+    arguments = source.hub_arguments
+    if four_bits:
+        arguments["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=dtype,
+        )
     loaded: Any = None
     with _one_line(f"{where}: the model can't be loaded"):
         loaded = AutoModelForCausalLM.from_pretrained(
@@ -264,13 +276,17 @@ def load_model(
             attn_implementation=_attention(config, attention),
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # the audit refuses them, in one line
-            **source.hub_arguments,
+            **arguments,
         )
     del partition_on_load
     gc.collect()  # a partitioned weight refers to itself: the head that tying has replaced would stay for a while
     model, info = loaded
     if quantised:
         audit(info, source)
+    if four_bits:  # on a CPU, evaluating would otherwise pack the weights anew, with scales rounded to bfloat16
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):
+                module.support_avx512bf16_for_cpu = False
     if names := not_finite(model):
         more = f" and {len(names) - 3} more" if len(names) > 3 else ""
         raise UserError(

@@ -7,6 +7,9 @@ from typing import Any
 
 from wpn_ds.errors import UserError, require
 
+#: Why there is no --load_in_4bit there.
+NOT_SHARDED = "ZeRO stage 3 can't shard weights of 4 bits: take ds_configs/zero2.json"
+
 
 @dataclass(frozen=True)
 class LoraConfig:
@@ -24,6 +27,10 @@ class LoraConfig:
     lora_target: list[str] = field(default_factory=lambda: ["auto"])
     """Layers with adapters: auto (those that PEFT has for the family, or else all-linear), all-linear (all but the
     output layer), or names of modules such as q_proj v_proj."""
+
+    load_in_4bit: bool = False
+    """Keep the frozen weights of linear layers but the output layer in 4 bits (QLoRA, arXiv 2305.14314), by
+    bitsandbytes; not under ZeRO stage 3."""
 
     lora_merge: bool = False
     """Export the whole model with the adapters merged into it, in fp32, in place of the adapters alone."""

@@ -32,7 +32,8 @@ gradient's shard, once more in fp32 (stages 1 and 2 make it at the end of the la
 of head and embedding, and stage 2 beside their sum); activations are gone by then, so the larger of both counts.
 
 **Adapters** (LoRA). Gradients and optimizer are of the adapters alone, A parameters in the place of P, the head has no
-gradient, and KL's reference is the model itself without them.
+gradient, and KL's reference is the model itself without them. A base in 4 bits has 0.516 bytes a weight of its linear
+layers but the head, and one matrix at a time, d f, as it is computed with.
 
 **Communication.** In a ring of N, gathering or scattering M bytes sends M (N - 1) / N through every rank, an all-reduce
 twice that. Stage 0 all-reduces gradients once a step; stage 1 too, and gathers weights; stage 2 all-reduces them for
@@ -53,6 +54,7 @@ from wpn_ds.models.sizes import KNOWN, Architecture, architecture
 from wpn_ds.objectives.registry import find
 from wpn_ds.objectives.terms import Terms
 from wpn_ds.settings.deepspeed import MAX_LIVE, resolve_deepspeed
+from wpn_ds.settings.lora import NOT_SHARDED
 from wpn_ds.settings.parse import Count, Flag, Positive, option, parse
 from wpn_ds.settings.run import Config, DataConfig, TrainingConfig
 from wpn_ds.system.shipped import shipped
@@ -66,6 +68,9 @@ RESERVED = 2 * 2**30
 
 FRAGMENTED = 0.04
 """Share of a GPU's memory that its allocator can't use. A guess."""
+
+NF4_BYTES = 1 / 2 + 1 / 64 + 4 / (64 * 256)
+"""Of a weight in 4 bits: its code, a scale of one byte for 64 of them, and one of fp32 for 256 scales."""
 
 _ALL_REDUCE_FALLBACK = 500_000_000  # elements that stage 0 copies into one message
 
@@ -96,6 +101,7 @@ class Job:
     global_batch_size: int
     tokens_per_example: int
     adapters: int = 0
+    four_bits: bool = False
 
     @property
     def parameters(self) -> int:
@@ -136,8 +142,9 @@ class Job:
 def states_bytes(job: Job) -> dict[str, int]:
     """Weights, gradients and optimizer of a rank, wherever they lie."""
     p, a, n, s, stage = job.parameters, job.trained, job.ranks, job.width, job.stage
+    small = sum(inputs * outputs * count for _, inputs, outputs, count in job.model.linears) if job.four_bits else 0
     return {
-        "weights": s * (math.ceil(p / n) if stage == 3 else p),
+        "weights": s * (math.ceil(p / n) if stage == 3 else p - small) + math.ceil(small * NF4_BYTES),
         "gradients": s * a if stage < 2 else 4 * math.ceil(a / n),
         "optimizer": (8 + 4 * (job.bf16 or stage > 0)) * (a if stage == 0 else math.ceil(a / n)),
     }
@@ -217,7 +224,7 @@ def _gathered_bytes(job: Job) -> int:
 
 def _bucket_bytes(job: Job) -> int:
     """Gradients on their way: the matrix of which one is being made, and what is being reduced."""
-    matrix = 0 if job.adapters else job.width * job.model.hidden * job.model.ffn
+    matrix = 0 if job.adapters and not job.four_bits else job.width * job.model.hidden * job.model.ffn
     bucket, overlapped = job.size("reduce_bucket_size", 500_000_000), job.zero.get("overlap_comm", job.stage == 3)
     if job.stage == 0:
         return matrix + (job.width * min(job.trained, _ALL_REDUCE_FALLBACK) if job.ranks > 1 else 0)
@@ -305,9 +312,13 @@ def _fewer_tokens(job: Job, room: float) -> Change:
 
 
 def _zero3(job: Job, room: float) -> Change:
-    return Change(
-        "--deepspeed ds_configs/zero3.json", job if job.stage == 3 else replace(job, zero=_resolved_zero3(job))
-    )
+    kept = job.stage == 3 or job.four_bits
+    return Change("--deepspeed ds_configs/zero3.json", job if kept else replace(job, zero=_resolved_zero3(job)))
+
+
+def _offloaded(job: Job, room: float) -> Change:
+    zero = job.zero if job.four_bits else {**job.zero, **_OFFLOADED}
+    return Change("--deepspeed ds_configs/zero3_offload.json", replace(job, zero=zero))
 
 
 def _more_gpus(job: Job, room: float) -> Change:
@@ -324,9 +335,7 @@ _STEPS: tuple[Callable[[Job, float], Change], ...] = (
     _fewer_tokens,
     lambda job, room: Change("--reference states", replace(job, reference="states")),
     _zero3,
-    lambda job, room: Change(
-        "--deepspeed ds_configs/zero3_offload.json", replace(job, zero={**job.zero, **_OFFLOADED})
-    ),
+    _offloaded,
     _more_gpus,
 )
 """What may be changed of a job for ``room`` bytes; what saves nothing, since it is so already, is passed over."""
@@ -375,6 +384,8 @@ class Options:
     """As in training."""
     lora_target: list[str] = option(["auto"], metavar="NAME")
     """As in training."""
+    load_in_4bit: bool = False
+    """As in training."""
     objective: str = option("wpn", metavar="NAME")
     """As in training: whether there is a term with KL."""
     reference: Literal["sharded", "cpu", "nvme", "states", "topk", "none"] | None = None
@@ -398,6 +409,8 @@ class Options:
                 f"--tokens_per_micro_batch {self.tokens_per_micro_batch} is less than one row of --max_length "
                 f"{self.max_length}: raise the one or lower the other"
             )
+        if self.load_in_4bit and not self.lora_r:
+            raise UserError("--load_in_4bit: what is in 4 bits can't be trained: give --lora_r as well")
 
 
 def run(argv: Sequence[str] | None = None) -> int:
@@ -423,13 +436,16 @@ def run(argv: Sequence[str] | None = None) -> int:
 def _job(options: Options) -> Job:
     model, objective = architecture(options.model), find(options.objective)()
     said = {} if options.bf16 is None else {"bf16": options.bf16}
+    default = _ZERO3 | {"stage": 2} if options.load_in_4bit else _ZERO3
     resolved = resolve_deepspeed(
-        shipped(options.deepspeed) if options.deepspeed else {"zero_optimization": _ZERO3},
+        shipped(options.deepspeed) if options.deepspeed else {"zero_optimization": default},
         Config.from_flat({"bf16": True} | said, explicit=said),
         world_size=options.nodes * options.gpus_per_node,
         hidden_size=model.hidden,
         device=None,
     )
+    if options.load_in_4bit and resolved.json.get("zero_optimization", {}).get("stage") == 3:
+        raise UserError(f"--load_in_4bit with --deepspeed {options.deepspeed}: {NOT_SHARDED}")
     return Job(
         model=model,
         nodes=options.nodes,
@@ -443,6 +459,7 @@ def _job(options: Options) -> Job:
         global_batch_size=options.global_batch_size,
         tokens_per_example=options.tokens_per_example,
         adapters=model.adapters(options.lora_r, options.lora_target) if options.lora_r else 0,
+        four_bits=options.load_in_4bit,
     )
 
 
