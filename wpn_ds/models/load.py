@@ -231,8 +231,8 @@ def load_model(
 
     Args:
         attention: "auto", "sdpa", "eager", or one of :data:`wpn_ds.models.attention.KERNELS`.
-        four_bits: the linear layers but the head in NF4 with scales that are quantised as well (QLoRA), by bitsandbytes;
-            they compute in ``dtype``.
+        four_bits: the linear layers but the head in NF4 with scales that are quantised as well (QLoRA), by
+            bitsandbytes; they compute in ``dtype``.
         zero3: a DeepSpeed configuration of stage 3 without batch sizes: the weights are then partitioned as they are
             read, and no rank ever holds the whole model.
         tokenizer: whose ids it reads; those that it lacks are then refused when they come.
