@@ -204,6 +204,18 @@ def test_preempted_five_times_nothing_is_repeated_or_skipped(cluster, submit, re
     assert evaluated == [m["step"] for m in metrics(calm) if "eval/nll_wanted" in m]
 
 
+def test_adapters_go_on_after_a_preemption_as_if_nothing_had_been(cluster, submit, recipe, job_env, tmp_path) -> None:
+    lora = ["--lora_r", "4", "--lora_target", "all-linear", "--max_steps", "30", "--save_steps", "0"]
+    calm, run = by_launcher(2, [*recipe, *lora], tmp_path / "calm", job_env), tmp_path / "run"
+    job = submit("opt-125m.sh", *recipe, *lora, "--output_dir", str(run), env=slowly(tmp_path))
+    cluster.until(lambda: steps_done(run) >= 4, 120, lambda: logs(tmp_path)[-3000:])
+    cluster.run("scancel", "--signal=USR1", "--batch", job)
+    assert cluster.wait(job)["JobState"] == "COMPLETED", logs(tmp_path)[-3000:]
+    assert int(cluster.job(job)["Restarts"]) == 1 and losses(run) == losses(calm)
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in (run, calm))
+    assert one.keys() == other.keys() and all(one[name].equal(other[name]) for name in one)
+
+
 def test_a_cancelled_job_leaves_a_checkpoint_and_stays_away(cluster, submit, unbroken, recipe, tmp_path) -> None:
     run = tmp_path / "run"
     flags = [*recipe, "--save_steps", "0", "--output_dir", str(run)]
