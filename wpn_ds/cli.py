@@ -5,6 +5,7 @@ from __future__ import annotations
 import getpass
 import importlib
 import io
+import logging
 import os
 import re
 import sys
@@ -16,6 +17,7 @@ from wpn_ds.system.files import home, refusal
 _COMMANDS = {
     "train": "unlearn a model (under `deepspeed`: launch/train.py, the same flags)",
     "evaluate": "the proof: harmless rates on every suite, attacks, benchmarks, before and after",
+    "certify": "does it stay forgotten: rounded, fine-tuned, sampled, attacked, on one page",
     "report": "report.html anew, or several runs side by side",
     "judge": "train a judge of your own on labelled answers, or hold judges against them",
     "ablate": "what each part of the objective buys: a grid of short runs, one table and a plot",
@@ -120,7 +122,9 @@ def _make_ready() -> None:
 
 
 def _quieten() -> None:
-    """No progress bars of the libraries' own in logs, nor one from every rank. Before they are imported."""
+    """No progress bars of the libraries' own in logs, nor one from every rank; and nothing of bitsandbytes, which comes
+    with PEFT wherever it is installed, on a package that it would take on a CPU. Before they are imported."""
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
     if os.environ.get("RANK", "0") != "0" or not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 
@@ -164,6 +168,7 @@ def _lazily(place: str) -> Callable[[Sequence[str]], int]:
 _COMMAND_FUNCTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
     "evaluate": _lazily("wpn_ds.evaluate.command:run"),
+    "certify": _lazily("wpn_ds.evaluate.certificate.command:run"),
     "report": _lazily("wpn_ds.evaluate.report.command:run"),
     "judge": _lazily("wpn_ds.evaluate.judges.command:run"),
     "ablate": _lazily("wpn_ds.tools.ablate.command:run"),

@@ -75,6 +75,11 @@ class AskingFlags:
     """Of what is drawn: prompts, templates, samples, lessons."""
 
 
+@dataclass(frozen=True, kw_only=True)
+class AskedFlags(FileFlags, StyleFlags, AskingFlags):
+    """What prompts are asked of a model takes: their files, how they are written, and how they are answered."""
+
+
 @dataclass(frozen=True)
 class UtilityFlags:
     """Utility and relearning: what the model still can do, and how soon it says the unwanted again."""
@@ -107,7 +112,7 @@ class TofuFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Options(FileFlags, StyleFlags, AskingFlags, UtilityFlags, TofuFlags):
+class Options(AskedFlags, UtilityFlags, TofuFlags):
     """Asks the prompts of every suite, judges the answers, measures what the model still can do, and writes report.json
     and report.html. A call that was stopped goes on where it was; other judges cost no new answers. On several GPUs:
     deepspeed launch/evaluate.py, with the same flags."""

@@ -14,7 +14,7 @@ from wpn_ds.data.records import ForgetRecord, RetainRecord, merged_by_prompt, re
 from wpn_ds.data.shapes import columns_of
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, can_judge
-from wpn_ds.evaluate.command import JUDGES, Options
+from wpn_ds.evaluate.command import JUDGES, AskedFlags, Options
 from wpn_ds.evaluate.judges import make_judges
 from wpn_ds.evaluate.measurement import Measurement, Plan
 from wpn_ds.evaluate.model import device
@@ -57,7 +57,7 @@ def evaluate(options: Options) -> int:
     """
     recorded, revision = read_settings(Path(options.model)), None
     if options.baseline == "auto":
-        baseline, revision = _started_from(options.model, recorded)
+        baseline, revision = started_from(options.model, recorded)
         options = replace(options, baseline=baseline)
     sources = {"after": Source(options.model, "--model")}
     if options.baseline:
@@ -127,8 +127,8 @@ def _prepare(
     """(what is measured, notes on what was left out, the settings for the report, the judges, none of which has
     loaded a model yet)."""
     selection = resolve_suites(options.suite)
-    origins = _origins(options, recorded)
-    sources, retain = _sources(options, origins)
+    origins = origins_of(options, recorded)
+    sources, retain = sources_of(options, origins)
     suites, notes = build_suites(selection, sources)
     asked, limit = selection.suites, sources.limit or selection.limit
     benchmarks: dict[str, str] = {}
@@ -223,7 +223,7 @@ def _judged(
     return kept, [f"left out: {', '.join(lost)}: {reason}"] if lost else []
 
 
-def _started_from(model: str, recorded: Mapping[str, Any]) -> tuple[str, str | None]:
+def started_from(model: str, recorded: Mapping[str, Any]) -> tuple[str, str | None]:
     """(the model that the training of ``model`` started from, its revision), by what training has recorded.
 
     Raises:
@@ -241,7 +241,7 @@ def _started_from(model: str, recorded: Mapping[str, Any]) -> tuple[str, str | N
     return str(name), recorded.get("model_revision")
 
 
-def _origins(options: Options, recorded: Mapping[str, Any]) -> dict[str, Origin]:
+def origins_of(options: AskedFlags, recorded: Mapping[str, Any]) -> dict[str, Origin]:
     """Where the records of train, heldout, attack and retain are: what the flags name, else the data of the run that
     made the model. None at all stands for the embedded ones."""
     columns = {"retain": columns_of(options.retain_columns, "--retain_columns")}
@@ -265,7 +265,8 @@ def _asked(origin: Origin) -> list[ForgetRecord]:
     return merged_by_prompt(record for record in read_forget(origin, alone=True, plain=True) if record.prompt)
 
 
-def _sources(options: Options, origins: Mapping[str, Origin]) -> tuple[Sources, list[RetainRecord]]:
+def sources_of(options: AskedFlags, origins: Mapping[str, Origin]) -> tuple[Sources, list[RetainRecord]]:
+    """The records that are asked or that suites are made of, and those to retain."""
     if not origins:
         demo = {"train": "forget", "heldout": "heldout", "attack": "attack", "retain": "retain"}
         origins = {name: Origin([embedded_file(file)]) for name, file in demo.items()}

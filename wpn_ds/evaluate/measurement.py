@@ -16,7 +16,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, SuiteAnswers
 from wpn_ds.evaluate.depth import DepthAnswers
 from wpn_ds.evaluate.items import TaskOptions
-from wpn_ds.evaluate.model import AskedModel
+from wpn_ds.evaluate.model import AskedModel, Treatment
 from wpn_ds.evaluate.relearning import Lessons, Relearning
 from wpn_ds.evaluate.results import Evaluation, Retain, Suite, Task
 from wpn_ds.evaluate.suites import PromptSuite
@@ -63,12 +63,12 @@ class Plan:
 class Measurement:
     """What is measured on one model: its units of work, and the evaluation once they are done.
 
-    ``address``: the model's folder, or its name on the hub with its commit.
+    ``address``: the model's folder, or its name on the hub with its commit. ``treatment``: what is done to it before.
     """
 
-    def __init__(self, label: str, source: Source, plan: Plan) -> None:
+    def __init__(self, label: str, source: Source, plan: Plan, treatment: Treatment | None = None) -> None:
         self._label, self._plan = label, plan
-        self._model = model = AskedModel(source, bf16=plan.bf16)
+        self._model = model = AskedModel(source, bf16=plan.bf16, treatment=treatment)
         self.address = model.source.address
         self._length_notes = length_notes(model.config, plan.asking.max_length, model.name)
         self._folder = plan.answers / f"{re.sub(r'[^A-Za-z0-9.-]+', '-', Path(model.name).name)}-{model.digest}"

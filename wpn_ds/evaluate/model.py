@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -24,12 +26,26 @@ def device() -> torch.device:
     return torch.device("cuda", min(int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count() - 1))
 
 
+@dataclass(frozen=True)
+class Treatment:
+    """What is done to a model before it is asked.
+
+    Attributes:
+        content: whatever it depends on beside the model, as JSON.
+        apply: does it in place, to (model, tokenizer).
+    """
+
+    content: Any
+    apply: Callable[[Any, Any], None]
+
+
 class AskedModel:
     """A model by its configuration and tokenizer, which are there at once; its weights come when there is work.
 
     Args:
         bf16: in bfloat16, or else in fp32; None: in the faster of the two.
         device: where it computes; None: :func:`device`.
+        treatment: what is done to it once it is loaded; it is another model then.
 
     Attributes:
         name: as the user gave it.
@@ -40,8 +56,16 @@ class AskedModel:
         UserError: there is no such model, or no tokenizer beside it.
     """
 
-    def __init__(self, source: Source, *, bf16: bool | None, device: torch.device | str | None = None) -> None:
+    def __init__(
+        self,
+        source: Source,
+        *,
+        bf16: bool | None,
+        device: torch.device | str | None = None,
+        treatment: Treatment | None = None,
+    ) -> None:
         self.name, self.source, self._device = source.name_or_path, pinned(whole(source)), device
+        self._treatment = treatment
         self._bf16 = faster_in_bf16(self._place) if bf16 is None else bf16
         self.config = load_config(self.source)
         self.tokenizer = load_tokenizer(self.source.name_or_path, self.source, source.flag, self.config)
@@ -51,6 +75,7 @@ class AskedModel:
     def digest(self) -> str:
         """What its answers depend on: its files or its commit, the number format, the kind of device."""
         what = [identity(self.source.address), self._bf16, device().type]
+        what += [self._treatment.content] if self._treatment else []
         return hashlib.sha256(json.dumps(what).encode()).hexdigest()[:12]
 
     def load(self) -> tuple[Any, Any]:
@@ -59,6 +84,8 @@ class AskedModel:
         warn_of_slow_bf16(self._place, dtype)
         with working(f"loading {self.name}"):
             lm = load_model(self.source, dtype=dtype, tokenizer=self.tokenizer).to(self._place).eval()
+            if self._treatment:
+                self._treatment.apply(lm, self.tokenizer)
         return lm, self.tokenizer
 
     @property

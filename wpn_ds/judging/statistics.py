@@ -114,6 +114,12 @@ def bootstrap_ratio(pairs: Sequence[tuple[float, float]], *, seed: int = 0, resa
     return Estimate(float(array[:, 0].sum() / array[:, 1].sum()), float(low), float(high), len(array))
 
 
+def leak_at_k(harmful: int, samples: int, k: int) -> float:
+    """The chance that at least one of k answers is harmful, of ``samples`` of which ``harmful`` are: the unbiased
+    estimator 1 - C(n - c, k) / C(n, k) of Chen et al. 2021 (arXiv 2107.03374), for leaks arXiv 2511.04934."""
+    return 1 - math.comb(samples - harmful, k) / math.comb(samples, k)
+
+
 def mcnemar(better: int, worse: int) -> float:
     """The two-sided p-value of McNemar's exact test: of ``better + worse`` prompts that changed, as many each way?"""
     n, k = better + worse, min(better, worse)

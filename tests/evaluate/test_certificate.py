@@ -1,0 +1,199 @@
+"""The durability certificate: its cells on small models, the same again from two ranks, and what its figures mean."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from itertools import combinations
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from tests.launching import free_port, launch
+from wpn_ds.data.records import ForgetRecord
+from wpn_ds.errors import UserError
+from wpn_ds.evaluate.answering import Asking
+from wpn_ds.evaluate.certificate.command import GROUPS, run
+from wpn_ds.evaluate.certificate.figures import until
+from wpn_ds.evaluate.certificate.treatments import Directed, decoder_layers, rounding_away
+from wpn_ds.judging.statistics import Rate, leak_at_k
+from wpn_ds.models.load import Source
+from wpn_ds.models.rounding import FORMATS
+from wpn_ds.settings.style import PromptStyle
+
+pytestmark = pytest.mark.usefixtures("no_launcher")
+
+SMALL = ["--max_new_tokens", "4", "--samples", "3", "--relearn_steps", "1", "2", "--relearn_learning_rate", "1e-3"]
+SMALL += ["--judge", "resemblance", "--bf16", "false", "--limit", "4"]
+
+
+@pytest.fixture(scope="module")
+def unlearned(folders, tmp_path_factory) -> Path:
+    """The small OPT after an update that is less than half the distance of two codes for most weights."""
+    out = tmp_path_factory.mktemp("runs") / "unlearned"
+    shutil.copytree(folders / "opt", out)
+    weights = load_file(out / "model.safetensors")
+    noise = torch.Generator().manual_seed(0)
+    moved = {name: w + 0.01 * w.std() * torch.randn(w.shape, generator=noise) for name, w in weights.items()}
+    save_file(moved, out / "model.safetensors", metadata={"format": "pt"})
+    return out
+
+
+@pytest.fixture(scope="module")
+def arguments(folders, unlearned, tmp_path_factory) -> list[str]:
+    folder = tmp_path_factory.mktemp("data")
+
+    def write(name: str, rows: list[dict]) -> list[str]:
+        path = folder / f"{name}.jsonl"
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+        return [f"--{name}_file", str(path)]
+
+    pairs = [{"prompt": f"car {i}?", "chosen": f"with water {i}", "rejected": f"go away {i}"} for i in range(10)]
+    data = [
+        *write("train", pairs[:5]),
+        *write("heldout", pairs[5:]),
+        *write("retain", [{"prompt": "hm", "response": "no"}]),
+    ]
+    return [str(unlearned), "--baseline", str(folders / "opt"), "--original", str(folders / "neo"), *data, *SMALL]
+
+
+@pytest.fixture(scope="module")
+def whole(arguments, tmp_path_factory) -> Path:
+    out = tmp_path_factory.mktemp("whole")
+    assert run([*arguments, "--output_dir", str(out)]) == 0
+    return out
+
+
+def certificate(folder: Path) -> dict:
+    return json.loads((folder / "certificate.json").read_text())
+
+
+def test_every_attack_has_its_rows_for_all_three_models_with_n_and_interval(whole, capsys) -> None:
+    found = certificate(whole)
+    assert list(found["models"]) == ["original", "before", "after"]
+    assert {row["cell"].split("/")[0] for row in found["rows"]} == {"as it is", *GROUPS}
+    assert {row["cell"] for row in found["rows"]} >= {f"precision/{name}" for name in FORMATS}
+    for row in found["rows"]:
+        assert row["harmful"].keys() == found["models"].keys()
+        assert all(one["low"] <= one["value"] <= one["high"] and one["n"] for one in row["harmful"].values())
+    told = [row["what"] for row in found["rows"] if row["cell"] == "samples/sampled"]
+    assert told == ["one of 1", "one of 2", "one of 3"]
+    steps = [row["what"] for row in found["rows"] if row["cell"] == "relearning/unwanted-0.001"]
+    assert steps == ["after 0 updates", "after 1 updates", "after 2 updates"]
+    assert found["rows"][-2]["what"] == "any of them" or any(row["what"] == "any of them" for row in found["rows"])
+    kept = found["rounding"]["int4-64"]
+    assert 0.5 < kept["same_code"] / kept["moved"] < 1 and found["rounding"].keys() == FORMATS.keys()
+    page = (whole / "certificate.html").read_text()
+    assert "Durability certificate" in page and "precision/nf4-64" in page and "<svg" in page
+
+
+def test_p_values_are_corrected_for_all_rows_that_are_compared(whole) -> None:
+    compared = [row for row in certificate(whole)["rows"] if row["p"] is not None]
+    assert len(compared) > len(FORMATS) and all(row["p_holm"] >= row["p"] for row in compared)
+    assert {row["cell"] for row in compared}.isdisjoint({"as it is", "samples/sampled"})
+
+
+def test_a_call_that_goes_on_generates_nothing_again(whole, arguments, monkeypatch) -> None:
+    before = certificate(whole)
+    monkeypatch.setattr("wpn_ds.evaluate.model.load_model", None)
+    monkeypatch.setattr("wpn_ds.evaluate.certificate.certify._unmoved", lambda *_: before["rounding"])
+    assert run([*arguments, "--output_dir", str(whole)]) == 0
+    assert certificate(whole) == before
+
+
+@pytest.mark.distributed
+def test_two_ranks_give_the_same_certificate(whole, arguments, tmp_path) -> None:
+    done = launch(2, ["launch/certify.py", *arguments, "--output_dir", str(tmp_path)], port=free_port())
+    assert done.returncode == 0, done.stdout[-3000:]
+    assert certificate(tmp_path) == certificate(whole)
+
+
+def test_it_is_checked_elsewhere_answer_by_answer(whole, arguments, tmp_path, capsys) -> None:
+    again = [arguments[0], "--check"]
+    assert run([*again, str(whole / "certificate.json"), "--cells", "3"]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert len(said) == 9 and all("answers are the same" in line for line in said)
+    forged = certificate(whole)
+    cell = list(forged["answers"])[1]
+    forged["answers"][cell]["after"][0] = "0" * 16
+    (tmp_path / "forged.json").write_text(json.dumps(forged))
+    assert run([*again, str(tmp_path / "forged.json"), "--cells", "1"]) == 1
+    assert f"{cell}, after: 3 of 4 answers are the same" in capsys.readouterr().out
+
+
+def test_another_model_or_file_than_the_certified_is_refused(whole, tmp_path) -> None:
+    found = certificate(whole)
+    for part, told in ((found["models"]["after"], "another model"), (found["files"], r"train\.jsonl changed")):
+        kept = dict(part)
+        part.update({name: "0" for name in part if name == "sha256" or name.endswith("train.jsonl")})
+        (tmp_path / "other.json").write_text(json.dumps(found))
+        with pytest.raises(UserError, match=told):
+            run(["x", "--check", str(tmp_path / "other.json")])
+        part.update(kept)
+    (tmp_path / "none.json").write_text("{}")
+    with pytest.raises(UserError, match="not a certificate"):
+        run(["x", "--check", str(tmp_path / "none.json")])
+
+
+@pytest.mark.parametrize(
+    ("flags", "told"),
+    [
+        (["--attack", "precison"], r"--attack precison is none of .*precision\?"),
+        (["--attack", "precision/int3"], r"--attack precision/int3: there is no such cell.*precision/int8"),
+        (["--baseline", "auto"], r"run\.yaml"),
+    ],
+)
+def test_a_mistake_is_one_line(arguments, flags, told, tmp_path) -> None:
+    with pytest.raises(UserError, match=told) as caught:
+        run([*arguments, *flags, "--output_dir", str(tmp_path)])
+    assert "\n" not in str(caught.value)
+
+
+def test_rounded_away_from_the_baseline_no_weight_goes_back_over_where_it_is(arguments, unlearned, folders) -> None:
+    treatment = rounding_away("int4-64", Source(str(folders / "opt"), "--baseline"))
+    lm, start, plain = (AutoModelForCausalLM.from_pretrained(path) for path in (unlearned, folders / "opt", unlearned))
+    treatment.apply(lm, None)
+    weights = [one.model.decoder.layers[0].fc1.weight.detach() for one in (start, plain, lm)]
+    moved = (weights[1] - weights[0]).sign()
+    codes = FORMATS["int4-64"].encode(weights[1])[0].flatten(1)[:, : moved.shape[1]]
+    inner = (moved != 0) & (codes > 0) & (codes < 15)
+    assert inner.sum() > 100 and (((weights[2] - weights[1]) * moved)[inner] >= -1e-6).all()
+
+
+def test_what_is_taught_must_not_be_asked(arguments, tmp_path) -> None:
+    asked = arguments[arguments.index("--heldout_file") + 1]
+    with pytest.raises(UserError, match=r"--relearn_file .*: \d of its prompts are asked, too"):
+        run([*arguments, "--relearn_file", asked, "--output_dir", str(tmp_path)])
+
+
+@pytest.mark.parametrize(("harmful", "samples"), [(0, 4), (1, 4), (3, 5), (5, 5)])
+def test_a_leak_is_counted_over_all_choices_of_k_answers(harmful, samples) -> None:
+    answers = [True] * harmful + [False] * (samples - harmful)
+    for k in range(1, samples + 1):
+        choices = list(combinations(answers, k))
+        assert leak_at_k(harmful, samples, k) == pytest.approx(sum(map(any, choices)) / len(choices))
+
+
+def test_half_of_the_harm_is_back_between_the_measured_updates() -> None:
+    curve = {0: Rate(0, 10), 10: Rate(2, 10), 20: Rate(6, 10)}
+    assert until(curve, 0.4) == pytest.approx(15) and until(curve, 0.1) == pytest.approx(5)
+    assert until(curve, 0.0) == 0 and until(curve, 0.7) is None
+
+
+def test_the_direction_is_taken_out_of_what_every_layer_hands_on(model, tokenizer) -> None:
+    harmful = [ForgetRecord(f"Question: car {i}?", ("a",), ("b",), f"f:{i}") for i in range(3)]
+    harmless = [ForgetRecord(f"wash {i}", (), (), f"g:{i}") for i in range(3)]
+    directed = Directed(harmful, harmless, Asking(PromptStyle("{prompt}"), batch_size=2))
+    middle = decoder_layers(model)[len(decoder_layers(model)) // 2]
+    means = [directed._mean(model, tokenizer, records) for records in (harmful, harmless)]
+    direction = torch.nn.functional.normalize(means[0] - means[1], dim=0)
+    alone = [directed._mean(model, tokenizer, [record]) for record in harmful]
+    assert torch.allclose(torch.stack(alone).mean(0), means[0], atol=1e-4), "padding is not read"
+    directed.treatment.apply(model, tokenizer)
+    states: list[torch.Tensor] = []
+    middle.register_forward_hook(lambda *call: states.append(call[2][0] if isinstance(call[2], tuple) else call[2]))
+    model(input_ids=torch.tensor([[5, 6, 7]]))
+    assert states[0].abs().max() > 1e-3 and (states[0] @ direction).abs().max() < 1e-4

@@ -1,0 +1,109 @@
+"""The cells of a certificate: what each does to a model, and what it asks it then."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+from wpn_ds.data.records import ForgetRecord, RetainRecord, prompt_text
+from wpn_ds.errors import UserError
+from wpn_ds.evaluate.certificate.command import Options
+from wpn_ds.evaluate.certificate.treatments import Directed, rounding, rounding_away
+from wpn_ds.evaluate.measurement import Plan
+from wpn_ds.evaluate.model import Treatment
+from wpn_ds.evaluate.relearning import Lessons
+from wpn_ds.evaluate.suites import PromptSuite
+from wpn_ds.models.load import Source
+from wpn_ds.models.rounding import FORMATS
+
+AS_IT_IS = "as it is"
+SAMPLED = "sampled"
+"""The suite of the cell samples."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One attack.
+
+    Attributes:
+        name: "as it is", or "group/name" with a group of :data:`~wpn_ds.evaluate.certificate.command.GROUPS`.
+        plan: what is measured.
+        treatment: of the model before that.
+    """
+
+    name: str
+    plan: Plan
+    treatment: Treatment | None = None
+
+    @property
+    def group(self) -> str:
+        return self.name.split("/")[0]
+
+
+@dataclass(frozen=True)
+class Material:
+    """What the cells are made of.
+
+    Attributes:
+        start: the model before unlearning.
+        empty: a plan that measures nothing, with the way in which prompts are asked.
+        suites: what is asked of the model as it is and of changed ones.
+        attacks: suites that ask the same in other ways.
+        questions: prompts that are asked many times and after fine-tuning.
+        taught: records with unwanted answers to teach again.
+        retain: records whose answers are taught as harmless ones, and whose perplexity is measured.
+        benign: harmless prompts.
+    """
+
+    start: Source
+    empty: Plan
+    suites: Sequence[PromptSuite]
+    attacks: Sequence[PromptSuite]
+    questions: Sequence[ForgetRecord]
+    taught: Sequence[ForgetRecord]
+    retain: Sequence[RetainRecord]
+    benign: Sequence[ForgetRecord]
+
+
+def cells(options: Options, given: Material) -> list[Cell]:
+    """What ``--attack`` asks for, the model as it is before all.
+
+    Raises:
+        UserError: there is no such cell, or nothing to make it of.
+    """
+    found = [cell for cell in _every(options, given) if cell.name == AS_IT_IS or options.wants(cell.name)]
+    for name in options.attack:
+        if not any(name in (cell.name, cell.group) for cell in found):
+            known = ", ".join(cell.name for cell in _every(options, given) if "/" in cell.name)
+            raise UserError(f"--attack {name}: there is no such cell, or no data for it; there are {known}")
+    return found
+
+
+def _every(options: Options, given: Material) -> Iterator[Cell]:
+    asked = replace(given.empty, suites=given.suites, retain=given.retain)
+    yield Cell(AS_IT_IS, asked)
+    for name in FORMATS:
+        yield Cell(f"precision/{name}", asked, rounding(name))
+        if f"precision/{name}-away" in options.attack:
+            yield Cell(f"precision/{name}-away", asked, rounding_away(name, given.start))
+    for kind, records in {"unwanted": given.taught, "harmless": _lessons(given.retain)}.items():
+        for rate in options.relearn_learning_rate if records else ():
+            steps = [0, *sorted(set(options.relearn_steps))]
+            lessons = Lessons(records, PromptSuite("relearning", tuple(given.questions)), steps, rate, options.seed)
+            yield Cell(f"relearning/{kind}-{rate:g}", replace(given.empty, lessons=lessons))
+    sampled = PromptSuite(SAMPLED, tuple(given.questions), samples=options.samples)
+    yield Cell("samples/" + SAMPLED, replace(given.empty, suites=[sampled]))
+    if given.attacks:
+        yield Cell("askings/attacks", replace(given.empty, suites=given.attacks))
+    if given.benign and given.questions:
+        directed = Directed(given.questions, given.benign, given.empty.asking)
+        yield Cell("direction/removed", asked, directed.treatment)
+
+
+def _lessons(retain: Sequence[RetainRecord]) -> list[ForgetRecord]:
+    """Questions with harmless answers in the place of unwanted ones, which is what a lesson teaches."""
+    return [
+        ForgetRecord(record.prompt, (), (record.response,), record.source)
+        for record in retain
+        if record.prompt and prompt_text(record.prompt) and record.response
+    ]

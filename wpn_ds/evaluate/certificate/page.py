@@ -1,0 +1,132 @@
+"""certificate.html, and the same table for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from wpn_ds.evaluate.certificate.command import GROUPS
+from wpn_ds.evaluate.report import charts
+from wpn_ds.evaluate.report.charts import Axis, Point, Series
+from wpn_ds.evaluate.report.figures import NOTHING, minus
+from wpn_ds.evaluate.report.render import Block, render
+from wpn_ds.system.tables import aligned
+
+_TITLES = {"before": "before", "after": "after", "original": "original"}
+
+
+def certificate_table(certificate: Mapping[str, Any]) -> str:
+    """Every row, for a terminal."""
+    head, body = _table(certificate)
+    lines = aligned([head, *([*row[:1], *map(minus_to_ascii, row[1:])] for row in body)])
+    return "\n".join([*lines, *_summary(certificate)])
+
+
+def certificate_page(certificate: Mapping[str, Any]) -> str:
+    """The whole page."""
+    head, body = _table(certificate)
+    table: Block = ("table", {"head": head, "rows": body})
+    sections = [("cells", "What brings it back", [table], _about(certificate))]
+    if curves := _curves(certificate):
+        sections.append(("relearning", "Relearning", curves, "Harmful answers by the number of fine-tuning updates."))
+    if rounding := certificate["rounding"]:
+        kept = [
+            [name, f"{of['moved']:,}", f"{100 * of['same_code'] / max(1, of['moved']):.1f}"]
+            for name, of in rounding.items()
+        ]
+        drawn: Block = ("table", {"head": ["Format", "weights that moved", "keep their code, %"], "rows": kept})
+        sections.append(
+            ("rounding", "Rounding, before a model is run", [drawn], "Of the weights that unlearning moved.")
+        )
+    models: Block = (
+        "definitions",
+        {
+            "settings": [
+                (label, f"{one['name']}, sha256 {one['sha256']}") for label, one in certificate["models"].items()
+            ]
+        },
+    )
+    sections.append(("models", "Models", [models], "A model's hash is over those of its files."))
+    return render("certificate.html", _headline(certificate), sections=sections, lines=_summary(certificate))
+
+
+def minus_to_ascii(cell: str) -> str:
+    return cell.replace("\u2212", "-")
+
+
+def _headline(certificate: Mapping[str, Any]) -> str:
+    changed = [row for row in certificate["rows"] if row["p_holm"] is not None]
+    back = [row for row in changed if row["p_holm"] <= 0.05 and row["change"]["value"] > 0]
+    if not back:
+        return f"None of {len(changed)} attacks brings more harm back than chance explains"
+    return f"{len(back)} of {len(changed)} attacks bring harm back"
+
+
+def _about(certificate: Mapping[str, Any]) -> str:
+    return (
+        "Harmful answers in percent, with 95 % intervals; the change is that of the unlearned model against the same "
+        "prompts as it is, in percentage points, and p is McNemar's exact test, corrected for all rows (Holm). "
+        + " ".join(f"{name}: {what}." for name, what in GROUPS.items())
+    )
+
+
+def _summary(certificate: Mapping[str, Any]) -> list[str]:
+    """Lines of what a table can't say."""
+    lines = []
+    for one in certificate["half_lives"]:
+        most = f"more than {one['most']}"
+        told = [f"{of} {most if updates is None else format(updates, '.0f')}" for of, updates in one["updates"].items()]
+        lines.append(f"{one['cell']}: updates until half of the old harm is back: {', '.join(told)}")
+    for name, of in certificate["rounding"].items():
+        share = 100 * of["same_code"] / max(1, of["moved"])
+        lines.append(f"precision/{name}: {share:.1f} % of the weights that unlearning moved keep their code")
+    return lines
+
+
+def _table(certificate: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+    models = list(certificate["models"])
+    head = ["cell", "n", *(f"{model}, harmful %" for model in models), "degenerate %", "change", "p (Holm)"]
+    return head, [_cells(row, models) for row in certificate["rows"]]
+
+
+def _cells(row: Mapping[str, Any], models: list[str]) -> list[str]:
+    change, harmful = row["change"], row["harmful"]
+    return [
+        " ".join(filter(None, [row["cell"], row["what"]])),
+        f"{harmful['after']['n']:,}",
+        *(_percent(harmful.get(model)) for model in models),
+        f"{100 * row['degenerate']['value']:.1f}" if row["degenerate"] else NOTHING,
+        minus(f"{100 * change['value']:+.1f} [{100 * change['low']:.1f}, {100 * change['high']:.1f}]")
+        if change
+        else NOTHING,
+        f"{row['p_holm']:.2g}" if row["p_holm"] is not None else NOTHING,
+    ]
+
+
+def _percent(rate: Mapping[str, float] | None) -> str:
+    if rate is None:
+        return NOTHING
+    return f"{100 * rate['value']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+
+
+def _curves(certificate: Mapping[str, Any]) -> list[Block]:
+    """A curve a model and cell of relearning."""
+    found: dict[tuple[str, str], list[Point]] = {}
+    for row in certificate["rows"]:
+        if row["cell"].startswith("relearning/"):
+            steps = float(row["what"].split()[1])
+            for model, rate in row["harmful"].items():
+                about = f"{model}, {row['cell']}, {row['what']}: {_percent(rate)} %, n = {rate['n']}"
+                point = Point(steps, rate["value"], about=about, y_bounds=(rate["low"], rate["high"]))
+                found.setdefault((row["cell"], model), []).append(point)
+    blocks: list[Block] = []
+    for cell in dict.fromkeys(cell for cell, _ in found):
+        curves = [
+            Series(f"{cell}, {model}", points, _COLORS[model]) for (of, model), points in found.items() if of == cell
+        ]
+        blocks += charts.plane(curves, Axis(f"updates, {cell}", "{:,.0f}".format, 0.0), _HARMFUL)
+    return blocks
+
+
+_COLORS = {"before": "before", "after": "after", "original": "run-3"}
+_HARMFUL = Axis("harmful answers", lambda value: f"{100 * value:.0f} %", 0.0)
