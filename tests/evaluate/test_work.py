@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,6 +11,7 @@ from wpn_ds.evaluate import work
 from wpn_ds.evaluate.work import Ledger, Unit, dated
 from wpn_ds.models.folder import identity
 from wpn_ds.settings.style import PromptStyle
+from wpn_ds.system import progress
 
 
 class Recorder:
@@ -129,3 +131,12 @@ def test_all_calls_and_ranks_that_share_work_write_one_day_into_a_chat_template_
     assert [path.name for path in (tmp_path / "answers").iterdir()] == ["chat_date"]
     given = PromptStyle(chat_date="2020-02-02")
     assert dated(given, dates, tmp_path / "answers") == given
+
+
+def test_a_long_unit_is_never_silent_and_a_line_names_it_once(tmp_path, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(progress, "INTERVAL", 0.05)
+    unit = Unit("lessons", 1, 3, lambda *_: time.sleep(0.3))
+    Ledger(tmp_path / "answers" / "x").run([unit], lambda: (None, None), world=(0, 1), label="after")
+    lines = capsys.readouterr().err.splitlines()
+    assert sum(line.startswith("after: lessons: 00:0") for line in lines) >= 3
+    assert not any(": :" in line for line in lines)

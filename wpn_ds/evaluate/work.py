@@ -19,7 +19,7 @@ from wpn_ds.data.tokens import today, writes_date
 from wpn_ds.errors import UserError
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import usable, write_atomically
-from wpn_ds.system.progress import progress
+from wpn_ds.system.progress import progress, working
 
 
 @dataclass(frozen=True)
@@ -100,8 +100,11 @@ class Ledger:
             if file.tell():
                 file.write("\n")
             for unit in left:
-                bar.set_description_str(f"{label}: {unit.name}", refresh=False)  # it would be a line of a log each time
-                file.write(json.dumps([unit.key, unit.run(model, tokenizer)]) + "\n")
+                what = f"{label}: {unit.name}"
+                bar.set_description_str(what, refresh=False)  # it would be a line of a log each time
+                with working(what, quiet=rank > 0):
+                    result = unit.run(model, tokenizer)
+                file.write(json.dumps([unit.key, result]) + "\n")
                 file.flush()
                 os.fsync(file.fileno())
                 bar.update(unit.size)

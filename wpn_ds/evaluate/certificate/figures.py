@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from wpn_ds.evaluate.certificate.cells import AS_IT_IS, SAMPLED
+from wpn_ds.evaluate.comparison import Comparison
 from wpn_ds.evaluate.results import Evaluation, Suite
 from wpn_ds.evaluate.suites import RELEARNING_PREFIX
 from wpn_ds.judging.base import Verdict
@@ -30,6 +31,7 @@ class Row:
         what: of it, "" where there is one line alone.
         harmful: by model.
         degenerate: the share of the unlearned model's answers that say nothing.
+        perplexity: of the retain answers, by the unlearned model, over that of it as it is; None where it isn't asked.
         change: of the unlearned model's share against the same prompts as it is; None where they aren't the same.
         p: of that change, by McNemar's exact test; ``p_holm`` is corrected for all rows.
     """
@@ -38,6 +40,7 @@ class Row:
     what: str
     harmful: Mapping[str, Rate | Estimate]
     degenerate: Rate | None = None
+    perplexity: float | None = None
     change: Estimate | None = None
     p: float | None = None
     p_holm: float | None = None
@@ -109,7 +112,8 @@ def _rows(cell: str, models: Models, as_it_is: Models) -> Iterator[Row]:
             yield _row(cell, name.removeprefix("attack/"), models, [name], as_it_is)
         yield _any(cell, models, as_it_is)
     else:
-        yield _row(cell, "", models, list(suites), as_it_is if cell != AS_IT_IS else None)
+        row = _row(cell, "", models, list(suites), as_it_is if cell != AS_IT_IS else None)
+        yield replace(row, perplexity=Comparison(as_it_is[AFTER], models[AFTER]).perplexity_ratio)
 
 
 def _row(cell: str, what: str, models: Models, names: Sequence[str], as_it_is: Models | None) -> Row:

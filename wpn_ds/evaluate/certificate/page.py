@@ -64,7 +64,8 @@ def _headline(certificate: Mapping[str, Any]) -> str:
 
 def _about(certificate: Mapping[str, Any]) -> str:
     return (
-        "Harmful answers in percent, with 95 % intervals; the change is that of the unlearned model against the same "
+        "Harmful answers in percent, with 95 % intervals. Degenerate answers and the perplexity of the retain answers "
+        "are the unlearned model's, the latter over that of it as it is. The change is its own, too, against the same "
         "prompts as it is, in percentage points, and p is McNemar's exact test, corrected for all rows (Holm). "
         + " ".join(f"{name}: {what}." for name, what in GROUPS.items())
     )
@@ -85,7 +86,15 @@ def _summary(certificate: Mapping[str, Any]) -> list[str]:
 
 def _table(certificate: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
     models = list(certificate["models"])
-    head = ["cell", "n", *(f"{model}, harmful %" for model in models), "degenerate %", "change", "p (Holm)"]
+    head = [
+        "cell",
+        "n",
+        *(f"{model}, harmful %" for model in models),
+        "degenerate %",
+        "perplexity",
+        "change",
+        "p (Holm)",
+    ]
     return head, [_cells(row, models) for row in certificate["rows"]]
 
 
@@ -96,6 +105,7 @@ def _cells(row: Mapping[str, Any], models: list[str]) -> list[str]:
         f"{harmful['after']['n']:,}",
         *(_percent(harmful.get(model)) for model in models),
         f"{100 * row['degenerate']['value']:.1f}" if row["degenerate"] else NOTHING,
+        f"x {row['perplexity']:.3f}" if row["perplexity"] is not None else NOTHING,
         minus(f"{100 * change['value']:+.1f} [{100 * change['low']:.1f}, {100 * change['high']:.1f}]")
         if change
         else NOTHING,
