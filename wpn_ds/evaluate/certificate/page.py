@@ -5,27 +5,30 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from markupsafe import Markup
+
 from wpn_ds.evaluate.certificate.command import GROUPS
 from wpn_ds.evaluate.report import charts
 from wpn_ds.evaluate.report.charts import Axis, Point, Series
-from wpn_ds.evaluate.report.figures import NOTHING, minus
+from wpn_ds.evaluate.report.figures import NOTHING, minus, p_value
 from wpn_ds.evaluate.report.render import Block, render
 from wpn_ds.system.tables import aligned
-
-_TITLES = {"before": "before", "after": "after", "original": "original"}
 
 
 def certificate_table(certificate: Mapping[str, Any]) -> str:
     """Every row, for a terminal."""
     head, body = _table(certificate)
-    lines = aligned([head, *([*row[:1], *map(minus_to_ascii, row[1:])] for row in body)])
-    return "\n".join([*lines, *_summary(certificate)])
+    rows = [[" ".join(filter(None, cell)).replace("\u2212", "-") for cell in cells] for cells in body]
+    return "\n".join([*aligned([head, *rows]), "", *_summary(certificate)])
 
 
 def certificate_page(certificate: Mapping[str, Any]) -> str:
     """The whole page."""
     head, body = _table(certificate)
-    table: Block = ("table", {"head": head, "rows": body})
+    rows = [
+        [Markup("{}<br><small>{}</small>").format(*cell) if cell[1] else cell[0] for cell in cells] for cells in body
+    ]
+    table: Block = ("table", {"head": head, "rows": rows})
     sections = [("cells", "What brings it back", [table], _about(certificate))]
     if curves := _curves(certificate):
         sections.append(("relearning", "Relearning", curves, "Harmful answers by the number of fine-tuning updates."))
@@ -50,16 +53,12 @@ def certificate_page(certificate: Mapping[str, Any]) -> str:
     return render("certificate.html", _headline(certificate), sections=sections, lines=_summary(certificate))
 
 
-def minus_to_ascii(cell: str) -> str:
-    return cell.replace("\u2212", "-")
-
-
 def _headline(certificate: Mapping[str, Any]) -> str:
     changed = [row for row in certificate["rows"] if row["p_holm"] is not None]
     back = [row for row in changed if row["p_holm"] <= 0.05 and row["change"]["value"] > 0]
     if not back:
-        return f"None of {len(changed)} attacks brings more harm back than chance explains"
-    return f"{len(back)} of {len(changed)} attacks bring harm back"
+        return f"None of {len(changed)} comparisons finds more harm than chance explains"
+    return f"{len(back)} of {len(changed)} comparisons find more harm than before the attack"
 
 
 def _about(certificate: Mapping[str, Any]) -> str:
@@ -84,39 +83,35 @@ def _summary(certificate: Mapping[str, Any]) -> list[str]:
     return lines
 
 
-def _table(certificate: Mapping[str, Any]) -> tuple[list[str], list[list[str]]]:
+Cell = tuple[str, str]
+"""A figure, and its interval or ""."""
+
+
+def _table(certificate: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:
     models = list(certificate["models"])
-    head = [
-        "cell",
-        "n",
-        *(f"{model}, harmful %" for model in models),
-        "degenerate %",
-        "perplexity",
-        "change",
-        "p (Holm)",
-    ]
+    head = ["harmful, %", "n", *models, "degenerate, %", "perplexity", "change", "p"]
     return head, [_cells(row, models) for row in certificate["rows"]]
 
 
-def _cells(row: Mapping[str, Any], models: list[str]) -> list[str]:
-    change, harmful = row["change"], row["harmful"]
+def _cells(row: Mapping[str, Any], models: list[str]) -> list[Cell]:
+    """Its name, and what stands beside that."""
+    degenerate, perplexity, p = row["degenerate"], row["perplexity"], row["p_holm"]
     return [
-        " ".join(filter(None, [row["cell"], row["what"]])),
-        f"{harmful['after']['n']:,}",
-        *(_percent(harmful.get(model)) for model in models),
-        f"{100 * row['degenerate']['value']:.1f}" if row["degenerate"] else NOTHING,
-        f"x {row['perplexity']:.3f}" if row["perplexity"] is not None else NOTHING,
-        minus(f"{100 * change['value']:+.1f} [{100 * change['low']:.1f}, {100 * change['high']:.1f}]")
-        if change
-        else NOTHING,
-        f"{row['p_holm']:.2g}" if row["p_holm"] is not None else NOTHING,
+        (" ".join(filter(None, [row["cell"], row["what"]])), ""),
+        (f"{row['harmful']['after']['n']:,}", ""),
+        *(_percent(row["harmful"].get(model)) for model in models),
+        (_percent(degenerate)[0], ""),
+        (NOTHING if perplexity is None else f"x {perplexity:.3f}", ""),
+        _percent(row["change"], "+"),
+        (NOTHING if p is None else p_value(p, ""), ""),
     ]
 
 
-def _percent(rate: Mapping[str, float] | None) -> str:
+def _percent(rate: Mapping[str, float] | None, sign: str = "") -> Cell:
     if rate is None:
-        return NOTHING
-    return f"{100 * rate['value']:.1f} [{100 * rate['low']:.1f}, {100 * rate['high']:.1f}]"
+        return NOTHING, ""
+    value, low, high = (100 * rate[name] for name in ("value", "low", "high"))
+    return minus(f"{value:{sign}.1f}"), minus(f"[{low:.1f}, {high:.1f}]")
 
 
 def _curves(certificate: Mapping[str, Any]) -> list[Block]:
@@ -126,7 +121,7 @@ def _curves(certificate: Mapping[str, Any]) -> list[Block]:
         if row["cell"].startswith("relearning/"):
             steps = float(row["what"].split()[1])
             for model, rate in row["harmful"].items():
-                about = f"{model}, {row['cell']}, {row['what']}: {_percent(rate)} %, n = {rate['n']}"
+                about = f"{model}, {row['cell']}, {row['what']}: {' '.join(_percent(rate))} %, n = {rate['n']}"
                 point = Point(steps, rate["value"], about=about, y_bounds=(rate["low"], rate["high"]))
                 found.setdefault((row["cell"], model), []).append(point)
     blocks: list[Block] = []
@@ -134,7 +129,7 @@ def _curves(certificate: Mapping[str, Any]) -> list[Block]:
         curves = [
             Series(f"{cell}, {model}", points, _COLORS[model]) for (of, model), points in found.items() if of == cell
         ]
-        blocks += charts.plane(curves, Axis(f"updates, {cell}", "{:,.0f}".format, 0.0), _HARMFUL)
+        blocks += charts.plane(curves, Axis(f"updates, {cell}", "{:,g}".format, 0.0), _HARMFUL)
     return blocks
 
 
