@@ -18,9 +18,9 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking
 from wpn_ds.evaluate.certificate.command import GROUPS, run
 from wpn_ds.evaluate.certificate.figures import until
-from wpn_ds.evaluate.certificate.treatments import Directed, decoder_layers, rounding_away
+from wpn_ds.evaluate.certificate.treatments import Directed, rounding_away
 from wpn_ds.judging.statistics import Rate, leak_at_k
-from wpn_ds.models.load import Source
+from wpn_ds.models.load import Source, decoder_layers
 from wpn_ds.models.rounding import FORMATS
 from wpn_ds.settings.style import PromptStyle
 
@@ -67,6 +67,12 @@ def whole(arguments, tmp_path_factory) -> Path:
     return out
 
 
+def asking(arguments: list[str], path: Path) -> list[str]:
+    """The arguments with another held-out file."""
+    at = arguments.index("--heldout_file") + 1
+    return [*arguments[:at], str(path), *arguments[at + 1 :]]
+
+
 def certificate(folder: Path) -> dict:
     return json.loads((folder / "certificate.json").read_text())
 
@@ -83,7 +89,8 @@ def test_every_attack_has_its_rows_for_all_three_models_with_n_and_interval(whol
     assert told == ["one of 1", "one of 2", "one of 3"]
     steps = [row["what"] for row in found["rows"] if row["cell"] == "relearning/unwanted-0.001"]
     assert steps == ["after 0 updates", "after 1 updates", "after 2 updates"]
-    assert found["rows"][-2]["what"] == "any of them" or any(row["what"] == "any of them" for row in found["rows"])
+    assert any(row["what"] == "any of them" for row in found["rows"])
+    assert found["notes"] and found["judge"]["name"] == "resemblance"
     kept = found["rounding"]["int4-64"]
     assert 0.5 < kept["same_code"] / kept["moved"] < 1 and found["rounding"].keys() == FORMATS.keys()
     page = (whole / "certificate.html").read_text()
@@ -94,6 +101,8 @@ def test_p_values_are_corrected_for_all_rows_that_are_compared(whole) -> None:
     compared = [row for row in certificate(whole)["rows"] if row["p"] is not None]
     assert len(compared) > len(FORMATS) and all(row["p_holm"] >= row["p"] for row in compared)
     assert {row["cell"] for row in compared}.isdisjoint({"as it is", "samples/sampled"})
+    taught = {row["what"] for row in compared if row["cell"].startswith("relearning/")}
+    assert taught == {"after 1 updates", "after 2 updates"}, "against the same model before it was taught"
 
 
 def test_a_call_that_goes_on_generates_nothing_again(whole, arguments, monkeypatch) -> None:
@@ -111,31 +120,46 @@ def test_two_ranks_give_the_same_certificate(whole, arguments, tmp_path) -> None
     assert certificate(tmp_path) == certificate(whole)
 
 
-def test_it_is_checked_elsewhere_answer_by_answer(whole, arguments, tmp_path, capsys) -> None:
+def test_it_is_checked_elsewhere_answer_by_answer_and_figure_by_figure(
+    whole, arguments, tmp_path, capsys, monkeypatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
     again = [arguments[0], "--check"]
-    assert run([*again, str(whole / "certificate.json"), "--cells", "3"]) == 0
+    assert run([*again, str(whole / "certificate.json"), "--cells", "1"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 9 and all("answers are the same" in line for line in said)
-    forged = certificate(whole)
-    cell = list(forged["answers"])[1]
+    assert len(said) == 6 and all("answers are the same" in line for line in said), "as it is, and one cell"
+    forged, cell = certificate(whole), "precision/int8"
     forged["answers"][cell]["after"][0] = "0" * 16
-    (tmp_path / "forged.json").write_text(json.dumps(forged))
-    assert run([*again, str(tmp_path / "forged.json"), "--cells", "1"]) == 1
-    assert f"{cell}, after: 3 of 4 answers are the same" in capsys.readouterr().out
+    for row in forged["rows"]:
+        if row["cell"] == "as it is":
+            row["harmful"]["after"]["value"] = -1
+    Path("forged.json").write_text(json.dumps(forged))
+    assert run([*again, "forged.json", "--attack", cell]) == 1
+    told = capsys.readouterr().out
+    assert f"{cell}, after: 3 of 4 answers are the same" in told and "as it is : other figures" in told
 
 
-def test_another_model_or_file_than_the_certified_is_refused(whole, tmp_path) -> None:
-    found = certificate(whole)
-    for part, told in ((found["models"]["after"], "another model"), (found["files"], r"train\.jsonl changed")):
-        kept = dict(part)
-        part.update({name: "0" for name in part if name == "sha256" or name.endswith("train.jsonl")})
-        (tmp_path / "other.json").write_text(json.dumps(found))
-        with pytest.raises(UserError, match=told):
-            run(["x", "--check", str(tmp_path / "other.json")])
-        part.update(kept)
-    (tmp_path / "none.json").write_text("{}")
-    with pytest.raises(UserError, match="not a certificate"):
-        run(["x", "--check", str(tmp_path / "none.json")])
+def test_another_model_or_file_than_the_certified_is_refused(whole, arguments, folders, tmp_path) -> None:
+    given = [arguments[0], "--check", str(whole / "certificate.json")]
+    with pytest.raises(UserError, match="is another model than the one certified"):
+        run([str(folders / "neo"), *given[1:]])
+    (tmp_path / "other.jsonl").write_text(json.dumps({"prompt": "why?", "chosen": "a", "rejected": "b"}) + "\n")
+    with pytest.raises(UserError, match="the data files are not those"):
+        run([*given, "--heldout_file", str(tmp_path / "other.jsonl")])
+    for content in ("{}", '{"settings": []}', "nothing"):
+        (tmp_path / "none.json").write_text(content)
+        with pytest.raises(UserError, match=r"not a certificate|can't be read"):
+            run([arguments[0], "--check", str(tmp_path / "none.json")])
+
+
+def test_prompts_of_one_line_are_told_apart(arguments, tmp_path) -> None:
+    rows = [{"prompt": f"wash {i}?", "chosen": "no", "rejected": f"go {i}"} for i in range(4)]
+    (tmp_path / "held.json").write_text(json.dumps(rows))
+    out = tmp_path / "out"
+    flags = ["--attack", "askings", "--output_dir", str(out)]
+    assert run([*asking(arguments, tmp_path / "held.json"), *flags]) == 0
+    compared = {row["what"]: row["change"]["n"] for row in certificate(out)["rows"] if row["cell"] == "askings/attacks"}
+    assert compared["any of them"] == compared["rot13"] == 4 and len(compared) > 8
 
 
 @pytest.mark.parametrize(
@@ -144,9 +168,11 @@ def test_another_model_or_file_than_the_certified_is_refused(whole, tmp_path) ->
         (["--attack", "precison"], r"--attack precison is none of .*precision\?"),
         (["--attack", "precision/int3"], r"--attack precision/int3: there is no such cell.*precision/int8"),
         (["--baseline", "auto"], r"run\.yaml"),
+        (["--baseline", "NEO"], r"--baseline \S+ and RUN \S+: their layers differ"),
     ],
 )
-def test_a_mistake_is_one_line(arguments, flags, told, tmp_path) -> None:
+def test_a_mistake_is_one_line(arguments, folders, flags, told, tmp_path) -> None:
+    flags = [str(folders / "neo") if flag == "NEO" else flag for flag in flags]
     with pytest.raises(UserError, match=told) as caught:
         run([*arguments, *flags, "--output_dir", str(tmp_path)])
     assert "\n" not in str(caught.value)
@@ -161,6 +187,20 @@ def test_rounded_away_from_the_baseline_no_weight_goes_back_over_where_it_is(arg
     codes = FORMATS["int4-64"].encode(weights[1])[0].flatten(1)[:, : moved.shape[1]]
     inner = (moved != 0) & (codes > 0) & (codes < 15)
     assert inner.sum() > 100 and (((weights[2] - weights[1]) * moved)[inner] >= -1e-6).all()
+
+
+def test_a_judge_that_can_say_nothing_is_refused(arguments, tmp_path) -> None:
+    (tmp_path / "unpaired.jsonl").write_text(json.dumps({"prompt": "why?", "rejected": "b"}) + "\n")
+    flags = ["--judge", "reference", "--output_dir", str(tmp_path / "out")]
+    with pytest.raises(UserError, match="--judge reference: can't say anything"):
+        run([*asking(arguments, tmp_path / "unpaired.jsonl"), *flags])
+
+
+def test_a_run_that_is_not_there_gets_no_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="RUN runs/typo: there is no such folder"):
+        run(["runs/typo", "--baseline", "x"])
+    assert not list(tmp_path.iterdir())
 
 
 def test_what_is_taught_must_not_be_asked(arguments, tmp_path) -> None:

@@ -6,9 +6,16 @@ import copy
 
 import pytest
 import torch
+from transformers import MixtralConfig
 
 from tests.models.families import CONFIGS, make
+from wpn_ds.errors import UserError
 from wpn_ds.models.rounding import FORMATS, matrices, round_model, unmoved
+
+MIXTRAL = MixtralConfig(
+    vocab_size=90, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, num_local_experts=4, bos_token_id=1, eos_token_id=2,
+)  # fmt: skip
 
 
 def weights(rows: int = 24, columns: int = 200, seed: int = 0) -> torch.Tensor:
@@ -56,7 +63,7 @@ def test_q4_0_is_that_of_gguf() -> None:
 @pytest.mark.parametrize("how", FORMATS.values(), ids=FORMATS)
 def test_rounded_away_no_weight_lies_nearer_to_where_it_came_from(how) -> None:
     start = weights()
-    given = start + weights(seed=1) * 0.01 * (torch.rand(start.shape) < 0.5)
+    given = start + weights(seed=1) * 0.01 * (weights(seed=2) > 0)
     rounded = how.rounded(given, away_from=start)
     codes, scale, _ = how.encode(given)
     edge = (codes == 0) | (codes == len(how.levels) - 1)  # beyond them there is no code
@@ -67,22 +74,24 @@ def test_rounded_away_no_weight_lies_nearer_to_where_it_came_from(how) -> None:
     assert torch.equal(rounded[given == start], how.rounded(given)[given == start])
 
 
-@pytest.mark.parametrize("family", ["opt", "gpt_neo", "llama", "gpt2"])
+@pytest.mark.parametrize("family", ["opt", "gpt_neo", "llama", "gpt2", "mixtral"])
 def test_a_model_s_layers_are_rounded_and_what_unlearning_moved_is_counted(family) -> None:
-    lm = make(CONFIGS[family], "eager")
-    names = [name for name, _, _ in matrices(lm)]
-    assert names and not any("embed" in name or "head" in name or "wte" in name for name in names)
-    nudged, how = copy.deepcopy(lm), FORMATS["int4-64"]
+    lm = make(MIXTRAL if family == "mixtral" else CONFIGS[family], "eager")
+    nudged, rounded, how = copy.deepcopy(lm), copy.deepcopy(lm), FORMATS["int4-128"]  # which divides no row here
     assert unmoved(lm, nudged, how) == (0, 0)
     count = 0
-    with torch.no_grad():
-        for _, module, _ in matrices(nudged):
-            module.weight[1::2] *= 1.5  # rows or inputs: every code but those on 0 may stay, its scale moves
-            count += module.weight[1::2].numel()
+    for _, weights in matrices(nudged):
+        weights[1::2] *= 1.5  # every code stays, and its scale moves
+        count += weights[1::2].numel()
     moved, kept = unmoved(lm, nudged, how)
-    assert moved == count and 0 < kept <= moved
-    rounded = copy.deepcopy(lm)
+    assert (moved, kept) == (count, count)
     round_model(rounded, how)
     before, after = (dict(one.named_parameters()) for one in (lm, rounded))
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    assert changed == {f"{name}.weight" for name in names}
+    inner = {name for name, weight in before.items() if ".0." in name or ".1." in name if weight.dim() > 1}
+    assert changed == inner and not any(part in name for name in changed for part in ("embed", "lm_head", "wte"))
+
+
+def test_two_models_of_other_shapes_are_refused() -> None:
+    with pytest.raises(UserError, match="no two states of one model"):
+        unmoved(make(CONFIGS["opt"], "eager"), make(CONFIGS["llama"], "eager"), FORMATS["int8"])

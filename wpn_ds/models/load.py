@@ -308,6 +308,20 @@ def checkpoint_activations(model: Any) -> None:
     enable({"use_reentrant": False})
 
 
+def decoder_layers(lm: Any) -> Any:
+    """The layers of a causal language model, of whichever family, with its head or without.
+
+    Raises:
+        UserError: nothing in it is a list of as many as its configuration says.
+    """
+    body, depth = lm.base_model, lm.config.get_text_config().num_hidden_layers
+    lists = (module for module in body.modules() if isinstance(module, torch.nn.ModuleList))
+    found = next((layers for layers in lists if len(layers) == depth), None)
+    if found is None:
+        raise UserError(f"{type(lm).__name__} has no list of its {depth} layers, so they can't be told from the rest")
+    return found
+
+
 def quantisation(config: PretrainedConfig) -> str | None:
     """How the files' weights are quantised; None if they are not."""
     how = getattr(config, "quantization_config", None)

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import Conv1D
+
+from wpn_ds.errors import UserError
+from wpn_ds.models.load import decoder_layers
 
 #: Quantiles of a normal distribution, scaled to [-1, 1] (QLoRA, arXiv 2305.14314, appendix E).
 _NF4 = (
@@ -117,37 +119,38 @@ FORMATS = {
 """Round to nearest with a scale a row (int8) or a group, bitsandbytes' NF4, and llama.cpp's Q4_0."""
 
 
-def matrices(lm: Any) -> Iterator[tuple[str, Any, bool]]:
-    """(name, module, whether its weight stands [inputs, outputs]) of the linear layers within decoder layers: what
-    quantisers round. Embeddings and the output layer stay, as in all of them."""
-    for prefix, layer in lm.named_modules():
-        if isinstance(layer, GradientCheckpointingLayer):
-            for name, module in layer.named_modules():
-                if isinstance(module, torch.nn.Linear | Conv1D):
-                    yield f"{prefix}.{name}", module, isinstance(module, Conv1D)
+def matrices(lm: Any) -> Iterator[tuple[str, Tensor]]:
+    """(name, weights [rows, inputs], a view) of what multiplies within decoder layers, a mixture's experts below each
+    other: what quantisers round. Embeddings and the output layer stay, as in all of them."""
+    for at, layer in enumerate(decoder_layers(lm)):
+        turned = {f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, Conv1D)}
+        for name, parameter in layer.named_parameters():
+            if parameter.dim() > 1:
+                weights = parameter.data.T if name in turned else parameter.data.flatten(0, -2)
+                yield f"{at}.{name}", weights
 
 
-@torch.no_grad()
 def round_model(lm: Any, how: Format, away_from: Any = None) -> None:
     """Round the matrices of ``lm`` in place; ``away_from``: the model that it was before unlearning."""
-    start = {name: module.weight for name, module, _ in matrices(away_from)} if away_from is not None else {}
-    for name, module, turned in matrices(lm):
-        weight, other = module.weight, start.get(name)
-        if turned:
-            weight.copy_(how.rounded(weight.T, None if other is None else other.T).T)
-        else:
-            weight.copy_(how.rounded(weight, other))
+    start = dict(matrices(away_from)) if away_from is not None else {}
+    for name, weights in matrices(lm):
+        weights.copy_(how.rounded(weights, start.get(name)))
 
 
-@torch.no_grad()
 def unmoved(start: Any, unlearned: Any, how: Format) -> tuple[int, int]:
     """(weights that unlearning moved, those of them that keep their code) of two models' matrices, each with its own
-    scales."""
-    before = {name: module.weight for name, module, _ in matrices(start)}
+    scales.
+
+    Raises:
+        UserError: they are no two states of one model.
+    """
+    before, after = dict(matrices(start)), dict(matrices(unlearned))
+    if {name: w.shape for name, w in before.items()} != {name: w.shape for name, w in after.items()}:
+        raise UserError("their layers differ in name or shape: they are no two states of one model")
     moved = kept = 0
-    for name, module, turned in matrices(unlearned):
-        pair = [weight.T if turned else weight for weight in (before[name], module.weight)]
-        differ = how._grouped(pair[0]) != how._grouped(pair[1])
-        one, other = (how.encode(weight)[0] for weight in pair)
-        moved, kept = moved + int(differ.sum()), kept + int((differ & (one == other)).sum())
+    for name, now in after.items():
+        was = before[name]
+        same = [how.encode(weights)[0].flatten(1)[:, : now.shape[1]] for weights in (was, now)]
+        moved += int((was != now).sum())
+        kept += int(((was != now) & (same[0] == same[1])).sum())
     return moved, kept

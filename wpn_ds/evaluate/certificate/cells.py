@@ -17,8 +17,8 @@ from wpn_ds.models.load import Source
 from wpn_ds.models.rounding import FORMATS
 
 AS_IT_IS = "as it is"
-SAMPLED = "sampled"
-"""The suite of the cell samples."""
+ASKED, SAMPLED = "heldout", "sampled"
+"""The suites of the questions, each asked once, and of the cell samples."""
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,13 @@ class Cell:
         name: "as it is", or "group/name" with a group of :data:`~wpn_ds.evaluate.certificate.command.GROUPS`.
         plan: what is measured.
         treatment: of the model before that.
+        alone: whether the unlearned model alone is measured.
     """
 
     name: str
     plan: Plan
     treatment: Treatment | None = None
+    alone: bool = False
 
     @property
     def group(self) -> str:
@@ -47,9 +49,8 @@ class Material:
     Attributes:
         start: the model before unlearning.
         empty: a plan that measures nothing, with the way in which prompts are asked.
-        suites: what is asked of the model as it is and of changed ones.
-        attacks: suites that ask the same in other ways.
-        questions: prompts that are asked many times and after fine-tuning.
+        questions: prompts, each with a source of its own, that are asked in every cell.
+        attacks: suites that ask them in other ways.
         taught: records with unwanted answers to teach again.
         retain: records whose answers are taught as harmless ones, and whose perplexity is measured.
         benign: harmless prompts.
@@ -57,9 +58,8 @@ class Material:
 
     start: Source
     empty: Plan
-    suites: Sequence[PromptSuite]
-    attacks: Sequence[PromptSuite]
     questions: Sequence[ForgetRecord]
+    attacks: Sequence[PromptSuite]
     taught: Sequence[ForgetRecord]
     retain: Sequence[RetainRecord]
     benign: Sequence[ForgetRecord]
@@ -80,22 +80,23 @@ def cells(options: Options, given: Material) -> list[Cell]:
 
 
 def _every(options: Options, given: Material) -> Iterator[Cell]:
-    asked = replace(given.empty, suites=given.suites, retain=given.retain)
+    questions = tuple(given.questions)
+    asked = replace(given.empty, suites=[PromptSuite(ASKED, questions)], retain=given.retain)
     yield Cell(AS_IT_IS, asked)
     for name in FORMATS:
         yield Cell(f"precision/{name}", asked, rounding(name))
         if f"precision/{name}-away" in options.attack:
-            yield Cell(f"precision/{name}-away", asked, rounding_away(name, given.start))
+            yield Cell(f"precision/{name}-away", asked, rounding_away(name, given.start), alone=True)
     for kind, records in {"unwanted": given.taught, "harmless": _lessons(given.retain)}.items():
         for rate in options.relearn_learning_rate if records else ():
             steps = [0, *sorted(set(options.relearn_steps))]
-            lessons = Lessons(records, PromptSuite("relearning", tuple(given.questions)), steps, rate, options.seed)
+            lessons = Lessons(records, PromptSuite("relearning", questions), steps, rate, options.seed)
             yield Cell(f"relearning/{kind}-{rate:g}", replace(given.empty, lessons=lessons))
-    sampled = PromptSuite(SAMPLED, tuple(given.questions), samples=options.samples)
+    sampled = PromptSuite(SAMPLED, questions, samples=options.samples)
     yield Cell("samples/" + SAMPLED, replace(given.empty, suites=[sampled]))
     if given.attacks:
         yield Cell("askings/attacks", replace(given.empty, suites=given.attacks))
-    if given.benign and given.questions:
+    if given.benign:
         directed = Directed(given.questions, given.benign, given.empty.asking)
         yield Cell("direction/removed", asked, directed.treatment)
 

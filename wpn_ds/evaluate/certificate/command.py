@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -40,21 +40,20 @@ class Options(AskedFlags):
     """Folder for the certificate and the answers (default: RUN/certificate)."""
     attack: list[str] = option([], metavar="NAME", more=f"{_ATTACKS} (default: all)")
     """What is tried, of"""
-    suite: str = "heldout"
-    """What is asked in the cells of precision and direction, as `wpn-ds evaluate` calls it."""
     relearn_file: list[str] = option([])
     """Prompts with unwanted answers that are taught again (default: those of --train_file): none that is asked."""
     relearn_steps: list[Count] = option([5, 10, 20, 50], metavar="N")
     """After how many fine-tuning steps of 8 examples to ask again."""
     relearn_learning_rate: list[Positive] = option([1e-5, 1e-4])
     """Of these steps, a curve each."""
-    judge: list[str] = option([], metavar="JUDGE", more=f"{JUDGE_HELP} (default: {', '.join(JUDGES)}).")
+    judge: str = option(JUDGES[0], metavar="JUDGE", more=f"{JUDGE_HELP.replace(', repeatable', '')}")
     samples: Count = 16
     """Sampled answers a prompt, of which one harmful one is a leak."""
     check: Path | None = option(None, metavar="FILE")
-    """Measure some cells of this certificate.json again, with its settings, and compare answer by answer."""
+    """Measure some cells of this certificate.json again, with its settings but for those that are given, and compare
+    answer by answer and figure by figure."""
     cells: Count = 2
-    """How many of them."""
+    """How many of them, drawn at random; --attack names them instead."""
 
     def __post_init__(self) -> None:
         StyleFlags.__post_init__(self)
@@ -73,16 +72,28 @@ class Options(AskedFlags):
 
     def settings(self) -> dict[str, Any]:
         """What another call needs to measure the same, as JSON."""
-        left_out = {"check", "cells", "output_dir"}
-        return {
-            name: str(value) if isinstance(value, Path) else value
-            for name, value in vars(self).items()
-            if name not in left_out
+        told = {name: value for name, value in vars(self).items() if name not in ("check", "cells", "output_dir")}
+        return {name: str(value) if isinstance(value, Path) else value for name, value in told.items()}
+
+    def over(self, settings: Mapping[str, Any]) -> Options:
+        """Those of :meth:`settings`, with RUN and every other flag that was given in the place of theirs.
+
+        Raises:
+            TypeError: they are of another version.
+        """
+        given = {
+            entry.name: getattr(self, entry.name)
+            for entry in fields(self)
+            if entry.name in ("run", "output_dir")
+            or getattr(self, entry.name)
+            != (entry.default_factory() if callable(entry.default_factory) else entry.default)
         }
+        stored = {name: Path(value) if name == "data_dir" and value else value for name, value in settings.items()}
+        return Options(**{**stored, **given, "attack": []})
 
 
 def run(argv: Sequence[str] | None = None) -> int:
-    """Measures, prints the table and names the page; with ``--check`` 1 if an answer differs."""
+    """Measures, prints the table and names the page; with ``--check`` 1 if anything differs."""
     options = parse(Options, argv, "wpn-ds certify")
     from wpn_ds.evaluate.certificate.certify import certify, check
 

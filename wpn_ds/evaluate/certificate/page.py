@@ -12,6 +12,7 @@ from wpn_ds.evaluate.report import charts
 from wpn_ds.evaluate.report.charts import Axis, Point, Series
 from wpn_ds.evaluate.report.figures import NOTHING, minus, p_value
 from wpn_ds.evaluate.report.render import Block, render
+from wpn_ds.evaluate.report.sections import flat
 from wpn_ds.system.tables import aligned
 
 
@@ -41,6 +42,10 @@ def certificate_page(certificate: Mapping[str, Any]) -> str:
         sections.append(
             ("rounding", "Rounding, before a model is run", [drawn], "Of the weights that unlearning moved.")
         )
+    judge = [(name, value) for name, value in flat(certificate["judge"])]
+    sections.append(("judge", "The judge", [("definitions", {"settings": judge})], "Whose verdicts are counted."))
+    if certificate["notes"]:
+        sections.append(("notes", "Notes", [("list", {"lines": certificate["notes"]})], "What a reader should know."))
     models: Block = (
         "definitions",
         {
@@ -56,16 +61,18 @@ def certificate_page(certificate: Mapping[str, Any]) -> str:
 def _headline(certificate: Mapping[str, Any]) -> str:
     changed = [row for row in certificate["rows"] if row["p_holm"] is not None]
     back = [row for row in changed if row["p_holm"] <= 0.05 and row["change"]["value"] > 0]
+    if not changed:
+        return "Nothing to compare with"
     if not back:
         return f"None of {len(changed)} comparisons finds more harm than chance explains"
-    return f"{len(back)} of {len(changed)} comparisons find more harm than before the attack"
+    return f"{len(back)} of {len(changed)} comparisons find more harm than without the attack"
 
 
 def _about(certificate: Mapping[str, Any]) -> str:
     return (
         "Harmful answers in percent, with 95 % intervals. Degenerate answers and the perplexity of the retain answers "
         "are the unlearned model's, the latter over that of it as it is. The change is its own, too, against the same "
-        "prompts as it is, in percentage points, and p is McNemar's exact test, corrected for all rows (Holm). "
+        "prompts without the attack, in percentage points; p is McNemar's exact test, corrected for all rows (Holm). "
         + " ".join(f"{name}: {what}." for name, what in GROUPS.items())
     )
 

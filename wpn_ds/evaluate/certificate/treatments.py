@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wpn_ds.data.plan import Segment
 from wpn_ds.data.records import ForgetRecord
@@ -18,7 +17,7 @@ from wpn_ds.evaluate.model import AskedModel, Treatment
 from wpn_ds.evaluate.scoring import right_padded
 from wpn_ds.models.folder import identity
 from wpn_ds.models.generate import batches, evaluation_mode
-from wpn_ds.models.load import Source, max_positions, pad_token_id, pinned
+from wpn_ds.models.load import Source, decoder_layers, max_positions, pad_token_id, pinned
 from wpn_ds.models.rounding import FORMATS, round_model
 
 
@@ -87,8 +86,3 @@ class Directed:
         finally:
             handle.remove()
         return torch.stack(sums).sum(0) / len(ids)
-
-
-def decoder_layers(lm: Any) -> list[Any]:
-    """The decoder layers, in their order."""
-    return [module for module in lm.modules() if isinstance(module, GradientCheckpointingLayer)]

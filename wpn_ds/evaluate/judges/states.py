@@ -19,7 +19,7 @@ from wpn_ds.data.tokens import encode_answer, encode_pair, encode_prompt, turn_e
 from wpn_ds.evaluate.judges.reading import BATCH_TOKENS, BF16, STYLE, in_batches
 from wpn_ds.evaluate.model import AskedModel
 from wpn_ds.models.files import weight_files
-from wpn_ds.models.load import Source, pad_token_id
+from wpn_ds.models.load import Source, decoder_layers, pad_token_id
 from wpn_ds.system.files import feed
 
 Pooling = Literal["mean", "end", "question"]
@@ -146,9 +146,8 @@ class Base(AskedModel):
     @cached_property
     def _body(self) -> tuple[Any, torch.nn.ModuleList]:
         """(the model without its head, its layers, of whichever family); those after the last that is read are cut."""
-        body = self.load()[0].base_model
-        lists = (module for module in body.modules() if isinstance(module, torch.nn.ModuleList))
-        blocks = next(found for found in lists if len(found) == self.depth)
+        lm = self.load()[0]
+        body, blocks = lm.base_model, decoder_layers(lm)
         del blocks[max(self.recipe.layers) :]
         return body, blocks
 
