@@ -165,14 +165,7 @@ def _prepare(
     lessons = Lessons(taught, relearned, steps, options.relearn_learning_rate, options.seed)
     plan = Plan(
         answers=options.output_dir / "answers",
-        asking=Asking(
-            options.style(recorded),
-            max_new_tokens=options.max_new_tokens or Asking.max_new_tokens,
-            batch_size=options.batch_size,
-            temperature=options.temperature,
-            top_p=options.top_p,
-            seed=options.seed,
-        ),
+        asking=asking_of(options, recorded),
         suites=suites,
         retain=take(retain, limit, options.seed) if "retain" in asked else (),
         depth=held if "depth" in asked else (),
@@ -258,6 +251,18 @@ def origins_of(options: AskedFlags, recorded: Mapping[str, Any]) -> dict[str, Or
         parts: dict[str, Part] = {"train": "train", "heldout": "validation", "retain": "retain"}
         found = {name: origin_of(recorded, part) for name, part in parts.items()}
     return {name: origin for name, origin in found.items() if origin.named}
+
+
+def asking_of(options: AskedFlags, recorded: Mapping[str, Any]) -> Asking:
+    """How prompts are asked: as the flags say, or as the training that ``recorded`` is of asked them."""
+    return Asking(
+        options.style(recorded),
+        max_new_tokens=options.max_new_tokens or Asking.max_new_tokens,
+        batch_size=options.batch_size,
+        temperature=options.temperature,
+        top_p=options.top_p,
+        seed=options.seed,
+    )
 
 
 def _asked(origin: Origin) -> list[ForgetRecord]:

@@ -17,12 +17,12 @@ from wpn_ds import __version__
 from wpn_ds.data.records import ForgetRecord, prompt_text
 from wpn_ds.data.sources import Problems, data_files
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.answering import Asking, can_judge
+from wpn_ds.evaluate.answering import can_judge
 from wpn_ds.evaluate.certificate.cells import AS_IT_IS, ASKED, Cell, Material, cells
 from wpn_ds.evaluate.certificate.command import Options
 from wpn_ds.evaluate.certificate.figures import AFTER, Figures, HalfLife, Models, Row
 from wpn_ds.evaluate.certificate.page import certificate_page, certificate_table
-from wpn_ds.evaluate.evaluation import origins_of, sources_of, started_from
+from wpn_ds.evaluate.evaluation import asking_of, origins_of, sources_of, started_from
 from wpn_ds.evaluate.judges import make_judges
 from wpn_ds.evaluate.measurement import Measurement, Plan
 from wpn_ds.evaluate.model import AskedModel, device
@@ -158,14 +158,7 @@ def _cells(options: Options, recorded: Mapping[str, Any], start: Source) -> tupl
     attacks, notes = build_suites(resolve_suites("attacks"), sources)
     asked = [suite for suite in attacks if suite.name.startswith(ATTACK_PREFIX) and can_judge(judge, suite)]
     notes += [f"left out: {suite.name}: it asks other prompts" for suite in attacks if suite not in asked]
-    asking = Asking(
-        options.style(recorded),
-        max_new_tokens=options.max_new_tokens or Asking.max_new_tokens,
-        batch_size=options.batch_size,
-        temperature=options.temperature,
-        top_p=options.top_p,
-        seed=options.seed,
-    )
+    asking = asking_of(options, recorded)
     material = Material(
         start=start,
         empty=Plan(options.folder / "answers", asking, bf16=bool(options.bf16), limit=sources.limit),
