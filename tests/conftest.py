@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -103,15 +104,23 @@ def model(request: pytest.FixtureRequest) -> Any:
     return various(request.param)
 
 
-@pytest.fixture
-def no_launcher(monkeypatch) -> Iterator[None]:
+@contextlib.contextmanager
+def without_launcher() -> Iterator[None]:
     """As without one, whatever a test before this has joined; and what joining sets here goes again."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
-        monkeypatch.setenv(name, "")  # so that it is taken back
-        monkeypatch.delenv(name)
-    launchers.join.cache_clear()
-    yield
-    launchers.join.cache_clear()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            patch.setenv(name, "")  # so that it is taken back
+            patch.delenv(name)
+        launchers.join.cache_clear()
+        yield
+        launchers.join.cache_clear()
+
+
+@pytest.fixture
+def no_launcher() -> Iterator[None]:
+    """See :func:`without_launcher`."""
+    with without_launcher():
+        yield
 
 
 @pytest.fixture

@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
+from tests.conftest import without_launcher
 from tests.launching import free_port, launch
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.errors import UserError
@@ -63,7 +64,8 @@ def arguments(folders, unlearned, tmp_path_factory) -> list[str]:
 @pytest.fixture(scope="module")
 def whole(arguments, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("whole")
-    assert run([*arguments, "--output_dir", str(out)]) == 0
+    with without_launcher():
+        assert run([*arguments, "--output_dir", str(out)]) == 0
     return out
 
 

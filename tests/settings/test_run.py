@@ -19,6 +19,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.objectives.registry import built_in
 from wpn_ds.objectives.terms import Terms
 from wpn_ds.objectives.wpn import WPN
+from wpn_ds.settings.lora import LoraConfig
 from wpn_ds.settings.parse import Setting, settings_of
 from wpn_ds.settings.run import Config, groups, parse_args
 
@@ -104,7 +105,8 @@ def with_effect(values: dict[str, Any]) -> dict[str, Any]:
     if not values.get("redraw_steps"):
         values = {name: value for name, value in values.items() if not name.startswith("redraw_")}
     if not values.get("lora_r"):
-        values = {name: value for name, value in values.items() if not name.startswith("lora_")}
+        adapters = {entry.name for entry in dataclasses.fields(LoraConfig)}
+        values = {name: value for name, value in values.items() if name not in adapters}
     if values.get("wpn_pooling", "weighted") != "weighted":
         values.pop("wpn_position_power", None)
     own = {name: values[name] for name in ("nll_weight", "preference_weight") if name in values}

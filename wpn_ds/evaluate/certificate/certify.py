@@ -52,7 +52,7 @@ def certify(options: Options) -> int:
     sources = from_rank_0(rank, size, lambda: {label: pinned(source) for label, source in sources.items()})
     with alone_in(options.folder / ".certify.lock", f"--output_dir {options.folder}", rank, size):
         made, judge, notes = _cells(options, recorded, sources["before"])
-        rounding = _unmoved(made, sources) if rank == 0 else {}
+        rounding = from_rank_0(rank, size, lambda: _unmoved(made, sources))
         found = _measured(made, sources, judge, notes, rank, size)
         if rank:
             return 0
