@@ -100,7 +100,7 @@ class Format:
         size = min(self.group or weights.shape[1], weights.shape[1])
         lacking = -weights.shape[1] % size
         filled = torch.cat([weights, weights[:, -1:].expand(-1, lacking)], 1) if lacking else weights
-        return filled.float().unflatten(1, (-1, size))
+        return filled.float().contiguous().unflatten(1, (-1, size))
 
 
 _INT8 = tuple(map(float, range(-127, 128)))
