@@ -150,14 +150,7 @@ def _prepare(
             if name in selection.named:
                 raise UserError(f"--suite {name}: {reason}")
             notes.append(f"left out: {name}: {reason}")
-    records = [*sources.train, *sources.heldout, *sources.attack]
-    judges = make_judges(
-        options.judge or JUDGES,
-        wanted=[text for record in records for text in record.chosen],
-        unwanted=[text for record in records for text in record.rejected],
-        seed=options.seed,
-        device=device(),
-    )
+    judges = judges_of(options.judge or JUDGES, sources)
     suites, unjudged = _judged(suites, judges, selection)
     notes += unjudged
     relearned = PromptSuite("relearning", tuple(held))
@@ -251,6 +244,18 @@ def origins_of(options: AskedFlags, recorded: Mapping[str, Any]) -> dict[str, Or
         parts: dict[str, Part] = {"train": "train", "heldout": "validation", "retain": "retain"}
         found = {name: origin_of(recorded, part) for name, part in parts.items()}
     return {name: origin for name, origin in found.items() if origin.named}
+
+
+def judges_of(specs: Sequence[str], sources: Sources) -> list[Judge]:
+    """The judges that ``--judge`` names; resemblance is to the answers of all of the user's records."""
+    records = [*sources.train, *sources.heldout, *sources.attack]
+    return make_judges(
+        specs,
+        wanted=[text for record in records for text in record.chosen],
+        unwanted=[text for record in records for text in record.rejected],
+        seed=sources.seed,
+        device=device(),
+    )
 
 
 def asking_of(options: AskedFlags, recorded: Mapping[str, Any]) -> Asking:

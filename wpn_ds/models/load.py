@@ -279,7 +279,8 @@ def load_model(
             **arguments,
         )
     del partition_on_load
-    gc.collect()  # a partitioned weight refers to itself: the head that tying has replaced would stay for a while
+    if zero3 is not None:
+        gc.collect()  # a partitioned weight refers to itself: the head that tying has replaced would stay for a while
     model, info = loaded
     if quantised:
         audit(info, source)

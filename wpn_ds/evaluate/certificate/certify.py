@@ -22,8 +22,7 @@ from wpn_ds.evaluate.certificate.cells import AS_IT_IS, ASKED, Cell, Material, c
 from wpn_ds.evaluate.certificate.command import Options
 from wpn_ds.evaluate.certificate.figures import AFTER, Figures, HalfLife, Models, Row
 from wpn_ds.evaluate.certificate.page import certificate_page, certificate_table
-from wpn_ds.evaluate.evaluation import asking_of, origins_of, sources_of, started_from
-from wpn_ds.evaluate.judges import make_judges
+from wpn_ds.evaluate.evaluation import asking_of, judges_of, origins_of, sources_of, started_from
 from wpn_ds.evaluate.measurement import Measurement, Plan
 from wpn_ds.evaluate.model import AskedModel, device
 from wpn_ds.evaluate.ranks import all_arrived, alone_in, from_rank_0, join_ranks
@@ -152,7 +151,7 @@ def _cells(options: Options, recorded: Mapping[str, Any], start: Source) -> tupl
     questions = take(sources.heldout or sources.train, sources.limit, options.seed)
     if not questions:
         raise UserError("there are no prompts to ask: give --heldout_file")
-    judge = _judge(options, sources)
+    (judge,) = judges_of([options.judge], sources)
     if not can_judge(judge, PromptSuite(ASKED, tuple(questions))):
         raise UserError(f"--judge {judge.name}: can't say anything of the answers to these prompts: take another")
     attacks, notes = build_suites(resolve_suites("attacks"), sources)
@@ -178,18 +177,6 @@ def _told_apart(records: Sequence[ForgetRecord]) -> list[ForgetRecord]:
         replace(record, source=f"{record.source}, record {at + 1}") if many[record.source] > 1 else record
         for at, record in enumerate(records)
     ]
-
-
-def _judge(options: Options, sources: Sources) -> Judge:
-    records = [*sources.train, *sources.heldout, *sources.attack]
-    (judge,) = make_judges(
-        [options.judge],
-        wanted=[text for record in records for text in record.chosen],
-        unwanted=[text for record in records for text in record.rejected],
-        seed=options.seed,
-        device=device(),
-    )
-    return judge
 
 
 def _taught(options: Options, sources: Sources, questions: Sequence[ForgetRecord]) -> list[ForgetRecord]:

@@ -34,10 +34,7 @@ def certificate_page(certificate: Mapping[str, Any]) -> str:
     if curves := _curves(certificate):
         sections.append(("relearning", "Relearning", curves, "Harmful answers by the number of fine-tuning updates."))
     if rounding := certificate["rounding"]:
-        kept = [
-            [name, f"{of['moved']:,}", f"{100 * of['same_code'] / max(1, of['moved']):.1f}"]
-            for name, of in rounding.items()
-        ]
+        kept = [[name, f"{of['moved']:,}", _kept(of)] for name, of in rounding.items()]
         drawn: Block = ("table", {"head": ["Format", "weights that moved", "keep their code, %"], "rows": kept})
         sections.append(
             ("rounding", "Rounding, before a model is run", [drawn], "Of the weights that unlearning moved.")
@@ -85,9 +82,13 @@ def _summary(certificate: Mapping[str, Any]) -> list[str]:
         told = [f"{of} {most if updates is None else format(updates, '.0f')}" for of, updates in one["updates"].items()]
         lines.append(f"{one['cell']}: updates until half of the old harm is back: {', '.join(told)}")
     for name, of in certificate["rounding"].items():
-        share = 100 * of["same_code"] / max(1, of["moved"])
-        lines.append(f"precision/{name}: {share:.1f} % of the weights that unlearning moved keep their code")
+        lines.append(f"precision/{name}: {_kept(of)} % of the weights that unlearning moved keep their code")
     return lines
+
+
+def _kept(of: Mapping[str, int]) -> str:
+    """The share of moved weights that keep their code, in percent."""
+    return f"{100 * of['same_code'] / max(1, of['moved']):.1f}"
 
 
 Cell = tuple[str, str]
