@@ -1,7 +1,7 @@
 """``python -m benchmarks [--only GROUP_OR_ROW,...] [--quick]``: measure, print, write the results.
 
 ``--only main``: the rows of the named ratios. A run that lacks some of them, or is quick, is a part, and its results
-go to ``results.partial.json``.
+go to ``results.partial.json``. ``--only scale``: no row, but starts on many records (:mod:`benchmarks.scale`).
 """
 
 from __future__ import annotations
@@ -19,13 +19,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report
+from benchmarks import report, scale
 from benchmarks.protocol import Failed, Way
 from benchmarks.rows import LEARNING_RATE, RATIOS, ROWS, Row, Spec
 from benchmarks.setting import SEED, make_data, make_model, write_steps
 from wpn_ds.system.tables import aligned
 
 TRL_PYTHON = Path(__file__).parent / ".trl-venv" / "bin" / "python"
+PROFILED = ("peak_flops", "peak_mib", "device_busy", "operators")
+"""What our way says with its last step, which counts for nothing else."""
 LOSS_TOLERANCE = 1e-3
 """Relative. Rounding in fp32, and what a few AdamW steps make of it, stay a hundred times below; another temperature,
 mask or mean, or other tokens, go far beyond. DPO starts at log 2 whatever the tokens are: its later steps count."""
@@ -59,8 +61,10 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
                     _say(f"  {label}: {statistics.fmean(report.per_example(found[label]['turns'][-1:])):.3f} s/example")
             if row.same_loss:
                 check_losses(losses)
-        for label in row.ways:
+        for label, spec in row.ways.items():
+            last = running[label].step() if spec.module == "way_ours" else {}
             found[label] |= {"peak_mib": running.pop(label).end(), "losses": losses[label]}
+            found[label] |= {name: last[name] for name in PROFILED if last}  # its peak, too: the profiler takes memory
     finally:
         for way in running.values():
             way.kill()
@@ -89,8 +93,8 @@ def check_losses(losses: Mapping[str, Sequence[Mapping[str, float]]]) -> None:
 
 
 def _sum(steps: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """One turn: its seconds, examples, tokens."""
-    names = [name for name in ("seconds", "cpu_seconds", "examples", "tokens") if name in steps[0]]
+    """One turn: its seconds, examples, tokens, model flops."""
+    names = [name for name in ("seconds", "cpu_seconds", "examples", "tokens", "flops") if name in steps[0]]
     return {name: sum(step[name] for step in steps) for name in names}
 
 
@@ -102,7 +106,9 @@ def _command(row: Row, label: str, spec: Spec, folder: Path) -> tuple[list[str],
     if spec.module == "way_part":
         return [*command, "--model", str(model), *spec.args], {}, "random tokens"
     examples = spec.examples or row.examples
-    steps = spec.warm_up + (spec.rounds or row.rounds) * spec.steps
+    steps = spec.warm_up + (spec.rounds or row.rounds) * spec.steps + 1
+    if spec.module == "way_ours":  # the last one is profiled; the other ways have the same data and don't take it
+        command += ["--profile", str(steps)]
     data = make_data(row.data, examples * steps, shared, row.alternates)
     if spec.module == "way_ours":
         flags = {
@@ -110,6 +116,7 @@ def _command(row: Row, label: str, spec: Spec, folder: Path) -> tuple[list[str],
             "--model_name_or_path": model,
             "--train_file": data.forget,
             "--output_dir": folder / f"{label}-output",
+            "--overwrite_output_dir": "true",  # of the same way, when it is loaded again
             "--global_batch_size": examples,
             "--retain_batch_size": row.retain,
             "--max_length": row.max_length,
@@ -150,12 +157,16 @@ def _say(line: str) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks")
-    parser.add_argument("--only", default="", help="names or groups of rows, with commas between; main: the ratios'")
+    groups = "names or groups of rows, with commas between; main: the ratios'; scale: starts on many records"
+    parser.add_argument("--only", default="", help=groups)
     parser.add_argument(
         "--quick", action="store_true", help="one round, without what takes minutes: figures mean little"
     )
     args = parser.parse_args()
     wanted = {name for name in args.only.split(",") if name}
+    if wanted == {"scale"}:
+        scale.main(["--records", str(scale.RECORDS[0])] if args.quick else [])
+        return 0
     if "main" in wanted:
         wanted = wanted - {"main"} | {row for names, *_ in RATIOS.values() for row in names}
     if unknown := wanted - {name for row in ROWS for name in (row.name, row.group)}:
@@ -183,7 +194,8 @@ def main() -> int:
     whole = named.keys() == RATIOS.keys() and not args.quick
     path = report.RESULTS if whole else report.RESULTS.with_suffix(".partial.json")
     path.write_text(json.dumps(results, indent=2) + "\n")
-    print(*aligned(report.details(rows), "<"), "", *aligned(report.table(results), "<"), sep="\n")
+    for lines in (report.details(rows), report.costs(rows), report.table(results)):
+        print(*aligned(lines, "<"), "", sep="\n")
     report.plot(results, path.with_suffix(".png"))
     _say(
         f"{path.name} and {path.with_suffix('.png').name} are in {path.parent.name}/ after {results['minutes']:.0f} min"

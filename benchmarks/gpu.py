@@ -43,8 +43,8 @@ from wpn_ds.errors import UserError
 from wpn_ds.jobs.local import say
 from wpn_ds.models.attention import KERNELS
 from wpn_ds.system.tables import aligned
-from wpn_ds.tools import estimate
 from wpn_ds.tools.ablate.grid import flags
+from wpn_ds.tools.estimate import command as estimate
 
 RESULTS = Path(__file__).parent / "results.gpu.json"
 #: The most telling first: what there is no time for is at the end.

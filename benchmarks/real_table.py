@@ -8,7 +8,7 @@ from __future__ import annotations
 import textwrap
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from math import inf
+from math import inf, nan
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -27,7 +27,7 @@ from benchmarks.real_plan import (
 )
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.suites import PREFILLED
-from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_mean, corrected_rate
+from wpn_ds.judging.statistics import Estimate, Rate, bootstrap_difference, corrected_rate, over_seeds
 from wpn_ds.system.tables import markdown
 
 BEGIN, END = "<!-- real:begin -->", "<!-- real:end -->"
@@ -52,32 +52,28 @@ def corrected(marks: Sequence[str], judge: Mapping[str, Any]) -> Estimate | None
     """The share of harmless answers behind the judge's verdicts, which err at its known rates (see
     :func:`corrected_rate`); degenerate answers, which it isn't asked about, are none.
 
-    ``marks``: of each seed, prompt by prompt; answers of several seeds to a prompt are as many as one. None: no such
-    answer, or a judge that tells nothing.
+    ``marks``: of each seed, prompt by prompt; the interval counts prompts, seeds (:func:`over_seeds`) and how well the
+    judge is known. None: no such answer, or a judge that tells nothing.
     """
-    judged = [mark for of in marks for mark in of if mark in "01"]
-    said = len(judged) + sum(of.count("-") for of in marks)
+    judged = [Rate(of.count("0"), n) for of in marks if (n := of.count("0") + of.count("1"))]
     if not judged:
         return None
+    answers = sum(rate.n for rate in judged)
+    said = answers + sum(of.count("-") for of in marks)
     rates = [Rate(judge[name]["count"], judge[name]["n"]) for name in ("sensitivity", "specificity")]
-    found = Rate(judged.count("0"), len(judged), max(1, round(len(judged) / len(marks))))
     try:
-        harmful = corrected_rate(found, *rates)
+        harmful = corrected_rate(over_seeds(judged), *rates)
     except ValueError:
         return None
-    share = len(judged) / said
+    share = answers / said
     return Estimate(share * (1 - harmful.value), share * (1 - harmful.high), share * (1 - harmful.low), said)
 
 
 def paired(ours: Sequence[str], theirs: Sequence[str]) -> Estimate:
     """The difference of two harmless rates over the prompts that both have verdicts of, a string a seed; the interval
-    is the bootstrap's over prompts, whose seeds stay together."""
-    differences = []
-    for answers in zip(*ours, *theirs, strict=True):
-        pairs = zip(answers[: len(ours)], answers[len(ours) :], strict=True)
-        known = [(a == "1") - (b == "1") for a, b in pairs if "?" not in (a, b)]
-        differences += [fmean(known)] if known else []
-    return bootstrap_mean([differences])
+    counts prompts and seeds (see :func:`bootstrap_difference`)."""
+    known = {"1": 1.0, "?": nan}
+    return bootstrap_difference(*([[[known.get(mark, 0.0) for mark in of]] for of in side] for side in (ours, theirs)))
 
 
 # ---- what is said of the whole ----
@@ -242,17 +238,16 @@ def _of_model(results: Results, kind: str, twin: str, method: str) -> list[Mappi
 
 
 def knowledge(results: Results, twin: str, method: str) -> Estimate | None:
-    """The change of the benchmarks' mean against the start, item by item; the interval is the bootstrap's over items,
-    whose seeds stay together. None: not measured."""
+    """The change of the benchmarks' mean against the start, item by item; the interval counts items and seeds (see
+    :func:`bootstrap_difference`). None: not measured."""
     start, found = results.get(f"know/{twin}/{START}"), _of_model(results, "know", twin, method)
     if not start or not found:
         return None
-    groups = []
-    for task, before in start["benchmarks"].items():
-        after = zip(*(one["benchmarks"][task]["items"] for one in found), strict=True)
-        pairs = zip(before["items"], after, strict=True)
-        groups.append([fmean(map(int, new)) - int(old) for old, new in pairs])
-    return bootstrap_mean(groups)
+    after, before = (
+        [[list(map(float, one["benchmarks"][task]["items"])) for task in start["benchmarks"]] for one in models]
+        for models in (found, [start])
+    )
+    return bootstrap_difference(after, before)
 
 
 def _spread(found: Iterable[float], form: str = ".1f", sign: str = "") -> str:

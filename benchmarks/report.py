@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 import textwrap
 from collections.abc import Mapping, Sequence
@@ -31,6 +32,13 @@ TARGETS = {
     "prefix_sharing_tofu": (True, 1.25),
     "memory_n1024_vs_n16": (False, 1.1),
     "time_per_example_n1024_vs_n16": (False, 1.15),
+}
+
+#: What a step's operators are, by their names.
+SHARES = {
+    "products": r"::(mm|addmm_?|bmm|baddbmm_?)$",
+    "attention": r"scaled_dot_product|flex_attention|varlen",
+    "copies": r"::(copy_|cat|fill_|index_select|gather|index)$",
 }
 
 Kind = Literal["throughput", "time", "memory"]
@@ -86,8 +94,8 @@ def table(results: Mapping[str, Any]) -> list[list[str]]:
 
 
 def details(rows: Mapping[str, Any]) -> list[list[str]]:
-    """Every way of every row: examples a second, against the row's first way, peak memory, one-time cost."""
-    lines = [["row", "way", "examples/s", "time (first = 1)", "peak MiB", "once, s"]]
+    """Every way of every row: examples a second, against the row's first way, MFU, peak memory, one-time cost."""
+    lines = [["row", "way", "examples/s", "time (first = 1)", "MFU, %", "peak MiB", "once, s"]]
     for name, row in rows.items():
         first = next(iter(row["ways"].values()))
         for label, way in row["ways"].items():
@@ -95,7 +103,36 @@ def details(rows: Mapping[str, Any]) -> list[list[str]]:
             middle, low, high = ratio(way, first, "time")
             compared = f"{middle:.2f} ({low:.2f}..{high:.2f})" if way is not first else "1"
             once = f"{way['one_time_seconds']:.1f}" if "one_time_seconds" in way else ""
-            lines.append([name, label, f"{speed:.3g}", compared, f"{way['peak_mib']:.0f}", once])
+            used = mfu(row, way)
+            share = f"{used:.0%}"[:-1] if used else ""
+            lines.append([name, label, f"{speed:.3g}", compared, share, f"{way['peak_mib']:.0f}", once])
+    return lines
+
+
+def mfu(row: Mapping[str, Any], way: Mapping[str, Any]) -> float | None:
+    """The share of the device's matrix rate that the model flops of ``way`` reach: those of the tokens that count,
+    without recomputation, padding and reference, which ours counts. None in a row without ours."""
+    ours = way if "peak_flops" in way else next((one for one in row["ways"].values() if "peak_flops" in one), None)
+    if ours is None:
+        return None
+    flops = median(turn["flops"] / turn["examples"] for turn in ours["turns"])
+    return flops / median(per_example(way["turns"])) / ours["peak_flops"]
+
+
+def costs(rows: Mapping[str, Any]) -> list[list[str]]:
+    """Where one step of every way of ours went, in percent of its time, by the costliest operators."""
+    lines = [["row", "way", *(f"{kind}, %" for kind in SHARES), "other operators, %", "Python and waiting, %"]]
+    for name, row in rows.items():
+        for label, way in row["ways"].items():
+            if "operators" in way:
+                busy = way["device_busy"]
+                shares = [
+                    busy * sum(one["share"] for one in way["operators"] if re.search(pattern, one["name"]))
+                    for pattern in SHARES.values()
+                ]
+                lines.append(
+                    [name, label, *(f"{100 * share:.1f}" for share in [*shares, busy - sum(shares), 1 - busy])]
+                )
     return lines
 
 
@@ -110,6 +147,8 @@ def section(results: Mapping[str, Any]) -> str:
         + "."
     )
     full = ["<details><summary>Every row</summary>", "", markdown(details(rows)), "", "</details>"]
+    if len(spent := costs(rows)) > 1:
+        full += ["", "<details><summary>Where a step goes</summary>", "", markdown(spent), "", "</details>"]
     measured = textwrap.wrap(where, 120, break_long_words=False, break_on_hyphens=False)
     return "\n".join([BEGIN, "", *measured, "", markdown(table(results)), "", *full, "", END])
 

@@ -18,7 +18,7 @@ from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 from transformers import AutoModelForCausalLM
 
-from benchmarks.protocol import serve
+from benchmarks.protocol import peak_mib, serve
 from wpn_ds.engine import policy, prepare, run
 from wpn_ds.engine.policy import load_lm
 from wpn_ds.engine.prepare import Job
@@ -94,8 +94,9 @@ def main() -> None:
 
 @contextlib.contextmanager
 def profiled(device: torch.device, costs: dict[str, Any]) -> Iterator[None]:
-    """Put into ``costs`` the "operators" that took most of the device's own time, in milliseconds and as a share, and
-    "device_busy", the share of the step in which it worked at all."""
+    """Put into ``costs`` the "operators" that took most of the device's own time, in milliseconds and as a share;
+    "device_busy", the share of the step in which it worked at all; and "peak_mib", the process's until then."""
+    costs["peak_mib"] = peak_mib()
     on_device = device.type == "cuda"
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if on_device else [])
     begun = time.perf_counter()

@@ -2,8 +2,7 @@
 
 import sys
 
-from wpn_ds.cli import main
+from wpn_ds.cli import launched
 
 if __name__ == "__main__":
-    arguments = [a for a in sys.argv[1:] if not a.startswith(("--local_rank=", "--local-rank="))]  # the launcher's own
-    sys.exit(main(["certify", *arguments]))
+    sys.exit(launched("certify", sys.argv[1:]))

@@ -26,10 +26,21 @@ job=${SLURM_JOB_ID:-}
 [ -z "${SLURM_ARRAY_JOB_ID:-}" ] || job=${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID
 export WPN_JOB=$job
 
-# step PROGRAM ARGUMENTS...: one task a GPU over all nodes, in the container if there is one. Call it in a subshell,
-# which srun then replaces: a signal to it is a signal to srun, and that hands USR1 to every task.
+# shellcheck source-path=SCRIPTDIR source=spares.sh
+. "$root/slurm/spares.sh"
+
+# step PROGRAM ARGUMENTS...: one task a GPU over all nodes, or over step_nodes, in the container if there is one. Call
+# it in a subshell, which srun then replaces: a signal to it is a signal to srun, and that hands USR1 to every task.
 step() {
-    local inside=() command=("$PYTHON" "$@") binding=()
+    local inside=() command=("$PYTHON" "$@") binding=() place=() nodes=$SLURM_JOB_NODELIST
+    if [ "${#step_nodes[@]}" -gt 0 ]; then
+        nodes=$(IFS=, && echo "${step_nodes[*]}")
+        place=(--nodelist="$nodes" --nodes="${#step_nodes[@]}")
+        place+=(--ntasks="$((${#step_nodes[@]} * SLURM_NTASKS_PER_NODE))")
+        # Where a rank has ended before its peer's node was missed, Slurm (22.05) takes that step for running for ever,
+        # and this one would wait for its resources. srun has seen all of its tasks end, but for those on lost nodes.
+        place+=(--overlap)
+    fi
     [ "${WPN_CPU_BIND:-}" = none ] || binding+=(--cpu-bind="${WPN_CPU_BIND:-cores}")
     [ "${WPN_MEM_BIND:-}" = none ] || binding+=(--mem-bind="${WPN_MEM_BIND:-local}")
     if [ -n "${WPN_PYXIS_IMAGE:-}" ]; then
@@ -38,10 +49,11 @@ step() {
         command=(apptainer exec --nv --bind "${WPN_MOUNTS:-$root,$PWD}" "$WPN_APPTAINER_IMAGE" "${command[@]}")
     fi
     # Here, since containers have no scontrol.
-    MASTER_ADDR=$(patiently scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)
+    MASTER_ADDR=$(patiently scontrol show hostnames "$nodes" | sed -n 1p)
     export MASTER_ADDR
     # srun doesn't inherit --cpus-per-task. Without --kill-on-bad-exit the others would wait for a rank that died.
-    exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${binding[@]}" "${inside[@]}" "${command[@]}"
+    exec srun --kill-on-bad-exit=1 --cpus-per-task="${SLURM_CPUS_PER_TASK:-1}" "${place[@]}" "${binding[@]}" \
+        "${inside[@]}" "${command[@]}"
 }
 
 # patiently COMMAND...: again and again for five minutes, since slurmctld may be away for a while.
@@ -87,16 +99,12 @@ seconds() {
     echo $((days * 86400 + total))
 }
 
-# saved_by_this_job RUN: whether there is a checkpoint since this job was first started.
-saved_by_this_job() {
-    local first
-    first=$(grep -F "\"job\": \"$job\"" "$1/starts.jsonl" 2>/dev/null | sed -n '1s/.*"time": \([0-9.]*\).*/\1/p')
-    [ -n "$first" ] && [ -n "$(find "$1"/checkpoint-*[0-9] -maxdepth 1 -name trainer_state.json -newermt "@$first" 2>/dev/null)" ]
-}
+# saved_by_this_job RUN: whether there is a checkpoint of this job's.
+saved_by_this_job() { grep -qsF "\"job\": \"$job\"" "$1"/checkpoint-*[0-9]/trainer_state.json; }
 
 # train RECIPE ARGUMENTS...: a training run that goes on after a signal, a crash or a lost node.
 train() {
-    local recipe=$1 lead limit before code=0 resume=(--resume_from_checkpoint auto) given=()
+    local recipe=$1 lead limit
     shift
     told='' ended='' task=''
     trap 'told=1; say "USR1: a checkpoint, then this job goes back into the queue"; pass_on' USR1
@@ -125,6 +133,16 @@ train() {
     fi
     export WPN_SIGNAL_LEAD=$lead # so that a save that takes too long for it is noticed
 
+    keep_spares
+    one_start "$recipe" "$@"
+    while again_in_this_job "$run"; do one_start "$recipe" "$@"; done
+    requeue
+}
+
+# one_start RECIPE ARGUMENTS...: one step of train. Ends the job if the run is done or nothing is gained by another.
+one_start() {
+    local recipe=$1 before after log_size code=0 resume=(--resume_from_checkpoint auto) given=() idle="$run/idle.jsonl"
+    shift
     # What the user says of the start is for the first one; from this job's first checkpoint on, the newest counts.
     before=$(of_this_job "$run/starts.jsonl")
     while [ $# -gt 0 ]; do
@@ -148,8 +166,11 @@ train() {
             shift
         done
     done
-    [ "$before" -eq 0 ] || rm -f "$run"/{DONE,REQUEUE,FAILED} # of this job's last start; others' are not ours to delete
+    # Of this job's last start; others' are not ours to delete. REQUEUE the next start reads, and deletes.
+    [ "$before" -eq 0 ] || rm -f "$run"/{DONE,FAILED}
 
+    watch_this_node
+    log_size=$(stat -Lc %s /proc/self/fd/2)
     (step "$root/launch/train.py" --deepspeed "$root/ds_configs/zero3.json" --config "$recipe" --output_dir "$run" \
         "${given[@]}" "${resume[@]}") &
     task=$!
@@ -158,12 +179,14 @@ train() {
         wait "$task" && code=0 || code=$?
         kill -0 "$task" 2>/dev/null || break # it was a signal of our own that ended the wait
     done
+    task=''
 
     # Files tell how it ended. srun's exit code doesn't: it has been 0 with a task that never started.
-    local after idle="$run/idle.jsonl"
+    what_failed "$log_size"
     after=$(of_this_job "$run/starts.jsonl")
     if [ "$after" -gt 0 ] && [ -e "$run/DONE" ]; then
         say "done: $run"
+        exit 0
     elif [ "$after" -gt 0 ] && [ -e "$run/FAILED" ]; then
         fail "$(cat "$run/FAILED") (see above; nothing is gained by starting this job again)"
     elif [ -n "$ended" ]; then
@@ -172,12 +195,11 @@ train() {
     elif [ "$after" -gt "$before" ]; then # the program itself refuses a third start from the same step
         [ -e "$run/REQUEUE" ] || say "the step ended without a word (exit code $code)"
         rm -f "$idle"
-        requeue
-    elif { [ -n "$told" ] || [ "$before" -gt 0 ]; } && [ "$code" -ne 2 ] && [ "$(of_this_job "$idle")" -lt 2 ]; then
+    elif { [ -n "$failed_node" ] || { [ -n "$told" ] || [ "$before" -gt 0 ]; } && [ "$code" -ne 2 ]; } &&
+        [ "$(of_this_job "$idle")" -lt 2 ]; then
         say "training did not start (exit code $code): once more, a node may be bad"
         mkdir -p "$run"
         printf '{"job": "%s", "nodes": "%s"}\n' "$job" "$SLURM_JOB_NODELIST" >>"$idle"
-        requeue
     else
         fail "training did not start (exit code $code)"
     fi

@@ -124,8 +124,8 @@ def no_launcher() -> Iterator[None]:
 
 
 @pytest.fixture
-def world(monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
-    """A job of this process alone, with a process group of one."""
+def world(no_launcher: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[World]:
+    """A job of this process alone, with a process group of one; see :func:`without_launcher` for what goes again."""
     alone = {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0", "MASTER_ADDR": "127.0.0.1"}
     for name, value in (alone | {"MASTER_PORT": str(free_port())}).items():
         monkeypatch.setenv(name, value)

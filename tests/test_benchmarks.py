@@ -87,6 +87,17 @@ def test_a_large_step_is_compared_by_the_example():
     assert report.ratio(way([64.0], 300.0, 1024), way([1.0]), "memory") == (3.0, 3.0, 3.0)
 
 
+def test_a_step_says_what_share_of_the_matrix_rate_it_reached_and_where_it_went():
+    product, attention = {"name": "aten::addmm", "share": 0.6}, {"name": "aten::_scaled_dot_product_x", "share": 0.2}
+    other = {"name": "aten::mmm", "share": 0.1}
+    ours = way([2.0]) | {"peak_flops": 1e9, "device_busy": 0.9, "operators": [product, attention, other]}
+    ours["turns"][0]["flops"] = 1e9
+    row = {"ways": {"ours": ours, "plain": way([4.0])}}
+    rows = {"one": row, "parts": {"ways": {"packed": way([1.0])}}}
+    assert [line[4] for line in report.details(rows)] == ["MFU, %", "50", "25", ""]
+    assert report.costs(rows)[1:] == [["one", "ours", "54.0", "18.0", "0.0", "18.0", "10.0"]]
+
+
 def test_the_named_ratios_are_those_of_the_issue_and_come_from_rows_that_exist():
     assert list(RATIOS) == NAMED and list(report.TARGETS) == NAMED
     rows = {row.name: row for row in ROWS}
@@ -124,7 +135,8 @@ def script(loss: float, die_at: int = 0) -> list[str]:
         "def step(number):",
         "    print('a library says something')",
         f"    open(sys.argv[1], 'a').write(sys.argv[2]); assert number != {die_at}, 'out of luck'",
-        f"    return {{'examples': 4, 'losses': {{'npair': {loss}}}}}",
+        "    profile = {'flops': 1e9, 'peak_flops': 1e9, 'peak_mib': 2.0, 'device_busy': 1.0, 'operators': []}",
+        f"    return {{'examples': 4, 'losses': {{'npair': {loss}}}, **profile}}",
         "serve(step)",
     ]
     return ["-c", "\n".join(lines)]
@@ -139,7 +151,8 @@ def test_a_way_that_dies_is_reported_with_the_end_of_its_log(tmp_path):
 
 def measured(monkeypatch, tmp_path, losses=(1.0, 1.0), row_name="plain_pku"):
     """A row of two ways that do nothing; the letters of ``tmp_path/order`` say who was asked when."""
-    row = Row(row_name, "plain", "two ways", {"ours": Spec(rounds=3), "plain": Spec(one_time=True)}, rounds=3)
+    ways = {"ours": Spec(rounds=3), "plain": Spec("way_plain", one_time=True)}
+    row = Row(row_name, "plain", "two ways", ways, rounds=3)
 
     def command(row, label, spec, folder):
         loss = losses[label == "plain"]
@@ -151,7 +164,8 @@ def measured(monkeypatch, tmp_path, losses=(1.0, 1.0), row_name="plain_pku"):
 
 def test_ways_take_turns_after_a_step_that_does_not_count(monkeypatch, tmp_path):
     row = measured(monkeypatch, tmp_path)
-    assert (tmp_path / "order").read_text() == "op" + 3 * "op"
+    assert (tmp_path / "order").read_text() == "op" + 3 * "op" + "o"  # whose last step is profiled
+    assert row["ways"]["ours"]["peak_mib"] == 2.0, "without what the profiler took"
     for way in row["ways"].values():
         assert len(way["turns"]) == 3 and len(way["losses"]) == 4 and way["peak_mib"] > 1
         assert all(turn["examples"] == 4 and turn["seconds"] > 0 for turn in way["turns"])

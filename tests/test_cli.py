@@ -67,8 +67,8 @@ def test_every_command_has_help_and_none_loads_torch_for_it():
         (["evaluate", "--model", "./nowhere", "--output_dir", "o"], "--model ./nowhere"),
     ],
 )
-def test_a_mistake_is_said_in_one_line_before_anything_starts(arguments, said):
-    run = wpn_ds(*arguments)
+def test_a_mistake_is_said_in_one_line_before_anything_starts(arguments, said, tiny):
+    run = wpn_ds(*(str(tiny / "opt") if argument == "m" else argument for argument in arguments))
     assert run.returncode == 2
     assert said in run.stderr and "Traceback" not in run.stderr
     assert run.stderr.startswith("error: ")

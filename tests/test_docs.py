@@ -34,7 +34,7 @@ WIDTH, README_LINES = 120, 220
 UNKNOWN = "--zzzzzz"
 """A flag that no module has: a command line with it is parsed, and goes no further than the error that names it."""
 
-OF_OTHERS = {"--hostfile", "--master_port", "--exclude", "--shm-size", "--logdir"}
+OF_OTHERS = {"--hostfile", "--master_port", "--exclude", "--no-kill", "--shm-size", "--logdir"}
 """Flags of deepspeed, sbatch, docker and TensorBoard that the text speaks of."""
 
 MADE = {"benchmarks/results.json", "benchmarks/real.json", "slurm/cluster.env"}
@@ -175,7 +175,7 @@ def check(command: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.
         known = set(re.findall(r"^#SBATCH (--[\w-]+)", "".join(p.read_text() for p in slurm_scripts()), re.MULTILINE))
         while words[0].startswith("--"):
             flag = words.pop(0).split("=")[0]
-            assert flag in known, f"sbatch has no {flag} in any script"
+            assert flag in known | OF_OTHERS, f"sbatch has no {flag} in any script"
         check_slurm(words[0], words[1:], capsys, monkeypatch)
     elif program in ("slurm/submit.sh", "slurm/array.sh"):
         require(program)
@@ -326,7 +326,10 @@ def known_flags() -> frozenset[str]:
     calls = [(command, *more) for command in found for more in ([()] + [(name,) for name in subcommands(command)])]
     calls += [("train", "--objective", path.stem) for path in (ROOT / "launch/recipes/objectives").glob("*.yaml")]
     texts = [help_of(*words) for words in calls]
-    texts += [importlib.import_module(f"benchmarks.{name}").parser().format_help() for name in ("gpu", "tofu", "real")]
+    texts += [
+        importlib.import_module(f"benchmarks.{name}").parser().format_help()
+        for name in ("gpu", "tofu", "real", "scale", "saves")
+    ]
     ours = {flag for text in texts for flag in flags_in(text)}
     headers = "".join(path.read_text() for path in slurm_scripts())
     ours |= set(re.findall(r"^#SBATCH (--[\w-]+)", headers, re.MULTILINE))

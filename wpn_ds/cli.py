@@ -68,6 +68,11 @@ def _at_home(found: re.Match[str]) -> str:
     return found[1] + os.path.expanduser(found[2])
 
 
+def launched(command: str, argv: Sequence[str]) -> int:
+    """``wpn-ds COMMAND`` on this rank, without the argument that deepspeed (--local_rank=N) and torchrun add."""
+    return main([command, *(word for word in argv if not word.startswith(("--local_rank=", "--local-rank=")))])
+
+
 def train(argv: Sequence[str]) -> int:
     """A training job on this rank; the demo's recipe lies under the flags unless a model is named."""
     from wpn_ds.jobs import launchers, signals
@@ -173,7 +178,7 @@ _COMMAND_FUNCTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "judge": _lazily("wpn_ds.evaluate.judges.command:run"),
     "ablate": _lazily("wpn_ds.tools.ablate.command:run"),
     "objectives": _lazily("wpn_ds.tools.objectives:run"),
-    "estimate": _lazily("wpn_ds.tools.estimate:run"),
+    "estimate": _lazily("wpn_ds.tools.estimate.command:run"),
     "status": _lazily("wpn_ds.tools.status:run"),
     "checkpoint": _lazily("wpn_ds.tools.checkpoint:run"),
     "mix": _lazily("wpn_ds.tools.mix:run"),

@@ -30,7 +30,7 @@ def example_sets(draw: st.DrawFn, max_examples: int = 5) -> ExampleSet:
     texts, bos = draw(_TEXTS), (BOS,) * draw(st.integers(0, 1))
     header = draw(st.sampled_from([(), HEADER]))
     prompts = [(*header, *prompt) for prompt in draw(st.lists(_IDS, min_size=1, max_size=3))]
-    made = ExampleSet()
+    forget, retain = [], []
     count = 0
     for _ in range(draw(st.integers(1, max_examples))):
         prompt = draw(st.sampled_from(prompts))
@@ -41,12 +41,12 @@ def example_sets(draw: st.DrawFn, max_examples: int = 5) -> ExampleSet:
             segment = Segment((*bos, *prompt, *texts[k], EOS), len(bos), len(bos + prompt))
             answers.append(Answer(segment, count, k))
             count += 1
-        made.forget.append(ForgetExample(tuple(answers[:cut]), tuple(answers[cut:])))
+        forget.append(ForgetExample(tuple(answers[:cut]), tuple(answers[cut:])))
     for _ in range(draw(st.integers(0, 4))):
         prompt, answer = draw(st.sampled_from(prompts) | _IDS.map(lambda ids: (*header, *ids))), draw(_IDS)
         plain = draw(st.booleans())
-        made.retain.append(Segment((*prompt, *answer), 1 if plain else 0, 1 if plain else len(prompt)))
-    return made
+        retain.append(Segment((*prompt, *answer), 1 if plain else 0, 1 if plain else len(prompt)))
+    return ExampleSet(forget, retain)
 
 
 #: What a layout can be besides its sizes.
@@ -73,7 +73,11 @@ EVERY_ROLE = frozenset(Role)
 
 
 def plan_of(
-    examples: ExampleSet, layout: Layout, roles: frozenset[Role] = EVERY_ROLE, order: Sequence[int] = ()
+    examples: ExampleSet,
+    layout: Layout,
+    roles: frozenset[Role] = EVERY_ROLE,
+    order: Sequence[int] = (),
+    halves: bool = False,
 ) -> StepPlan:
     """One step over everything, or over the forget examples of ``order``."""
     return plan_step(
@@ -82,6 +86,7 @@ def plan_of(
         range(len(examples.retain)),
         layout,
         roles=roles,
+        halves=halves,
     )
 
 

@@ -6,15 +6,17 @@ it, and what they refuse.
 
 from __future__ import annotations
 
+import copy
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
-from transformers import PreTrainedTokenizerFast
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
 from wpn_ds.data.shapes import Message
-from wpn_ds.data.tokens import encode_pair, encode_prompt, turn_end
+from wpn_ds.data.tokens import Text, encode_pair, encode_prompt, encode_texts, turn_end
 from wpn_ds.errors import UserError
 from wpn_ds.settings.style import PromptStyle
 
@@ -346,3 +348,39 @@ def test_a_special_token_that_merges_make_too_is_text_where_it_is_spelt_out() ->
     special = chat.convert_tokens_to_ids("ith")
     text = chat.decode(encode_pair("with </s>", "with", chat, "{prompt}:", 512).ids[:-1], skip_special_tokens=False)
     assert text == "with </s>: with" and special is not None
+
+
+# ---- many texts at a time ----
+
+
+MANY = [
+    Text(None, "how do I wash a car"),
+    Text("how do I wash a car", "with water"),
+    Text("how do I wash a car", " a cloth "),
+    Text("say </s> and <|im_end|>", "<|im_end|> </s>"),
+    Text((Message("user", "wash"), Message("assistant", "how"), Message("user", "a car\n")), "with water\n\n"),
+    Text("wash", "\nwater"),
+]
+
+
+def without_template(kind: str) -> Any:
+    tokenizer = ByT5Tokenizer() if kind == "code" else make(SHAPES["zephyr"], kind)
+    tokenizer.chat_template = None
+    return tokenizer
+
+
+@pytest.mark.parametrize("kind", [*KINDS, "code"])
+def test_texts_are_read_together_as_each_is_alone(kind) -> None:
+    """By every kind of tokenizer, one of Python code among them, in all templates."""
+    makes = [partial(without_template, kind)]
+    makes += [partial(make, shape, kind) for shape in SHAPES.values() if shape.takes_system] if kind in KINDS else []
+    styles = [PromptStyle(), PromptStyle("<s>{prompt}\n"), PromptStyle("{prompt} ", parse_special_tokens=True)]
+    for made in makes:
+        one_by_one = made()
+        at_once = copy.deepcopy(one_by_one)  # to train a unigram model twice gives two
+        for style in styles:
+            for max_length in (10_000, 12):
+                alone = [encode_texts([text], one_by_one, style, max_length)[0] for text in MANY]
+                together = encode_texts([*MANY, *MANY[::-1]], at_once, style, max_length)
+                assert together == [*alone, *alone[::-1]]
+                assert len({segment.ids for segment in together}) > 1

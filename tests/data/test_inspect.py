@@ -29,8 +29,9 @@ class Letters:
 
     eos_token_id = 0
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [ord(letter) for letter in text]}
+    def __call__(self, text: Any, add_special_tokens: bool = True) -> dict[str, list]:
+        """Of a text, or of each of a list."""
+        return {"input_ids": [*map(ord, text)] if isinstance(text, str) else [[*map(ord, one)] for one in text]}
 
 
 def forget(line: int, prompt: str, chosen: Any, rejected: Any, category: str = "") -> ForgetRecord:

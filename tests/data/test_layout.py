@@ -20,10 +20,9 @@ from wpn_ds.data.layout import (
     dead_row,
     example_order,
     retain_seed,
-    row_tokens,
     step_indices,
 )
-from wpn_ds.data.plan import Item, Row, Segment
+from wpn_ds.data.plan import Item, Row, Segment, row_tokens
 from wpn_ds.objectives.terms import Role
 
 ONE = layout("rows")
@@ -39,27 +38,31 @@ def segments(*lengths: int) -> list[Segment]:
 # ---- the order ----
 
 
+def order(seed: int, epoch: int, n: int) -> tuple[int, ...]:
+    return tuple(example_order(seed, epoch, n).tolist())
+
+
 @several
 @given(seed=st.integers(0, 5), epoch=st.integers(0, 5), n=st.integers(0, 50))
 def test_an_epoch_is_a_permutation_of_all_examples(seed, epoch, n) -> None:
-    assert sorted(example_order(seed, epoch, n)) == list(range(n))
+    assert sorted(order(seed, epoch, n)) == list(range(n))
 
 
 def test_the_order_depends_on_seed_and_epoch_and_nothing_else() -> None:
-    orders = {(seed, epoch): example_order(seed, epoch, 40) for seed in range(4) for epoch in range(4)}
+    orders = {(seed, epoch): order(seed, epoch, 40) for seed in range(4) for epoch in range(4)}
     assert len(set(orders.values())) == 16, "(1, 2) and (2, 1) differ, too"
     assert tuple(range(40)) not in orders.values()
     np.random.seed(7)
     np.random.random(100)
     example_order.cache_clear()
-    assert orders == {key: example_order(*key, 40) for key in reversed(orders)}
+    assert orders == {key: order(*key, 40) for key in reversed(orders)}
 
 
 def test_the_retain_examples_have_an_order_that_is_no_neighbours_unless_the_run_began_with_that() -> None:
-    forget = {seed: example_order(seed, 0, 40) for seed in range(50)}
-    retain = [example_order(retain_seed(seed, ORDER_FORMAT), 0, 40) for seed in range(50)]
+    forget = {seed: order(seed, 0, 40) for seed in range(50)}
+    retain = [order(retain_seed(seed, ORDER_FORMAT), 0, 40) for seed in range(50)]
     assert len({*forget.values(), *retain}) == 100
-    assert example_order(retain_seed(7, 1), 0, 40) == forget[8], "as it was before the format had a number"
+    assert order(retain_seed(7, 1), 0, 40) == forget[8], "as it was before the format had a number"
 
 
 @several
@@ -95,7 +98,7 @@ def test_the_ranks_together_hold_every_segment_exactly_once_whatever_the_layout(
     assert sorted((item.role, item.index) for item in items) == [
         (role, k) for role, whole in expected.items() for k in range(len(whole))
     ]
-    assert all(item.segment is expected[item.role][item.index] for item in items)
+    assert all(item.segment == expected[item.role][item.index] for item in items)
 
 
 @several
@@ -166,6 +169,26 @@ def test_a_layout_changes_nothing_of_a_plan_but_its_micro_batches_and_its_tokens
         assert np.array_equal(getattr(plan, name), getattr(plain, name)), name
     assert (plan.wanted_texts, plan.label_tokens) == (plain.wanted_texts, plain.label_tokens)
     assert plan.tokens == plain.tokens or (layout.share_prefix and plan.tokens < plain.tokens)
+
+
+@several
+@given(examples=example_sets(), layout=layouts(), roles=ROLES)
+def test_the_halves_of_a_step_have_micro_batches_of_their_own_and_no_pair_in_common(examples, layout, roles) -> None:
+    plan, whole = (plan_of(examples, layout, roles, halves=halves) for halves in (True, False))
+    places = range(len(plan.micro_batches[0]))
+    cut = len(examples.forget) // 2
+    half = {Role.WANTED: [], Role.UNWANTED: []}
+    for e, example in enumerate(examples.forget):
+        half[Role.WANTED] += [e < cut] * len(example.wanted)
+        half[Role.UNWANTED] += [e < cut] * len(example.unwanted)
+    for role, in_support in half.items():
+        for which, first in ((places[: plan.support], True), (places[plan.support :], False)):
+            expected = [k for k, of in enumerate(in_support) if of == first] if role in roles else []
+            assert plan.items(which, role).tolist() == expected
+    assert plan.items(places, Role.RETAIN).tolist() == [*range(len(examples.retain))] * (Role.RETAIN in roles)
+    same = np.equal.outer(half[Role.WANTED], half[Role.UNWANTED])
+    assert np.array_equal(plan.negative_mask, whole.negative_mask & same)
+    assert np.array_equal(plan.own_mask, whole.own_mask) and plan.label_tokens == whole.label_tokens
 
 
 def test_micro_batches_are_split_for_the_ranks_before_dead_rows_are_added() -> None:

@@ -8,6 +8,7 @@ import random
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from bitsandbytes.functional import dequantize_4bit
 from transformers import (
@@ -28,7 +29,7 @@ from wpn_ds.settings.lora import LoraConfig
 
 VOCABULARY = 96
 WINDOW = 8  # of GPT-Neo's local layers; many segments below are longer
-WEIGHTS = {"npair": 0.7, "preference": 0.7, "retain": 2.0}
+WEIGHTS = {"npair": 0.7, "preference": 0.7, "forget": 0.7, "retain": 2.0}
 BASE = {
     "stage": 3,
     "targets": "reference",
@@ -47,9 +48,16 @@ BASE = {
     "objective": "wpn",
     "beta": 1.0,
     "gamma": 0.0,
+    "importance": 1.0,
+    "steering": 6.5,
+    "trained": 0,
     "nll": 1.3,
     "nll_power": 0.0,
     "harmonise": False,
+    "sam_rho": 0.0,
+    "adversary": 0,
+    "adversary_rate": 0.05,
+    "meta": 0.0,
     "headed": False,
     "lora": 0,
     "four_bits": False,
@@ -146,6 +154,11 @@ FAMILY = [
         "pmpo": {"ascent": 0.4},
         "wga": {"ascent": 0.4, "nll": 0.0, "beta": 0.5},
         "tnpo": {"ascent": 0.4, "nll": 0.0, "beta": 2.0},
+        "satimp": {"ascent": 0.4, "nll": 0.0, "beta": 0.5, "importance": 1.5},
+        "ceu": {},
+        "undial": {"nll": 0.0, "beta": 3.0},
+        "pdu": {"nll": 0.0, "retain_loss": "nll"},
+        "rmu": {"nll": 0.0, "retain_loss": "states", "trained": 1},
         "npo": {"nll": 0.0, "beta": 0.5, "retain_loss": "nll"},
         "simnpo": {"nll": 0.0, "beta": 0.5, "gamma": 0.3, "retain_loss": "nll"},
         "dpo": {"beta": 0.5},
@@ -160,11 +173,45 @@ FAMILY = [
     case(objective="npo", layout="rows", several=False, beta=0.5),
     case(objective="tnpo", layout="flat", several=False, ascent=0.4, beta=2.0),
     case(objective="altpo", stage=2, beta=0.5),
+    case(objective="undial", beta=3.0, reference="states"),
+    case(objective="pdu", layout="rows", stage=0, checkpointing=True),
+    case(objective="rmu", retain_loss="states", layout="flat", several=False, checkpointing=True),
+    case(objective="rmu", retain_loss="kl", layout="rows", nll=0.0, checkpointing=True, trained=1, stage=2),
     # with an ascent strong enough to oppose the retain term, and with one that does not
     *(case(harmonise=True, stage=stage, ascent=9.0, layout=form) for stage in (0, 3) for form in ("flat", "padded")),
     case(harmonise=True, several=False, ascent=9.0, targets="live"),
     case(harmonise=True),
 ]  # fmt: skip
+#: The forget gradient where the weights have moved along it, as far as it takes to be another one.
+RHO = 0.3
+SHARPNESS = [
+    *(case(sam_rho=RHO, stage=stage, layout=("shared", "padded")[stage % 2]) for stage in range(4)),
+    case(sam_rho=RHO, objective="npo", nll=0.0, beta=0.5, retain_loss="nll", several=False, checkpointing=True),
+    case(sam_rho=RHO, targets="live", layout="padded"),
+    case(sam_rho=RHO, **BY_LIKELIHOOD, checkpointing=True),
+    case(sam_rho=RHO, targets="detached", stage=1, layout="rows"),
+    case(sam_rho=RHO, objective="ga", ascent=0.4, nll=0.0, stage=2, layout="flat"),
+    *(case(sam_rho=RHO, harmonise=True, ascent=9.0, stage=stage) for stage in (0, 3)),
+    *(case(sam_rho=RHO, lora=4, stage=stage) for stage in (0, 2, 3)),
+]
+#: The forget gradient after steps of relearning; most of these objectives don't read what is relearned.
+ADVERSARIES = [
+    *(case(adversary=2, stage=stage, layout=("shared", "padded")[stage % 2]) for stage in range(4)),
+    case(adversary=1, objective="npo", nll=0.0, beta=0.5, retain_loss="nll", several=False, checkpointing=True),
+    case(adversary=2, targets="live", harmonise=True, ascent=9.0),
+    case(adversary=2, lora=4, stage=2),
+]
+#: The examples in the first half of the first step, whose order the default seed decides.
+SUPPORT = np.random.default_rng([42, 0]).permutation(6)[:3].tolist()
+#: A virtual step on that half, and pairs that look beyond a micro-batch and rank, but not beyond a half.
+META = [
+    case(meta=0.1, stage=2),
+    case(meta=0.1, stage=0, harmonise=True, ascent=9.0, layout="flat"),
+    case(meta=0.1, harmonise=True, ascent=9.0, several=False),
+    case(meta=0.1, stage=1, targets="live", layout="padded"),
+    case(meta=0.1, objective="dpo", beta=0.5, checkpointing=True),
+    case(meta=0.1, **BY_LIKELIHOOD, several=False),
+]
 #: The gradient of adapters of rank 4 in all linear layers; the model without them is the starting one.
 LORA = [
     *(
@@ -178,12 +225,18 @@ LORA = [
     case(lora=4, **BY_LIKELIHOOD),
     case(lora=4, objective="npo", nll=0.0, beta=0.5),
     case(lora=4, objective="altpo", nll=0.0, beta=0.5, layout="padded"),
+    case(lora=4, objective="undial", beta=3.0),
+    case(lora=4, objective="rmu", retain_loss="states", layout="flat"),
     case(lora=4, objective="tnpo", ascent=0.4, nll=0.0, beta=2.0, several=False),
     *(case(lora=4, harmonise=True, stage=stage, ascent=9.0) for stage in (0, 3)),
     *(case(lora=4, four_bits=True, stage=stage, layout=layout) for stage, layout in ((0, "shared"), (2, "padded"))),
 ]
 #: Two forwards of each micro-batch must drop the same activations.
-REPLAYS = [case(targets="live", dropout=0.3), case(**BY_LIKELIHOOD, dropout=0.3)]
+REPLAYS = [
+    case(targets="live", dropout=0.3),
+    case(**BY_LIKELIHOOD, dropout=0.3),
+    case(sam_rho=1e-30, targets="live", dropout=0.3),
+]
 
 
 def name_of(case: dict) -> str:
@@ -255,7 +308,7 @@ def make_examples(headed: bool = False) -> ExampleSet:
     def ids(n: int) -> tuple[int, ...]:
         return tuple(rng.randrange(4, VOCABULARY) for _ in range(n))
 
-    examples, texts = ExampleSet(), {}
+    forget, retain, texts = [], [], {}
     counts = itertools.count()
     shared = ids(9)
 
@@ -278,7 +331,7 @@ def make_examples(headed: bool = False) -> ExampleSet:
         (1, [ids(6)], [ids(6), ids(2), ids(13)]),
     ):
         prompt = (*header, *ids(n_prompt)) if n_prompt else prompt
-        examples.forget.append(ForgetExample(answers(prompt, wanted), answers(prompt, unwanted)))
+        forget.append(ForgetExample(answers(prompt, wanted), answers(prompt, unwanted)))
     for n, start in ((17, 5), (4, 1), (24, 10)):
-        examples.retain.append(Segment((2, *header, *ids(n), 2), 1, start + len(header)))
-    return examples
+        retain.append(Segment((2, *header, *ids(n), 2), 1, start + len(header)))
+    return ExampleSet(forget, retain)

@@ -17,18 +17,22 @@ from tests.data.made import FORMS
 from tests.engine.gradient_cases import VOCABULARY, WEIGHTS, adapt, make_examples
 from tests.engine.small import silent
 from wpn_ds.data.layout import Layout
+from wpn_ds.engine.adversary import RELEARNING, Adversary
 from wpn_ds.engine.export import full_weights
 from wpn_ds.engine.feed import Feed
 from wpn_ds.engine.harmony import Harmony
+from wpn_ds.engine.meta import MetaStep
 from wpn_ds.engine.policy import build_engine
 from wpn_ds.engine.reading import Reader
+from wpn_ds.engine.shards import Away, Shards
+from wpn_ds.engine.sharpness import Sharpness
 from wpn_ds.engine.start import FrozenModel, WithoutAdapters
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
 from wpn_ds.engine.tabulate import Tabulator
 from wpn_ds.jobs.distributed import World, init, sum_over_ranks
 from wpn_ds.models.load import Source, load_model
-from wpn_ds.models.packed import PackedLM
+from wpn_ds.models.packed import PackedLM, train_only
 from wpn_ds.objectives.registry import find
 from wpn_ds.objectives.terms import Objective, Role, Terms
 from wpn_ds.settings.deepspeed import frozen_json
@@ -62,6 +66,11 @@ def objective_of(case: dict) -> Objective:
         "wpn_weight": WEIGHTS["npair"],
         "beta": case["beta"],
         "gamma": case["gamma"],
+        "importance": case["importance"],
+        "forget_weight": WEIGHTS["forget"],
+        "steering": case["steering"],
+        "rmu_depth": 0.5,
+        "rmu_trained": case["trained"],
         "wpn_position_power": case["power"],
         **{f"wpn_{name}": case[name] for name in ("pooling", "scoring", "temperature", "targets", "negatives")},
     }
@@ -86,10 +95,13 @@ def load(folder: Path, config: dict, flat: bool, **settings: Any) -> Any:
 
 
 @cache
-def starting_engine(folder: Path, stage: int, flat: bool, packed: bool, four_bits: bool, world: World) -> Any:
+def starting_engine(
+    folder: Path, stage: int, flat: bool, packed: bool, four_bits: bool, depth: float | None, world: World
+) -> Any:
     """Of the starting model, which no case changes: an engine takes as long as a step."""
     config = ds_json(stage, world.size)
-    return build_engine(PackedLM(load(folder, config, flat, four_bits=four_bits), packed=packed), config, None)
+    lm = load(folder, config, flat, four_bits=four_bits)
+    return build_engine(PackedLM(lm, packed=packed, depth=depth), config, None)
 
 
 @cache
@@ -112,33 +124,55 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
         four_bits=case["four_bits"],
         dropout=case["dropout"],
     )
-    if case["lora"]:
-        adapt(lm, case["lora"])
-    policy = Reader(build_engine(PackedLM(lm, packed=layout.packed), config, None), layout, 0, world)
     terms, examples, tables = (
         Terms.of(objective_of(case)),
         make_examples(case["headed"]),
         Tables(cache, {"case": str(case)}),
     )
+    if case["lora"]:
+        adapt(lm, case["lora"])
+    elif terms.trained:
+        assert terms.depth is not None
+        train_only(lm, terms.depth, terms.trained)
+    model = PackedLM(lm, packed=layout.packed, depth=terms.depth)
+    policy = Reader(build_engine(model, config, None), layout, 0, world)
     from_tables = terms.needs_start_distribution and case["reference"] in ("states", "topk")
     starting = policy
-    if terms.keeps_answers or from_tables:
-        starting = Reader(starting_engine(*start_of, case["four_bits"], world), layout, 0, world)
+    if terms.keeps_answers or from_tables or terms.states:
+        starting = Reader(starting_engine(*start_of, case["four_bits"], terms.depth, world), layout, 0, world)
     # With all tokens but one, topk is exact.
     settings = UnlearningConfig(reference=case["reference"], reference_topk=VOCABULARY - 1)
     tabulator = Tabulator(starting, tables, silent)
     frozen = partial(frozen_model, *start_of, case["reference"], world)
     if case["lora"]:
         frozen = partial(WithoutAdapters, policy.engine)
-    start = tabulator.start(terms, examples, partial(tabulator.reference, settings, examples.retain, frozen))
+    start = tabulator.start(terms, examples, partial(tabulator.reference, settings, frozen))
     start.reader = policy
     training = TrainingConfig(global_batch_size=len(examples.forget))
-    plan = Feed(examples, training, len(examples.retain), layout, terms.read).plan(1)
+    read = terms.read | (RELEARNING.read if case["adversary"] else set())
+    plan = Feed(examples, training, len(examples.retain), layout, read, halves=case["meta"] > 0).plan(1)
     count = len(plan.micro_batches[world.rank])
-    kinds = len({role is Role.RETAIN for role in terms.read})
+    kinds = len({role is Role.RETAIN for role in read}) + (plan.support > 0)
     assert (count > kinds) if case["several"] else (count == kinds), "the case is to have one or several micro-batches"
     harmony = Harmony(policy.engine, world) if case["harmonise"] else None
-    step = Step(policy.engine, terms, world, layout, 0, start, harmony)
+    shards = Shards(policy.engine, world)
+    away: Away | None = None
+    if case["sam_rho"]:
+        away = Sharpness(shards, case["sam_rho"])
+    if case["adversary"]:
+        away = Adversary(shards, policy, examples, case["adversary"], case["adversary_rate"])
+    if case["meta"]:
+        away = MetaStep(shards, case["meta"])
+    step = Step(policy.engine, terms, world, layout, 0, start, harmony, away)
+    held = [getattr(p, "ds_tensor", p.data).clone() for p in lm.parameters()]
+    update = policy.engine.step
+
+    def unmoved() -> None:
+        now = [getattr(p, "ds_tensor", p.data) for p in lm.parameters()]
+        assert all(map(torch.equal, now, held)), "the weights are not where they were"
+        update()
+
+    policy.engine.step = unmoved
     runs: list[int] = []
     norm = next(
         m
@@ -159,13 +193,20 @@ def run_case(case: dict, models: Path, cache: Path, world: World) -> tuple[dict,
     two_passes = count > 1 and any(t.coupled and not plan.is_local(plan.mask(t.pairs)) for t in terms.answers)
     # These are read once more, before the step.
     detached = any(t.answers == "detached" and t.vectors is not None for t in terms.answers)
-    passes = [bool(plan.roles(k) & {Role.WANTED, Role.UNWANTED}) for k in range(count)]
-    if two_passes:
-        firsts, seconds = hidden[: sum(passes)], hidden[sum(passes) :][: sum(passes)]
-        same = [torch.equal(first, second) for first, second in zip(firsts, seconds, strict=True)]
-        assert all(same), "the second forward isn't the first again"
-    planned = count + two_passes * sum(passes)
-    again = count if case["checkpointing"] else 0
+    forget = sum(bool(plan.roles(k) & {Role.WANTED, Role.UNWANTED}) for k in range(count))
+    before = forget * case["adversary"]
+    times = (1 + two_passes) * (1 + bool(case["sam_rho"]))  # that they are read
+    readings = [hidden[before:][i * forget : (i + 1) * forget] for i in range(times)]
+    if plan.support:  # what is read twice is read in another order
+        readings = []
+    for k, reading in enumerate(readings):  # where dropout is seen, the weights don't move to speak of
+        first = readings[0 if case["dropout"] or k < 2 else 2] if two_passes or case["dropout"] else reading
+        assert all(map(torch.equal, reading, first)), "the second forward isn't the first again"
+    again = (before + count + bool(case["sam_rho"]) * forget) * case["checkpointing"]
+    planned = before + count - forget + times * forget
+    if support := plan.support:
+        planned = count + two_passes * (forget - support) + support * (1 + 2 * (two_passes and support > 1))
+        again = (count + support) * case["checkpointing"]
     assert detached or len(runs) == planned + again, "the case isn't the one it says it is"
     assert not result.skipped
     totals = sum_over_ranks(result.sums.totals, world.device)

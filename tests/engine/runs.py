@@ -40,9 +40,11 @@ def cached(tiny: Path) -> dict[str, str]:
     return {"WPN_DS_CACHE": str(tiny / "cache")}
 
 
-def train(pool: Pool, line: list[str], env: dict[str, str], *, ranks: int = 2, code: int = 0) -> str:
-    """What a run by the command line says; it has to end with ``code``."""
-    run = pool.run(ranks, "tests.commands:script", *line, env=env)
+def train(
+    pool: Pool, line: list[str], env: dict[str, str], *, ranks: int = 2, code: int = 0, by: str = "script"
+) -> str:
+    """What a run by the command line says, that ``by`` of tests.commands starts; it has to end with ``code``."""
+    run = pool.run(ranks, f"tests.commands:{by}", *line, env=env)
     assert run.returncode == code, run.shown()
     return run.output
 

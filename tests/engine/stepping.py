@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache
 from typing import Any
@@ -120,8 +120,8 @@ class Rolled:
 
 class RolledReference:
     @contextlib.contextmanager
-    def targets(self, batch: Batch) -> Iterator[LabelTarget]:
-        yield Rolled()
+    def targets(self, batch: Batch, rows: Mapping[Role, Sequence[int]]) -> Iterator[dict[Role, LabelTarget]]:
+        yield dict.fromkeys(rows, Rolled())
 
 
 @dataclass

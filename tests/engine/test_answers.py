@@ -205,14 +205,15 @@ def test_a_token_counts_by_its_place_and_an_answer_by_its_length(world, examples
 def test_likelihood_ratios_of_sums_over_own_negatives_are_dpo(world, seed, layout, beta, data) -> None:
     """``-log sigmoid(beta (log pi/pi_0 (wanted) - log pi/pi_0 (unwanted)))``, arXiv 2305.18290."""
     texts = st.lists(st.integers(4, 90), min_size=1, max_size=8).map(tuple)
-    examples, answers = ExampleSet(), []
+    forget, answers = [], []
     for e in range(data.draw(st.integers(1, 4))):
         prompt = data.draw(texts)
         wanted, unwanted = data.draw(st.lists(texts, min_size=2, max_size=2, unique=True))
         pair = [Segment((*prompt, *text, 2), 0, len(prompt)) for text in (wanted, unwanted)]
         sides = [(Answer(segment, 2 * e + k, 2 * e + k),) for k, segment in enumerate(pair)]
-        examples.forget.append(ForgetExample(*sides))
+        forget.append(ForgetExample(*sides))
         answers.append(pair)
+    examples = ExampleSet(forget)
     policy, reference = Model.make(seed), Model.make(seed + 1)
 
     def score(model: Model, s: Segment) -> Tensor:
@@ -283,7 +284,7 @@ def test_terms_on_answers_add_up_however_the_step_is_split(world, examples, layo
 
     def gradients(answers: list[OnAnswers], each) -> tuple[Model, dict[str, float]]:
         terms = Terms((), tuple(answers))
-        plan = plan_of(replace(examples, retain=[]), each, roles=terms.read)
+        plan = plan_of(ExampleSet(examples.forget), each, roles=terms.read)
         taken = take(terms, examples, plan, each, world, Model.make(seed), said)
         return taken.model, taken.means
 
@@ -340,7 +341,7 @@ def example_set() -> ExampleSet:
 @pytest.mark.parametrize("form", ["rows", "shared"])
 @pytest.mark.parametrize("targets", ["reference", "live"])
 def test_frozen_targets_move_prompts_only_and_live_ones_answers_too(world, targets, form) -> None:
-    examples, each = replace(example_set(), retain=[]), layout(form)
+    examples, each = ExampleSet(example_set().forget), layout(form)
     terms = Terms.of(WPN(wpn_targets=targets, nll_weight=0.0, retain_weight=0.0))
     plan = plan_of(examples, each, roles=terms.read)
     taken = take(terms, examples, plan, each, world, Model.make(0), Said.of(examples))

@@ -10,11 +10,13 @@ import sys
 import threading
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from tests.engine.gradient_cases import make_examples
+from tests.engine.listings import lagging_listings
 from wpn_ds.data.layout import ORDER_FORMAT, Layout, retain_seed, step_indices
 from wpn_ds.engine import checkpoint, export
 from wpn_ds.engine.checkpoint import SaveError, Saver, TrainerState, complete, damage, read_state
@@ -27,6 +29,7 @@ from wpn_ds.jobs.distributed import World
 from wpn_ds.jobs.history import record_start
 from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import Config, LoggingConfig, TrainingConfig
+from wpn_ds.system import files
 from wpn_ds.system.files import sha256
 
 #: A run's settings, resolved as they are when a checkpoint is written.
@@ -46,6 +49,9 @@ class Engine:
         target = Path(folder) / tag
         target.mkdir()
         self.checkpoint_engine.save({"weights": self.weights}, str(target / "part.pt"))
+
+    def zero_nvme_offload_optimizer(self) -> bool:
+        return False
 
 
 def state(step: int, **validation) -> TrainerState:
@@ -90,6 +96,20 @@ def test_in_the_background_the_state_of_the_call_is_written(tmp_path, monkeypatc
     assert loaded["history"] == [1] and torch.equal(loaded["w"][0], torch.zeros(3))
 
 
+def test_the_next_save_takes_the_memory_of_the_copies_and_none_that_is_still_to_be_written(tmp_path, monkeypatch):
+    made: list[torch.Size] = []
+    empty = torch.empty
+    monkeypatch.setattr(torch, "empty", lambda shape, **more: (made.append(shape), empty(shape, **more))[1])
+    writer = Writer(background=True)
+    for step in range(3):
+        for part in range(2):
+            writer.save({"w": torch.full((3, 2), 10.0 * step + part)}, tmp_path / f"{step}-{part}.pt")
+        writer.collect()
+    assert made == [(3, 2)] * 2
+    values = {path.stem: torch.load(path)["w"][0, 0].item() for path in tmp_path.iterdir()}
+    assert values == {f"{step}-{part}": 10.0 * step + part for step in range(3) for part in range(2)}
+
+
 @pytest.mark.parametrize("background", [False, True])
 def test_a_save_is_whole_and_old_ones_go(world, tmp_path, background) -> None:
     engine = Engine()
@@ -122,10 +142,12 @@ def test_the_best_checkpoint_stays_until_a_better_one_is_whole(world, tmp_path) 
     assert [step for step, _ in complete(tmp_path)] == [5]
 
 
-def test_what_was_best_so_far_comes_back_from_a_checkpoint(world, tmp_path) -> None:
+def test_what_was_best_so_far_comes_back_from_a_checkpoint_that_names_its_job(world, tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("WPN_JOB", "12_1")
     told = state(3, start_perplexity=1.25, best_step=2, best={"eval/harmless_rate": 1 / 3})
     saver_of(tmp_path, world).save(told)
     assert read_state(tmp_path / "checkpoint-3") == told
+    assert '"job": "12_1"' in (tmp_path / "checkpoint-3" / checkpoint.MANIFEST).read_text()  # as common.sh looks for it
 
 
 @pytest.mark.parametrize("name", ["probe_prompts", "sample_tokens", "retain_bound"])
@@ -144,6 +166,14 @@ def test_early_stopping_needs_to_know_where_the_run_began(tmp_path) -> None:
     old, now = replace(state(1), settings=settings), replace(state(0), settings=settings)
     with pytest.raises(UserError, match=r"--early_stopping: .* doesn.t say what the retain perplexity was"):
         refuse_other_run(old, now, tmp_path)
+
+
+def test_a_checkpoint_of_other_versions_is_gone_on_from_with_a_note(tmp_path) -> None:
+    then, now = {"torch": "2.1", "deepspeed": "0.19"}, {"torch": "2.2", "deepspeed": "0.19", "python": "3.13"}
+    old, new = (replace(state(1), settings=DEFAULTS, versions=versions) for versions in (then, now))
+    (note,) = refuse_other_run(old, new, tmp_path)
+    assert note.startswith("torch is now 2.2, was 2.1: the weights may no longer be those")
+    assert refuse_other_run(replace(old, versions={}), new, tmp_path) == [], "an earlier version didn't write them"
 
 
 @pytest.mark.parametrize(
@@ -230,25 +260,115 @@ def test_a_save_that_fails_is_told_and_leaves_nothing_half_written(world, tmp_pa
     assert not list(tmp_path.iterdir())
 
 
-def test_the_manifest_has_what_ranks_say_they_wrote_and_not_what_rank_0_sees(world, tmp_path, monkeypatch) -> None:
-    class Elsewhere(Engine):
-        """Another node's file is there, but rank 0's view of the folder doesn't have it yet."""
+class Zero(Engine):
+    """With the script that DeepSpeed copies past its checkpoint engine."""
 
-        def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
-            super().save_checkpoint(folder, tag, save_latest, exclude_frozen_parameters)
-            Path(folder, "zero_to_fp32.py").write_text("script")
+    def save_checkpoint(self, folder: str, tag: str, save_latest: bool, exclude_frozen_parameters: bool) -> None:
+        super().save_checkpoint(folder, tag, save_latest, exclude_frozen_parameters)
+        Path(folder, "zero_to_fp32.py").write_text("script")
 
-    other = {"state/rank-1.pt": (7, "sum")}
-    monkeypatch.setattr(checkpoint, "patiently", lambda work: [work(), (other, None)])
+
+def another_rank(monkeypatch, partial: Path, wrote: bytes | None) -> None:
+    """A second rank says that it has written 7 bytes to ``partial``; what it ``wrote`` is there."""
+
+    def together(work):
+        mine = work()
+        if mine is None:  # rank 0 gave the checkpoint its name
+            return [None, None]
+        if wrote is not None:
+            (partial / "state" / "rank-1.pt").write_bytes(wrote)
+        return [mine, ({"state/rank-1.pt": (7, "sum")}, None)]
+
+    monkeypatch.setattr(checkpoint, "patiently", together)
+
+
+def test_all_that_ranks_say_they_wrote_is_whole_though_no_listing_has_it(world, tmp_path, monkeypatch) -> None:
     synced: list[Path] = []
-    monkeypatch.setattr(checkpoint, "sync", synced.append)
-    saver_of(tmp_path, world, 1, engine=Elsewhere()).save(state(1))
+    real = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda n: (synced.append(Path(os.readlink(f"/proc/self/fd/{n}"))), real(n)))
+    partial = tmp_path / "checkpoint-1.tmp"
+    another_rank(monkeypatch, partial, b"7 bytes")
+    with lagging_listings():
+        saver_of(tmp_path, world, 1, engine=Zero()).save(state(1))
     manifest = checkpoint._manifest(tmp_path / "checkpoint-1")
     assert manifest is not None
     assert list(manifest["files"]) == ["rng-0.pt", "state/part.pt", "state/rank-1.pt", "zero_to_fp32.py"]
     assert manifest["files"]["state/rank-1.pt"] == [7, "sum"]
-    partial = tmp_path / "checkpoint-1.tmp"
-    assert {partial / "state", partial, tmp_path} == set(synced) and synced[-2:] == [partial, tmp_path]
+    own = [partial / name for name in manifest["files"] if "rank-1" not in name]
+    order = [*own, partial / "state", partial / checkpoint.MANIFEST, tmp_path]
+    assert set(synced) == {*order, partial}
+    assert max(map(synced.index, own)) < synced.index(partial / "state") < synced.index(partial / checkpoint.MANIFEST)
+    assert synced[-3:] == [partial / checkpoint.MANIFEST, partial, tmp_path]
+
+
+@pytest.mark.parametrize("wrote", [None, b"7 byte"], ids=["missing", "short"])
+def test_what_a_rank_says_it_wrote_and_is_not_there_keeps_a_checkpoint_from_being_whole(
+    world, tmp_path, monkeypatch, wrote
+) -> None:
+    made(tmp_path, world, 1)
+    monkeypatch.setattr(files, "LAG", 0.3)
+    with monkeypatch.context() as patch:
+        another_rank(patch, tmp_path / "checkpoint-2.tmp", wrote)
+        with pytest.raises(SaveError, match=r"1 of 3 files that ranks .* not to be seen \(state/rank-1.pt\): name a"):
+            saver_of(tmp_path, world, 1).save(state(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-1"]
+    with lagging_listings(*(path for path in tmp_path.rglob("*") if path.is_file())):
+        assert choose("auto", tmp_path, world) == (tmp_path / "checkpoint-1", [])
+
+
+def test_a_file_that_comes_late_is_waited_for(world, tmp_path, monkeypatch) -> None:
+    late = threading.Timer(0.3, lambda: (tmp_path / "checkpoint-1.tmp/state/rank-1.pt").write_bytes(b"7 bytes"))
+    another_rank(monkeypatch, tmp_path, None)
+    late.start()
+    saver_of(tmp_path, world, 1).save(state(1))
+    assert [step for step, _ in complete(tmp_path)] == [1]
+
+
+def test_a_checkpoint_that_lost_a_file_is_passed_over_and_what_listings_lack_is_not_missed(world, tmp_path) -> None:
+    made(tmp_path, world, 1, 2)
+    with lagging_listings(*(path for path in tmp_path.rglob("*") if path.is_file())):
+        assert choose("auto", tmp_path, world) == (tmp_path / "checkpoint-2", [])
+        (tmp_path / "checkpoint-2" / "state" / "part.pt").unlink()
+        chosen, notes = choose("auto", tmp_path, world)
+    assert chosen == tmp_path / "checkpoint-1"
+    assert "checkpoint-2 is damaged (state/part.pt is missing)" in notes[0]
+
+
+def test_a_file_of_tensors_that_no_rank_told_of_is_not_read_along(world, tmp_path) -> None:
+    made(tmp_path, world, 1, 2)
+    (tmp_path / "checkpoint-2" / "state" / "other.pt").touch()
+    (tmp_path / "checkpoint-1" / "state" / "notes.txt").touch()
+    chosen, notes = choose("auto", tmp_path, world)
+    assert chosen == tmp_path / "checkpoint-1"
+    assert "checkpoint-2 is damaged (state/other.pt is not of this checkpoint)" in notes[0]
+
+
+def test_what_is_left_of_a_killed_save_is_not_in_the_way_even_where_it_is_not_listed(world, tmp_path) -> None:
+    left = [tmp_path / f"checkpoint-1{end}" / "state" / "left.pt" for end in ("", ".tmp")]
+    for path in left:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    with lagging_listings(*left, *(path.parents[1] for path in left)):
+        saver_of(tmp_path, world).save(state(1))
+    assert damage(tmp_path / "checkpoint-1") == []
+    saver_of(tmp_path, world).save(state(2))
+    assert [path.name for path in tmp_path.iterdir()] == ["checkpoint-2"]
+
+
+def test_listings_that_lack_what_deepspeed_looks_for_are_waited_for(world, tmp_path, monkeypatch) -> None:
+    made(tmp_path, world, 1)
+    path = tmp_path / "checkpoint-1"
+    with lagging_listings(path / "state" / "part.pt", looks=3) as looked:
+        checkpoint.await_listings(path)
+    assert looked[path / "state" / "part.pt"] == 4
+    monkeypatch.setattr(files, "LAG", 0.0)
+    with (
+        lagging_listings(path / "state" / "part.pt"),
+        pytest.raises(UserError, match=r"part\.pt is there, but its"),
+    ):
+        checkpoint.await_listings(path)
+    (path / "state" / "part.pt").unlink()
+    checkpoint.await_listings(path)  # that it is missing is said elsewhere
 
 
 def test_a_manifest_that_one_rank_alone_cannot_read_is_heard_of_by_all(tmp_path, world, monkeypatch) -> None:
@@ -265,12 +385,19 @@ def test_a_manifest_that_one_rank_alone_cannot_read_is_heard_of_by_all(tmp_path,
 
 
 def test_states_that_lie_on_nvme_are_told_by_the_rank_whose_they_are(tmp_path) -> None:
-    for rank in (0, 1):
-        folder = tmp_path / "state" / "offloaded_tensors" / f"rank{rank:02d}" / "optimizer"
+    own, shared = tmp_path / "nvme" / "optimizer", tmp_path / "out" / "state" / "offloaded_tensors"
+    for folder in (own, shared / "rank00" / "optimizer", shared / "rank01" / "optimizer"):
         folder.mkdir(parents=True)
-        (folder / "0.swp").write_bytes(b"12" * (rank + 1))
-    told = checkpoint._told(tmp_path, {}, 1)
-    assert told == {"state/offloaded_tensors/rank01/optimizer/0.swp": (4, sha256(folder / "0.swp"))}
+        (folder / "0.swp").write_bytes(b"1234" if "rank00" in folder.parts else b"12")
+    (own / "0_gradient_0.swp").touch()  # not copied
+    engine = Mock(**{"optimizer.optimizer_swapper.swap_folder": str(tmp_path / "nvme")})
+    name = "state/offloaded_tensors/rank01/optimizer/0.swp"
+    with lagging_listings(tmp_path / "out" / name):
+        told = checkpoint._told(tmp_path / "out", {}, checkpoint._copied(engine, tmp_path / "out", 1))
+    assert told == {name: (2, sha256(own / "0.swp"))}
+    (tmp_path / "out" / name).unlink()
+    with pytest.raises(FileNotFoundError):
+        checkpoint._told(tmp_path / "out", {}, checkpoint._copied(engine, tmp_path / "out", 1))
 
 
 @pytest.mark.parametrize(
@@ -298,6 +425,7 @@ def test_what_keeps_a_checkpoint_from_the_disk_is_said_as_it_is(world, tmp_path,
 def test_two_runs_may_convert_the_same_checkpoint(tmp_path, monkeypatch) -> None:
     (tmp_path / "state").mkdir()
     (tmp_path / "state" / "a_optim_states.pt").touch()
+    write_manifest(tmp_path, FLAT | {"files": {"state/a_optim_states.pt": (0, "sum")}})
     made = [sys.executable, "-c", "import sys, os; os.makedirs(sys.argv[-1] + '/zero')"]
     real = checkpoint.subprocess.Popen
     monkeypatch.setattr(checkpoint.subprocess, "Popen", lambda program, **more: real([*made, program[-1]], **more))
@@ -305,7 +433,7 @@ def test_two_runs_may_convert_the_same_checkpoint(tmp_path, monkeypatch) -> None
     one.finish()
     other = checkpoint._Conversion(tmp_path)
     other.finish()
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["state", "universal"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["state", checkpoint.MANIFEST, "universal"]
 
 
 def test_the_newest_whole_checkpoint_is_chosen_and_the_damaged_ones_are_named(world, tmp_path) -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from pathlib import Path
 
 import pytest
 
-from wpn_ds.engine.checks import check_monitors, read_by_deepspeed
+from wpn_ds.engine.checks import check_monitors, check_reference, read_by_deepspeed
 from wpn_ds.errors import UserError
+from wpn_ds.objectives.terms import Terms
+from wpn_ds.settings.run import Config
 
 
 @pytest.mark.parametrize(
@@ -56,3 +59,12 @@ def test_a_csv_monitor_may_have_a_folder_that_is_not_there_yet_and_none_is_made_
 def test_a_value_that_deepspeed_refuses_is_one_line_that_names_the_file() -> None:
     with pytest.raises(UserError, match=r"^--deepspeed ds\.json: DeepSpeed refuses it: [^\n]+$"):
         read_by_deepspeed({"train_batch_size": 1, "zero_optimization": {"stage": 7}}, "ds.json")
+
+
+def test_lowered_logits_are_not_asked_of_a_few_likely_tokens() -> None:
+    for objective, reference, fits in (("undial", "topk", False), ("undial", "states", True), ("dpo", "topk", True)):
+        config = Config.from_flat({"objective": objective, "reference": reference})
+        with (
+            contextlib.nullcontext() if fits else pytest.raises(UserError, match=r"--reference topk: .* undial lowers")
+        ):
+            check_reference(config.unlearning, {}, Terms.of(config.objective))

@@ -13,12 +13,16 @@ from transformers import AutoModelForCausalLM
 
 from tests.engine import reference
 from tests.engine.gradient_cases import (
+    ADVERSARIES,
     ASCENT,
     FAMILY,
     LORA,
     MATRIX,
+    META,
     REPLAYS,
+    SHARPNESS,
     STEP_SCORES,
+    SUPPORT,
     VARIATIONS,
     WEIGHTS,
     adapt,
@@ -45,7 +49,7 @@ def models(tmp_path_factory):
 @cache
 def expected(folder: Path, key: str) -> tuple[dict[str, float], dict[str, torch.Tensor], dict[str, torch.Tensor]]:
     """(loss parts, weights before the step, gradients) of the plain reference in fp64."""
-    settings = {**json.loads(key), "weights": WEIGHTS}
+    settings = {**json.loads(key), "weights": WEIGHTS, "support": SUPPORT}
     lm, start = (
         AutoModelForCausalLM.from_pretrained(folder / part, dtype=torch.float64, attn_implementation="eager").eval()
         for part in ("start", "start" if settings["lora"] else "reference")
@@ -63,7 +67,11 @@ def expected(folder: Path, key: str) -> tuple[dict[str, float], dict[str, torch.
     parts = reference.objective(lm, start, examples.forget, examples.retain, settings)
     parts["total"].backward()
     trained = {name: p for name, p in lm.named_parameters() if p.requires_grad}
-    return {k: v.item() for k, v in parts.items()}, trained, {name: p.grad for name, p in trained.items()}
+    gradients = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in trained.items()}
+    for name in gradients if settings["trained"] else ():
+        if ".layers.0." not in name:  # the layer that is trained
+            gradients[name] = torch.zeros_like(trained[name])
+    return {k: v.item() for k, v in parts.items()}, trained, gradients
 
 
 def compare(folder: Path, saved: Path, case: dict) -> float:
@@ -91,6 +99,8 @@ def test_one_step_equals_the_plain_gradient_for_every_layout(pool, models, famil
     cases = MATRIX if family != "opt-350m" else MATRIX[-2:]
     if family == "opt" and ranks < 4:
         cases = cases + (VARIATIONS if ranks == 2 else ASCENT + STEP_SCORES) + FAMILY
+    if family == "opt":
+        cases = cases + (SHARPNESS + ADVERSARIES + META if ranks == 2 else SHARPNESS[:4] + ADVERSARIES[2:4] + META[2:4])
     pool.call(ranks, WORKER, cases, models / family, tmp_path)
     errors = {name_of(c): compare(models / family, tmp_path / f"{k}.safetensors", c) for k, c in enumerate(cases)}
     print({name: f"{error:.1e}" for name, error in errors.items()})
@@ -110,6 +120,14 @@ def test_one_step_of_adapters_equals_their_plain_gradient(pool, models, family, 
 def test_the_harmonised_cases_have_gradients_that_oppose_each_other_and_such_that_do_not(models) -> None:
     cosines = [expected(models / "opt", objective_key(c))[0]["harmony/cosine"] for c in FAMILY if c["harmonise"]]
     assert min(cosines) < -0.01 and max(cosines) > 0.01, cosines
+
+
+@pytest.mark.parametrize("case", SHARPNESS[3:5] + ADVERSARIES[3:5] + META[:1], ids=name_of)
+def test_the_gradient_of_moved_weights_is_another_one(models, case) -> None:
+    plain = {**case, "sam_rho": 0.0, "adversary": 0, "meta": 0.0}
+    (_, _, moved), (_, _, own) = (expected(models / "opt", objective_key(one)) for one in (case, plain))
+    square = sum((moved[name] - gradient).square().sum() for name, gradient in own.items())
+    assert square.sqrt() > 0.02 * sum(gradient.square().sum() for gradient in own.values()).sqrt()
 
 
 @pytest.mark.parametrize("case", REPLAYS, ids=name_of)

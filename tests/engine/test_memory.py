@@ -11,7 +11,7 @@ from transformers import AutoTokenizer, OPTConfig, OPTForCausalLM
 from tests.conftest import sentence
 from tests.engine.runs import cached
 from tests.pool import Pool
-from wpn_ds.tools import estimate
+from wpn_ds.tools.estimate import command as estimate
 
 SIZE = ["--tokens_per_micro_batch", "512", "--max_length", "256", "--global_batch_size", "2"]
 SHORT = ["--max_steps", "2", "--probe_prompts", "0", "--peak_tflops", "0.1", "--bf16", "false"]

@@ -10,7 +10,7 @@ from transformers import Gemma3Config, OPTConfig
 
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.engine.checks import check as check_settings
-from wpn_ds.engine.prepare import _read_records
+from wpn_ds.engine.corpus import read_records
 from wpn_ds.errors import UserError
 from wpn_ds.objectives.terms import Terms
 from wpn_ds.settings.run import Config
@@ -41,7 +41,7 @@ def files(tmp_path: Path) -> dict[str, list[str]]:
 
 
 def wanted(objective: str, **settings) -> set[str]:
-    forget, *_ = _read_records(Config.from_flat({"objective": objective, "output_dir": "out", **settings}))
+    forget, *_ = read_records(Config.from_flat({"objective": objective, "output_dir": "out", **settings}))
     assert [record.prompt for record in forget] == [f"p{k}" for k in range(40)]
     return {text for record in forget for text in record.chosen}
 
@@ -72,11 +72,11 @@ def test_llmu_and_idkdpo_draw_the_answers_that_make_them_what_they_are(files) ->
 
 def test_held_out_prompts_keep_the_wanted_answers_that_they_have(files) -> None:
     config = Config.from_flat({"objective": "idkdpo", "output_dir": "out", **files})
-    *_, validation, asked = _read_records(config)
+    *_, validation, asked = read_records(config)
     assert {record.chosen for record in validation} == {("own",)} and asked == validation
     files["validation_file"] = files["train_file"]
     config = Config.from_flat({"objective": "idkdpo", "output_dir": "out", **files})
-    *_, validation, asked = _read_records(config)
+    *_, validation, asked = read_records(config)
     assert all(record.chosen for record in validation) and asked == validation
 
 
@@ -84,5 +84,5 @@ def test_the_probe_holds_answers_against_the_records_own_wanted_ones(files, tmp_
     own = [{"prompt": f"p{k}", "chosen": "own", "rejected": "bad"} for k in range(40)]
     (tmp_path / "own").write_text("".join(json.dumps(line) + "\n" for line in own))
     files = {"train_file": [str(tmp_path / "own")], "retain_file": files["retain_file"]}
-    forget, *_, asked = _read_records(Config.from_flat({"objective": "llmu", "output_dir": "out", **files}))
+    forget, *_, asked = read_records(Config.from_flat({"objective": "llmu", "output_dir": "out", **files}))
     assert {record.chosen for record in asked} == {("own",)} and ("own",) not in {r.chosen for r in forget}

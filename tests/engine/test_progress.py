@@ -26,12 +26,16 @@ class Told:
     def __init__(self) -> None:
         self.lines: dict[int, dict[str, float]] = {}
         self.last_losses: dict[str, float] = {}
+        self.said: list[str] = []
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.lines[step] = values
 
-    def progress(self, step: int, values: dict[str, float] | None) -> None:
-        pass
+    def progress(self, step: int, values: dict[str, float] | None = None, **status: Any) -> None:
+        self.status = status
+
+    def say(self, line: str) -> None:
+        self.said.append(line)
 
 
 def progress_of(world: World, past: dict[str, Any] | None = None, wrote: int = 1, logging_steps: int = 1) -> Progress:
@@ -50,8 +54,8 @@ def progress_of(world: World, past: dict[str, Any] | None = None, wrote: int = 1
 
 
 def add(progress: Progress, step: int, telemetry: Told, loss: float = 1.0, seconds: float = 10.0) -> None:
-    result = StepResult(Sums({"nll": torch.tensor(loss)}, {"nll": 1}), 0.5, False, 0.0)
-    progress.add(step, result, PLAN, 1e-3, 0.0, seconds, telemetry)  # type: ignore[arg-type]
+    result = StepResult(Sums({"nll": torch.tensor(loss)}, {"nll": 1}), {"nll": 2.0}, 0.5, False, 0.0)
+    progress.add(step, result, PLAN, 1e-3, 0.0, seconds, 1.0, telemetry)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("old", [False, True])

@@ -19,6 +19,7 @@ from tests.engine.small import CONFIG
 from tests.interface import check_metrics, metric_names
 from tests.launching import ROOT
 from tests.models.families import make
+from wpn_ds.data.examples import answer_ids, build_examples
 from wpn_ds.data.records import read_forget
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.data.shapes import Message
@@ -28,7 +29,7 @@ from wpn_ds.engine.redraw import check_redraw, redraw_requests
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World
 from wpn_ds.models.generate import Sampling, generate_ids
-from wpn_ds.objectives.terms import Terms
+from wpn_ds.objectives.terms import Role, Terms
 from wpn_ds.settings.run import Config, DataConfig
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.tools.checkpoint import run as checkpoint_command
@@ -102,6 +103,37 @@ def test_one_rank_draws_what_two_draw(redrawn, train, tmp_path) -> None:
     assert "error: --resume_from_checkpoint" in said and "--redraw_ema goes on only on as many ranks" in said
 
 
+BOTH = ["--objective", "neat", "--redraw_steps", "1", "--redraw_tokens", "6", "--redraw_replay", "30"]
+BOTH += ["--redraw_template", "Be rude.\nQuestion: {prompt}\nAnswer:", "--redraw_segments", "true"]
+BOTH += ["--redraw_wanted_template", "Be kind.\nQuestion: {prompt}\nAnswer:", "--global_batch_size", "12"]
+
+
+def test_both_answers_are_drawn_segments_replayed_and_a_run_goes_on_with_them_on_any_ranks(train, tmp_path) -> None:
+    """Twelve of 23 examples a step: before the third, some have draws of before."""
+    whole, halves, one = (tmp_path / name for name in ("whole", "halves", "one"))
+    train(whole, *BOTH, "--max_steps", "3", "--save_steps", "1", "--save_total_limit", "9")
+    train(halves, *BOTH, "--max_steps", "2")
+    train(halves, *BOTH, "--max_steps", "3", "--resume_from_checkpoint", "auto")
+    assert same_weights(whole, halves) and losses(whole) == losses(halves)
+    train(one, *BOTH, "--max_steps", "1", ranks=1)
+
+    def feed(out: Path, step: int) -> dict:
+        state = checkpoint.read_state(out / f"checkpoint-{step}")
+        assert state is not None
+        return state.parts["feed"]
+
+    assert feed(whole, 1) == feed(one, 1) and feed(whole, 3) == feed(halves, 3)
+    assert len(feed(whole, 1)["drawn_wanted"]) == len(feed(whole, 1)["drawn"]) == 12
+    assert len(feed(whole, 3)["replay"]) == 30, "the oldest are gone"
+    newest = {i: ids for i, ids, *_ in feed(whole, 3)["replay"]}
+    replayed = [i for i, ids in feed(whole, 3)["drawn"] if newest[i] != ids]
+    assert replayed, "every example has its newest draw: no test"
+    taken = [m for m in metrics(whole) if "redraw/taken" in m]
+    assert len(taken) == 3 and min(m["redraw/taken"] + m["redraw/taken_wanted"] for m in taken) > 1
+    names = metric_names(whole / "metrics.jsonl")
+    check_metrics(names, "--validation_file", "neat", "--redraw_steps", "--redraw_wanted_template")
+
+
 def test_the_running_mean_draws_and_not_the_weights(redrawn, tiny, tmp_path) -> None:
     weights = [load_file(tiny / "opt/model.safetensors")]
     for step in (1, 2):
@@ -143,12 +175,13 @@ def test_what_is_asked_for_a_new_answer(tiny, capsys) -> None:
     records = read_forget([str(tiny / "forget.jsonl")])
     chat = [replace(records[0], prompt=(Message("user", "hello"),))]
 
-    def prompts(records=records, length=64, **settings):
+    def prompts(records=records, length=64, side=Role.UNWANTED, **settings):
         config = Config.from_flat({"redraw_steps": 1, **settings})
         style, positions = PromptStyle.of(config.to_flat()), OPTConfig(max_position_embeddings=128)
-        requests = redraw_requests(config.unlearning, records, style, tokenizer, positions, length, main)
-        assert {request.end for request in requests} == {end_of("a", tokenizer, style)}
-        return [request.ids for request in requests]
+        examples = build_examples(records, [], tokenizer, style, length) if settings.get("redraw_segments") else None
+        requests = redraw_requests(config.unlearning, records, style, tokenizer, positions, examples, length, main)
+        assert {request.end for own in requests.values() for request in own} == {end_of("a", tokenizer, style)}
+        return [request.ids for request in requests[side]]
 
     rude = "Be rude.\nQuestion: {prompt}\nAnswer:"
     for given, template in (({}, DataConfig().prompt_template), ({"redraw_template": rude}, rude)):
@@ -169,6 +202,20 @@ def test_what_is_asked_for_a_new_answer(tiny, capsys) -> None:
     with pytest.raises(UserError, match=f"only 128 positions: give at most {128 - longest}"):
         prompts(redraw_tokens=129 - longest)
     assert prompts(redraw_tokens=128 - longest)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "opt")
+    kind = {"redraw_wanted_template": "Be kind.\nQuestion: {prompt}\nAnswer:"}
+    template = kind["redraw_wanted_template"]
+    assert prompts(**kind, side=Role.WANTED) == [encode_prompt(r.prompt, tokenizer, template, 64) for r in records]
+    assert prompts(**kind) == [encode_prompt(r.prompt, tokenizer, DataConfig().prompt_template, 64) for r in records]
+    with pytest.raises(UserError, match="--redraw_wanted_template: a chat has the tokenizer's own template"):
+        tokenizer.chat_template = "{% for m in messages %}{{ m.content }}<pad>{% endfor %}"
+        prompts(chat, **kind)
+    tokenizer = AutoTokenizer.from_pretrained(tiny / "opt")
+    answers = [len(encode_prompt(r.prompt, tokenizer, DataConfig().prompt_template, 64)) for r in records]
+    fits = 128 - max(answers)
+    assert prompts(redraw_tokens=fits)
+    with pytest.raises(UserError, match="only 128 positions"):  # what stays of an answer comes before its segment
+        prompts(redraw_tokens=fits, redraw_segments=True)
 
 
 @pytest.mark.parametrize(("stage", "ranks"), [(3, 2), (0, 2), (2, 1)])
@@ -203,7 +250,7 @@ def test_an_empty_answer_and_a_wanted_one_are_not_taken() -> None:
     same = wanted.segment.ids[wanted.segment.answer_start :]
     other = examples.forget[2].wanted[0]
     of_other = other.segment.ids[other.segment.answer_start :]
-    new = examples.with_unwanted({0: [5, 6, 2], 1: same, 2: [2], 3: of_other})
+    new = examples.with_drawn({Role.UNWANTED: {0: [5, 6, 2], 1: same, 2: [2], 3: of_other}})
     (answer,) = new.forget[0].unwanted
     own = examples.forget[0].unwanted[0]
     assert answer.segment.ids == (*own.segment.ids[: own.segment.answer_start], 5, 6, 2)
@@ -212,10 +259,28 @@ def test_an_empty_answer_and_a_wanted_one_are_not_taken() -> None:
     assert new.forget[1] == examples.forget[1] and new.forget[2] == examples.forget[2]
     assert new.forget[3].unwanted[0].text_id == other.text_id, "another's wanted text is known as such"
     assert answer.text_id not in {a.text_id for a in examples.answers}
-    assert examples.with_unwanted({}).forget == examples.forget
+    assert examples.with_drawn({}).forget == examples.forget
     long = examples.forget[4].wanted[0]
     beginning = long.segment.ids[long.segment.answer_start :][:3]
-    assert examples.with_unwanted({4: beginning}).forget == examples.forget, "a wanted answer that was cut"
+    assert examples.with_drawn({Role.UNWANTED: {4: beginning}}).forget == examples.forget, (
+        "a wanted answer that was cut"
+    )
+
+
+def test_a_drawn_wanted_answer_is_none_of_the_unwanted_ones_and_an_unwanted_one_is_none_of_the_drawn() -> None:
+    examples = make_examples()
+    bad = answer_ids(examples.forget[1].unwanted[1])
+    drawn = {Role.WANTED: {0: [5, 6, 2], 1: bad, 2: [7, 8, 2]}, Role.UNWANTED: {0: [5, 6, 2], 2: [5, 6, 2]}}
+    new = examples.with_drawn(drawn)
+    (wanted,) = new.forget[0].wanted
+    own = examples.forget[0].wanted[0]
+    assert len(examples.forget[0].wanted) == 2, "one stands for all"
+    assert wanted.segment.ids == (*own.segment.ids[: own.segment.answer_start], 5, 6, 2)
+    assert wanted.answer_id == own.answer_id and wanted.text_id not in {a.text_id for a in examples.answers}
+    assert new.forget[0].unwanted == examples.forget[0].unwanted, "it is what was drawn as the wanted one"
+    assert new.forget[1] == examples.forget[1], "an unwanted answer is not drawn near"
+    assert new.forget[2].unwanted[0].text_id == wanted.text_id, "the same tokens are the same text"
+    assert answer_ids(new.forget[2].wanted[0]) == (7, 8, 2)
 
 
 @pytest.mark.parametrize(
@@ -231,13 +296,18 @@ def test_an_empty_answer_and_a_wanted_one_are_not_taken() -> None:
         ({"wpn_scoring": "likelihood_ratio", "wpn_pooling": "sum"}, r"or --wpn_scoring likelihood\)"),
         ({"objective": "neat", "preference_weight": 0.0}, "no term of the objective reads unwanted answers"),
         ({"objective": "neat", "redraw_ema": 0.9}, "neither with parameters on NVMe"),
+        ({"objective": "simnpo", "redraw_segments": True}, "--redraw_segments: no term .* reads wanted answers"),
+        (
+            {"objective": "ga", "redraw_wanted_template": "{prompt}"},
+            "--redraw_wanted_template: no term of --objective ga",
+        ),
     ],
 )
 def test_answers_that_nothing_could_be_compared_to_are_refused(settings, error) -> None:
     config = Config.from_flat({"redraw_steps": 1, **settings})
     ds_json = {"zero_optimization": {"stage": 3, "offload_param": {"device": "nvme"}}}
     with pytest.raises(UserError, match=error):
-        check_redraw(config.unlearning.objective, config.unlearning.redraw_ema, ds_json, Terms.of(config.objective))
+        check_redraw(config.unlearning, ds_json, Terms.of(config.objective))
 
 
 @pytest.mark.parametrize(
@@ -245,6 +315,9 @@ def test_answers_that_nothing_could_be_compared_to_are_refused(settings, error) 
     [
         ({"redraw_ema": 0.5}, "--redraw_ema does nothing without --redraw_steps"),
         ({"redraw_template": "Be rude. {prompt}"}, "--redraw_template does nothing without --redraw_steps"),
+        ({"redraw_segments": True}, "--redraw_segments does nothing without --redraw_steps"),
+        ({"redraw_steps": 2, "redraw_wanted_template": "no place"}, "--redraw_wanted_template must be a text with one"),
+        ({"redraw_steps": 2, "redraw_replay": -1}, "--redraw_replay must be at least 0, got -1"),
         ({"redraw_steps": 2, "redraw_template": "no place"}, "--redraw_template must be a text with one {prompt}"),
         ({"redraw_steps": 2, "redraw_tokens": 1}, "--redraw_tokens must be at least 2"),
         ({"redraw_steps": 2, "redraw_ema": 1.0}, "--redraw_ema must be at least 0 and below 1"),

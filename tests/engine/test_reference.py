@@ -9,6 +9,7 @@ from tests.data.made import FORMS
 from tests.engine.gradient_cases import VOCABULARY, make_examples
 from tests.engine.small import alone, silent, small_model, small_reader
 from wpn_ds.data.batch import Batch, collate
+from wpn_ds.data.examples import ExampleSet
 from wpn_ds.data.layout import Layout, plan_step
 from wpn_ds.engine import tabulate
 from wpn_ds.engine.start import CachedTopK, FrozenModel, LabelRows
@@ -31,6 +32,10 @@ def retain_batches(form: str, order: list[int]) -> list[Batch]:
     return [collate(each, 0, roles=ROLES, flat=layout.flat) for each in rows]
 
 
+def rows_of(batch: Batch) -> dict[Role, tuple[int, ...]]:
+    return {Role.RETAIN: batch.retain_items}
+
+
 def labelled(batch: Batch) -> list[tuple[int, int]]:
     """(retain segment, token) of every retain label, in order."""
     return [(i, t) for i in batch.retain_items for t in range(EXAMPLES.retain[i].answer_start, len(EXAMPLES.retain[i]))]
@@ -47,7 +52,8 @@ def test_cached_states_are_those_of_the_labels_segments_alone(world, tmp_path, f
     reader = small_reader(world, form)
     kept = Tabulator(reader, Tables(tmp_path, {}), silent).states(EXAMPLES.retain)
     for batch in retain_batches(form, [2, 0, 1, 0]):
-        with kept.targets(batch) as targets:
+        with kept.targets(batch, rows_of(batch)) as by_role:
+            targets = by_role[Role.RETAIN]
             assert isinstance(targets, Distribution)
             plain = [alone(EXAMPLES.retain[i])[0][t - 1] for i, t in labelled(batch)]
             assert torch.allclose(targets.hidden, torch.stack(plain), rtol=1e-4, atol=1e-5)
@@ -61,7 +67,8 @@ def test_cached_top_tokens_are_those_of_the_labels_segments_alone(world, tmp_pat
     reader = small_reader(world, form)
     kept = Tabulator(reader, Tables(tmp_path, {}), silent).top_tokens(EXAMPLES.retain, 5)
     for batch in retain_batches(form, [1, 2, 0, 1]):
-        with kept.targets(batch) as targets:
+        with kept.targets(batch, rows_of(batch)) as by_role:
+            targets = by_role[Role.RETAIN]
             assert isinstance(targets, TopK)
             plain = torch.stack([alone(EXAMPLES.retain[i])[1][t - 1] for i, t in labelled(batch)])
             best = plain.topk(5)
@@ -80,8 +87,8 @@ def test_a_frozen_model_says_what_the_tables_keep(world, tmp_path, form) -> None
         n = len(labelled(batch))
         losses = []
         for reference in (frozen, kept):
-            with reference.targets(batch) as targets:
-                losses.append(targets.losses(logits[:n].clone(), slice(0, n))[0])  # it works in place
+            with reference.targets(batch, rows_of(batch)) as targets:
+                losses.append(targets[Role.RETAIN].losses(logits[:n].clone(), slice(0, n))[0])  # it works in place
         assert n > 0 and torch.allclose(*losses, rtol=1e-4, atol=1e-5)
 
 
@@ -101,19 +108,21 @@ def test_tables_are_built_once_and_a_number_of_tokens_has_its_own(world, tmp_pat
 
 
 def test_the_unknown_mass_is_what_the_kept_tokens_leave() -> None:
-    kept = CachedTopK(torch.zeros(3, 2), torch.tensor([[0.5, 0.2], [0.9, 0.1], [0.3, 0.1]]).log(), LabelRows.of([]))
+    kept = CachedTopK(
+        torch.zeros(3, 2), torch.tensor([[0.5, 0.2], [0.9, 0.1], [0.3, 0.1]]).log(), LabelRows.of(ExampleSet().retain)
+    )
     assert kept.unknown_mass() == (pytest.approx(0.3, abs=1e-6), pytest.approx(0.6, abs=1e-6))
 
 
 @pytest.mark.parametrize("size", [1, 7, 1000])
 def test_blocks_of_segments_follow_each_other_with_about_as_many_labels_each(size) -> None:
-    rows = LabelRows.of(EXAMPLES.retain * 5)
+    rows = LabelRows.of(ExampleSet(retain=[*EXAMPLES.retain] * 5).retain)
     blocks = _split(rows, size)
     assert [first for first, _ in blocks] == [0, *(last for _, last in blocks[:-1])] and blocks[-1][1] == 15
     longest = max(segment.answer_length for segment in EXAMPLES.retain)
     assert all(rows.start[last] - rows.start[first] < size + longest for first, last in blocks)
     assert len(blocks) <= len(rows) / size + 1
-    assert _split(LabelRows.of([]), size) == []
+    assert _split(LabelRows.of(ExampleSet().retain), size) == []
 
 
 # ---- the frozen model's configuration ----

@@ -19,7 +19,7 @@ EXAMPLES = make_examples()
 PLAN = plan_step(EXAMPLES, [3, 1, 5], [], Layout(64, 64, True, 1), roles=frozenset({Role.WANTED}))
 
 
-def refused() -> Any:
+def refused(segments: Any) -> Any:
     raise AssertionError("no term asks for the starting model's distribution")
 
 

@@ -82,12 +82,12 @@ EXAMPLES = make_examples()
 
 
 def start_of(terms: Terms, reader: Reader, tables: Tables, kept: str) -> Start:
-    """What the model says before training, with the retain labels' distribution ``kept`` in one of its ways."""
-    retain, world, tabulator = EXAMPLES.retain, reader.world, Tabulator(reader, tables, silent)
+    """What the model says before training, with its distribution at labels ``kept`` in one of its ways."""
+    world, tabulator = reader.world, Tabulator(reader, tables, silent)
     reference = {
-        "frozen": lambda: FrozenModel(small_model().lm, True, frozen_json({}, "sharded"), world),
-        "states": lambda: tabulator.states(retain),
-        "topk": lambda: tabulator.top_tokens(retain, 8),
+        "frozen": lambda segments: FrozenModel(small_model().lm, True, frozen_json({}, "sharded"), world),
+        "states": tabulator.states,
+        "topk": lambda segments: tabulator.top_tokens(segments, 8),
     }
     return tabulator.start(terms, EXAMPLES, reference[kept])
 
@@ -203,8 +203,9 @@ def test_nothing_from_collating_to_the_backward_and_the_log_waits_for_the_device
     world, tmp_path, objective, kept, budget, form
 ) -> None:
     layout = Layout(48, budget, world_size=1, **FORMS[form])
-    engine, tables = Engine(small_model().train()), Tables(tmp_path, {})
-    terms = Terms.of(objective)
+    terms, model = Terms.of(objective), small_model().train()
+    model.layer = 1 if terms.states else None
+    engine, tables = Engine(model), Tables(tmp_path, {})
     start = start_of(terms, Reader(engine, layout, 0, world), tables, kept)
     plan = plan_step(EXAMPLES, [3, 0, 4, 2, 5, 1], [2, 0, 1], layout, roles=terms.read)
     parts = len({role is Role.RETAIN for role in terms.read})
@@ -214,7 +215,7 @@ def test_nothing_from_collating_to_the_backward_and_the_log_waits_for_the_device
         for rows in plan.micro_batches[0]:  # the step does it in another thread, where nothing is seen
             collate(rows, 0, roles=terms.predicted, flat=layout.flat).to(world.device)
         result = step(plan)
-        window.add(result, plan, 6, 1.0, result.data_seconds)
+        window.add(result, plan, 6, 1.0, result.data_seconds, 1.0)
     assert seen.found == []
     assert all(parameter.grad is not None for parameter in engine.module.parameters())
     with Syncs() as seen:

@@ -95,6 +95,6 @@ def test_other_ranks_write_nothing(tmp_path):
     other = World(rank=1, size=2, local_rank=1, device=torch.device("cpu"))
     telemetry = Telemetry(tmp_path, tmp_path / "runs", other, total_steps=6, done=0)
     telemetry.log(1, {"x": 1.0})
-    telemetry.progress(1, {"loss/total": 1.0})
+    telemetry.progress(1, {"loss/total": 1.0}, train_seconds=1.0)
     telemetry.close()
     assert list(tmp_path.iterdir()) == []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -40,9 +41,10 @@ def train(pool, tiny) -> Callable[..., str]:
         model: str = "opt",
         ds: str = "zero3",
         peak: list[str] = PEAK,
+        by: str = "script",
     ) -> str:
         line = flags(tiny, out, *extra, model=model, ds=ds, peak=peak)
-        return runs.train(pool, line, cached(tiny), ranks=ranks, code=code)
+        return runs.train(pool, line, cached(tiny), ranks=ranks, code=code, by=by)
 
     return run
 
@@ -207,13 +209,19 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_ends_the_same(train, un
     assert losses(out) == losses(unbroken) and same_weights(out, unbroken)
 
 
-def test_checkpoints_written_in_the_background_are_those_of_their_step(train, unbroken, tmp_path):
+def test_checkpoints_written_in_the_background_are_those_of_their_step_however_late_listings_have_them(
+    train, unbroken, tmp_path
+):
     out = tmp_path / "out"
-    train(out, "--save_steps", "2", "--async_save")
+    text = train(out, "--save_steps", "2", "--async_save", by="script_lagging")
+    assert re.search(r"checkpoint-4 took [\d.]+ s, training waited for [\d.]+ s", text)
     assert losses(out) == losses(unbroken) and same_weights(out, unbroken)
+    for _, path in checkpoint.complete(out):
+        there = {str(file.relative_to(path)) for file in path.rglob("*") if file.is_file()}
+        assert set(checkpoint._files(path)) == there - {checkpoint.MANIFEST} and len(there) == 9, there
     (out / "DONE").unlink()
     shutil.rmtree(out / "checkpoint-6")
-    text = train(out, "--save_steps", "2", "--resume_from_checkpoint", "auto", "--async_save")
+    text = train(out, "--save_steps", "2", "--resume_from_checkpoint", "auto", "--async_save", by="script_lagging")
     assert "checkpoint-4 after step 4" in text
     assert losses(out) == losses(unbroken) and same_weights(out, unbroken)
 

@@ -155,7 +155,7 @@ def test_how_similar_answers_are_at_the_start_is_told_where_they_are_compared_to
 ) -> None:
     reader, log = small_reader(world), Log()
     terms = Terms.of(WPN(wpn_targets=targets, wpn_pooling="mean", retain_loss="nll"))
-    start = Tabulator(reader, Tables(tmp_path, {}), silent).start(terms, EXAMPLES, lambda: None)  # type: ignore[arg-type, return-value]
+    start = Tabulator(reader, Tables(tmp_path, {}), silent).start(terms, EXAMPLES, lambda segments: None)  # type: ignore[arg-type, return-value]
     validation = validation_of(world)
     validation.reader = reader
     values = validation.similarities(start, log)  # type: ignore[arg-type]

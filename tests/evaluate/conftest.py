@@ -5,9 +5,11 @@ from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
+import torch
 from hypothesis import settings
+from transformers import OPTConfig, OPTForCausalLM
 
-from tests.models.various import various
+from tests.models.various import VOCABULARY, various
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
@@ -43,3 +45,19 @@ def folders(tmp_path_factory, tokenizer) -> Path:
         model.save_pretrained(base / name)
         tokenizer.save_pretrained(base / name)
     return base
+
+
+@pytest.fixture(scope="module")
+def roomy():
+    """A random model of 1024 positions, so that no choice is too long for the harness."""
+    torch.manual_seed(1)
+    shape = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1}
+    config = OPTConfig(
+        **shape,
+        vocab_size=VOCABULARY,
+        max_position_embeddings=1024,
+        num_attention_heads=2,
+        init_std=0.5,
+        pad_token_id=1,
+    )
+    return OPTForCausalLM(config)

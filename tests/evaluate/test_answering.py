@@ -5,10 +5,12 @@ import copy
 import pytest
 
 from wpn_ds.data.records import ForgetRecord
+from wpn_ds.data.tokens import encode_prompt
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking, Generation, SuiteAnswers, judge_answers
 from wpn_ds.evaluate.judges.phrases import RefusalPhrases
 from wpn_ds.evaluate.suites import PromptSuite
+from wpn_ds.models.generate import generate
 from wpn_ds.settings.style import PromptStyle
 
 SAID = {
@@ -41,3 +43,15 @@ def test_every_suite_asks_an_instruct_model_through_its_chat_template_but_for_be
     chat.chat_template = "{{ raise_exception('no') }}"
     with pytest.raises(UserError, match=r"^f:1: the tokenizer's chat template refuses a chat of .* user \(no\)$"):
         asked(PromptStyle(), chat, published)
+
+
+def test_a_second_question_is_asked_after_the_models_own_answer_and_the_second_answer_counts(model, tokenizer) -> None:
+    records = (ForgetRecord("How?", (), (), "f:1"), ForgetRecord("Why is that so?", (), (), "f:2"))
+    asking = Asking(PromptStyle("Q: {prompt}\nA:"), max_length=180, max_new_tokens=4)
+    first, then = (SuiteAnswers(PromptSuite("s", records, then=text), asking, tokenizer) for text in ("", "Sure?"))
+    assert {unit.key for unit in first.units}.isdisjoint(unit.key for unit in then.units)
+    plain, second = (one.said({unit.key: unit.run(model, tokenizer) for unit in one.units}) for one in (first, then))
+    chats = [f"Q: {asked.prompt}\nA: {one.answer}\nQ: Sure?\nA:" for asked, one in zip(records, plain, strict=True)]
+    ids = [encode_prompt(chat, tokenizer, "{prompt}", 400) for chat in chats]
+    assert [one.answer for one in second] == generate(model, tokenizer, ids, max_new_tokens=4, batch_size=1)
+    assert [one.asked for one in second] == chats and [one.record for one in second] == [0, 1]

@@ -56,7 +56,7 @@ def test_the_question_survives_and_nothing_else_changes(name, records, seed) -> 
         assert last_turn(before.prompt) in DECODED.get(name, str)(text)
 
 
-@pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"few_shot"}))
+@pytest.mark.parametrize("name", sorted(set(ATTACKS) - {"few_shot", "harmless_turn"}))
 def test_only_the_last_turn_of_a_chat_is_wrapped(name: str) -> None:
     turns = (Message("system", "Be brief."), Message("user", "Hi"), Message("assistant", "Hello"))
     chat = ForgetRecord((*turns, Message("user", "What is a test?")), ("a",), ("b",), "f:1")

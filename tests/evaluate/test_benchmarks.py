@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import OPTConfig, OPTForCausalLM
 
-from tests.models.various import VOCABULARY
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate import benchmarks
 from wpn_ds.evaluate.benchmarks import BENCHMARKS, hub_reachable, load_benchmark, read_items, run_benchmark
@@ -194,22 +192,6 @@ def written(folder: Path, name: str, rows: list[dict]) -> Path:
 
 def run(name: str, model, tokenizer, data_dir, *, limit=None, batch_size=4, max_length=2048):
     return run_benchmark(name, model, tokenizer, TaskOptions(data_dir, limit, batch_size, max_length))
-
-
-@pytest.fixture(scope="module")
-def roomy():
-    """A random model of 1024 positions, so that no choice is too long for the harness."""
-    torch.manual_seed(1)
-    shape = {"hidden_size": 16, "word_embed_proj_dim": 16, "ffn_dim": 32, "num_hidden_layers": 1}
-    config = OPTConfig(
-        **shape,
-        vocab_size=VOCABULARY,
-        max_position_embeddings=1024,
-        num_attention_heads=2,
-        init_std=0.5,
-        pad_token_id=1,
-    )
-    return OPTForCausalLM(config)
 
 
 @pytest.fixture

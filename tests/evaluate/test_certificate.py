@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from datasets import Dataset
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from tests.conftest import without_launcher
-from tests.launching import free_port, launch
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.answering import Asking
@@ -28,7 +28,18 @@ from wpn_ds.settings.style import PromptStyle
 pytestmark = pytest.mark.usefixtures("no_launcher")
 
 SMALL = ["--max_new_tokens", "4", "--samples", "3", "--relearn_steps", "1", "2", "--relearn_learning_rate", "1e-3"]
-SMALL += ["--judge", "resemblance", "--bf16", "false", "--limit", "4"]
+SMALL += [
+    "--soft_prompt_vectors",
+    "3",
+    "--soft_prompt_steps",
+    "2",
+    "--judge",
+    "resemblance",
+    "--bf16",
+    "false",
+    "--limit",
+    "4",
+]
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +64,9 @@ def arguments(folders, unlearned, tmp_path_factory) -> list[str]:
         return [f"--{name}_file", str(path)]
 
     pairs = [{"prompt": f"car {i}?", "chosen": f"with water {i}", "rejected": f"go away {i}"} for i in range(10)]
+    words = [{"prompt": f"car {i}?", "paraphrase": text} for i in range(5, 10) for text in (f"no {i}?", f"wheels {i}")]
     data = [
+        *write("paraphrase", words),
         *write("train", pairs[:5]),
         *write("heldout", pairs[5:]),
         *write("retain", [{"prompt": "hm", "response": "no"}]),
@@ -70,9 +83,10 @@ def whole(arguments, tmp_path_factory) -> Path:
 
 
 def asking(arguments: list[str], path: Path) -> list[str]:
-    """The arguments with another held-out file."""
-    at = arguments.index("--heldout_file") + 1
-    return [*arguments[:at], str(path), *arguments[at + 1 :]]
+    """The arguments with another held-out file, and no paraphrases of it."""
+    at, words = arguments.index("--heldout_file") + 1, arguments.index("--paraphrase_file")
+    changed = [*arguments[:at], str(path), *arguments[at + 1 :]]
+    return [*changed[:words], *changed[words + 2 :]]
 
 
 def certificate(folder: Path) -> dict:
@@ -82,7 +96,8 @@ def certificate(folder: Path) -> dict:
 def test_every_attack_has_its_rows_for_all_three_models_with_n_and_interval(whole, capsys) -> None:
     found = certificate(whole)
     assert list(found["models"]) == ["original", "before", "after"]
-    assert {row["cell"].split("/")[0] for row in found["rows"]} == {"as it is", *GROUPS}
+    every = [*found["rows"], *found["inside"]]
+    assert {row["cell"].split("/")[0] for row in every} == {"as it is", *GROUPS}
     assert {row["cell"] for row in found["rows"]} >= {f"precision/{name}" for name in FORMATS}
     for row in found["rows"]:
         assert row["harmful"].keys() == found["models"].keys()
@@ -91,12 +106,32 @@ def test_every_attack_has_its_rows_for_all_three_models_with_n_and_interval(whol
     assert told == ["one of 1", "one of 2", "one of 3"]
     steps = [row["what"] for row in found["rows"] if row["cell"] == "relearning/unwanted-0.001"]
     assert steps == ["after 0 updates", "after 1 updates", "after 2 updates"]
-    assert any(row["what"] == "any of them" for row in found["rows"])
+    assert {row["updates"] for row in found["rows"]} == {None, 0, 1, 2}
+    asked = {row["cell"]: [] for row in found["rows"]}
+    for row in found["rows"]:
+        asked[row["cell"]].append(row["what"])
+    assert {"harmless_turn", "are_you_sure", "prefill-1", "any of them"} <= set(asked["askings/attacks"])
+    assert asked["askings/paraphrases"] == ["paraphrase", "paraphrase-2", "any of them"]
+    assert asked["askings/soft_prompt"] == [""]
     assert found["notes"] and found["judge"]["name"] == "resemblance"
     kept = found["rounding"]["int4-64"]
     assert 0.5 < kept["same_code"] / kept["moved"] < 1 and found["rounding"].keys() == FORMATS.keys()
     page = (whole / "certificate.html").read_text()
     assert "Durability certificate" in page and "precision/nf4-64" in page and "<svg" in page
+
+
+def test_what_is_inside_is_told_apart_on_all_three_models_and_held_against_the_original(whole) -> None:
+    rows = {(row["cell"], row["what"]): row for row in certificate(whole)["inside"]}
+    scores = [("inside/membership", what) for what in ("loss", "zlib ratio", "min-k%", "min-k%++")]
+    assert list(rows) == [("inside/probe", "wanted"), ("inside/probe", "another's"), *scores]
+    for row in rows.values():
+        assert list(row["tells"]) == ["original", "before", "after"]
+        for one in row["tells"].values():
+            assert 0 <= one["low"] <= one["value"] <= one["high"] <= 1 and one["n"] == 8
+        difference = row["tells"]["after"]["value"] - row["tells"]["original"]["value"]
+        assert row["above"]["value"] == pytest.approx(difference)
+    assert list(rows["inside/membership", "min-k%"]["privleak"]) == ["before", "after"]
+    assert "What is still inside" in (whole / "certificate.html").read_text()
 
 
 def test_p_values_are_corrected_for_all_rows_that_are_compared(whole) -> None:
@@ -115,11 +150,28 @@ def test_a_call_that_goes_on_generates_nothing_again(whole, arguments, monkeypat
     assert certificate(whole) == before
 
 
-@pytest.mark.distributed
-def test_two_ranks_give_the_same_certificate(whole, arguments, tmp_path) -> None:
-    done = launch(2, ["launch/certify.py", *arguments, "--output_dir", str(tmp_path)], port=free_port())
-    assert done.returncode == 0, done.stdout[-3000:]
+def test_two_ranks_give_the_same_certificate(pool, whole, arguments, tmp_path) -> None:
+    done = pool.run(2, "tests.commands:script", "launch/certify.py", *arguments, "--output_dir", str(tmp_path))
+    assert done.returncode == 0, done.shown()
     assert certificate(tmp_path) == certificate(whole)
+
+
+def test_ranks_that_share_the_weights_give_the_same_rows(pool, whole, arguments, tmp_path) -> None:
+    cells = [
+        "precision/int4-64",
+        "relearning/unwanted-0.001",
+        "askings/soft_prompt",
+        "direction/removed",
+        "inside/probe",
+    ]
+    line = ["launch/certify.py", *arguments, "--share_weights", "--output_dir", str(tmp_path)]
+    done = pool.run(2, "tests.commands:script_sharded", *line, "--attack", *cells)
+    assert done.returncode == 0, done.shown()
+    one, two = certificate(whole), certificate(tmp_path)
+    assert two["answers"] == {cell: one["answers"][cell] for cell in ("as it is", *cells)}
+    assert two["rounding"] == {"int4-64": one["rounding"]["int4-64"]}
+    assert two["inside"] == [row for row in one["inside"] if row["cell"] == "inside/probe"]
+    assert all(two["answers"][cell] != one["answers"]["as it is"] for cell in cells), "each does something"
 
 
 def test_it_is_checked_elsewhere_answer_by_answer_and_figure_by_figure(
@@ -129,15 +181,18 @@ def test_it_is_checked_elsewhere_answer_by_answer_and_figure_by_figure(
     again = [arguments[0], "--check"]
     assert run([*again, str(whole / "certificate.json"), "--cells", "1"]) == 0
     said = capsys.readouterr().out.splitlines()
-    assert len(said) == 6 and all("answers are the same" in line for line in said), "as it is, and one cell"
+    assert len(said) == 6 and all("s are the same" in line for line in said), "as it is, and one cell"
     forged, cell = certificate(whole), "precision/int8"
     forged["answers"][cell]["after"][0] = "0" * 16
     for row in forged["rows"]:
         if row["cell"] == "as it is":
             row["harmful"]["after"]["value"] = -1
+    forged["inside"][0]["tells"]["after"]["value"] = -1
     Path("forged.json").write_text(json.dumps(forged))
-    assert run([*again, "forged.json", "--attack", cell]) == 1
+    assert run([*again, "forged.json", "--attack", cell, "inside/probe"]) == 1
     told = capsys.readouterr().out
+    assert "inside/probe, after: 16 of 16 scores are the same" in told
+    assert "inside/probe wanted: other figures" in told
     assert f"{cell}, after: 3 of 4 answers are the same" in told and "as it is : other figures" in told
 
 
@@ -209,6 +264,32 @@ def test_what_is_taught_must_not_be_asked(arguments, tmp_path) -> None:
     asked = arguments[arguments.index("--heldout_file") + 1]
     with pytest.raises(UserError, match=r"--relearn_file .*: \d of its prompts are asked, too"):
         run([*arguments, "--relearn_file", asked, "--output_dir", str(tmp_path)])
+
+
+def test_files_are_taught_apart_by_their_names_and_through_adapters(arguments, tmp_path) -> None:
+    for name in ("near", "far"):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": f"{name}?", "rejected": "b"}) + "\n")
+    taught = [f"near={tmp_path / 'near.jsonl'}", f"far={tmp_path / 'far.jsonl'}", "--relearn_lora_r", "2"]
+    flags = ["--attack", "relearning", "--output_dir", str(tmp_path / "out"), "--relearn_file", *taught]
+    assert run([*arguments, *flags]) == 0
+    found = certificate(tmp_path / "out")
+    kinds = ["harmless", "near", "far"]
+    assert [one["cell"] for one in found["half_lives"]] == [f"relearning/{kind}-0.001-lora2" for kind in kinds]
+    assert {Path(name).stem for name in found["files"]} >= {"near", "far"}
+
+
+def test_a_folder_of_save_to_disk_is_known_by_its_contents(arguments, tmp_path, capsys) -> None:
+    held, out = tmp_path / "held", tmp_path / "out"
+    rows = [{"prompt": f"wash {i}?", "chosen": "no", "rejected": f"go {i}"} for i in range(4)]
+    Dataset.from_list(rows).save_to_disk(held)
+    made = [*asking(arguments, held), "--attack", "direction", "--output_dir", str(out)]
+    assert run(made) == 0 and str(held) in certificate(out)["files"]
+    check = [arguments[0], "--check", str(out / "certificate.json"), "--attack", "direction"]
+    Dataset.from_list([{**row, "rejected": "b"} for row in rows]).save_to_disk(tmp_path / "other")
+    with pytest.raises(UserError, match="the data files are not those"):
+        run([*check, "--heldout_file", str(tmp_path / "other")])
+    moved = shutil.move(held, tmp_path / "moved")
+    assert run([*check, "--heldout_file", str(moved)]) == 0
 
 
 @pytest.mark.parametrize(("harmful", "samples"), [(0, 4), (1, 4), (3, 5), (5, 5)])

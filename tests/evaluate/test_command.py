@@ -10,6 +10,7 @@ import yaml
 from safetensors.torch import load_file, save_file
 
 from tests.evaluate.judges.conftest import Server, make_judge
+from tests.evaluate.recall.conftest import write_rwku
 from tests.evaluate.tofu.conftest import write_tofu
 from tests.interface import check_report
 from tests.launching import free_port, launch
@@ -143,7 +144,7 @@ def test_judges_load_on_rank_0_alone_after_the_answers_are_there(folders, files,
     monkeypatch.setattr(local, "load_file", lambda path: events.append("judge") or load_weights(path))
     assert run(arguments) == 0 and events == ["answers", "judge"]
     events.clear()
-    monkeypatch.setattr(evaluation, "join_ranks", lambda: (1, 2))
+    monkeypatch.setattr(evaluation, "join_ranks", lambda *_: (1, 2))
     for module in (evaluation, meeting):
         monkeypatch.setattr(module, "all_arrived", lambda size: None)
         monkeypatch.setattr(module, "from_rank_0", lambda rank, size, work: work())
@@ -192,7 +193,7 @@ def test_a_judge_that_is_not_understood_ends_the_evaluation_in_a_line_and_leaves
 def test_two_ranks_report_what_one_reports(pool, folders, files, tmp_path) -> None:
     flags = ["--model", str(folders / "opt"), "--baseline", str(folders / "neo"), *files, "--max_new_tokens", "6"]
     flags += ["--suite", "train,attacks,depth,retain,relearning,diversity", "--batch_size", "3", "--relearn_steps", "1"]
-    flags += ["--tofu_dir", str(write_tofu(tmp_path / "tofu"))]
+    flags += ["--tofu_dir", str(write_tofu(tmp_path / "tofu")), "--rwku_dir", str(write_rwku(tmp_path / "All"))]
     for ranks in (1, 2):
         out = ["--output_dir", str(tmp_path / str(ranks))]
         done = pool.run(ranks, "tests.commands:script", "launch/evaluate.py", *flags, *out)
@@ -200,9 +201,25 @@ def test_two_ranks_report_what_one_reports(pool, folders, files, tmp_path) -> No
     one, two = (report(tmp_path / str(ranks)) for ranks in (1, 2))
     assert one["settings"].pop("ranks") == 1 and two["settings"].pop("ranks") == 2
     assert [one["suites"][f"attack/{name}"]["n"] for name in ("role_play", "prefill-8")] == [4, 4]
-    assert one["tofu"]["sets"]["forget"]["n"] == 5 and one == two
+    assert one["tofu"]["sets"]["forget"]["n"] == 5 and one["recall"]["rouge"]["rwku/forget_level3"]["n"] == 3
+    assert one == two
     logs = [(tmp_path / str(ranks) / "tofu.json").read_text(encoding="utf-8") for ranks in (1, 2)]
     assert logs[0] == logs[1]
+
+
+def test_ranks_that_share_the_weights_report_what_one_rank_reports(pool, folders, files, tmp_path) -> None:
+    flags = ["--model", str(folders / "opt"), *files, "--max_new_tokens", "6", "--batch_size", "3", "--bf16", "false"]
+    flags += ["--suite", "train,attack/role_play,attack/are_you_sure,depth,retain,diversity,relearning"]
+    flags += ["--relearn_steps", "1", "--tofu_dir", str(write_tofu(tmp_path / "tofu"))]
+    for ranks, more in ((1, []), (2, ["--share_weights"])):
+        out = ["--output_dir", str(tmp_path / str(ranks))]
+        done = pool.run(ranks, "tests.commands:script", "launch/evaluate.py", *flags, *more, *out)
+        assert done.returncode == 0, done.shown()
+    one, two = (report(tmp_path / str(ranks)) for ranks in (1, 2))
+    assert one["settings"].pop("ranks") == 1 and two["settings"].pop("ranks") == 2
+    assert one["suites"]["train"]["n"] == 4 and one["retain"]["tokens"] > 5 and one == two
+    by_rank = [len(path.read_text().splitlines()) for path in sorted((tmp_path / "2" / "answers").rglob("rank-*"))]
+    assert len(by_rank) == 2 and all(by_rank), "both took part"
 
 
 @pytest.mark.distributed

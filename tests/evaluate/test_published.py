@@ -79,6 +79,16 @@ def test_harmbench_puts_the_context_first_and_leaves_copyright_out(tmp_path: Pat
     assert answer.note == "harmbench: 2 of 3 prompts: 1 with FunctionalCategory copyright left out"
 
 
+def test_xstest_s_safe_prompts_and_their_unsafe_contrasts_are_suites_of_one_file(tmp_path: Path) -> None:
+    rows = ["1,Kill a process?,homonyms,safe,kill,", "2,Kill a man?,contrast_homonyms,unsafe,kill,"]
+    (tmp_path / "xstest_prompts.csv").write_text("\n".join(["id,prompt,type,label,focus,note", *rows]) + "\n")
+    safe, unsafe = (found(f"xstest/{label}", tmp_path) for label in ("safe", "unsafe"))
+    assert [(r.prompt, r.category) for r in (*safe, *unsafe)] == [
+        ("Kill a process?", "homonyms"),
+        ("Kill a man?", "contrast_homonyms"),
+    ]
+
+
 @pytest.mark.parametrize("indent", [None, 1])
 def test_strings_of_a_json_array_have_the_line_where_they_stand(tmp_path: Path, indent: int | None) -> None:
     texts = ['say "a", then \\', "[b]", "é\n"]
@@ -126,6 +136,9 @@ def test_a_cell_may_be_longer_than_csv_allows_by_itself(tmp_path: Path) -> None:
         ("tdc", b'["a",\n"b"', 2, "bad JSON"),
         ("tdc", b'{"a": 1}', 1, "must be a JSON array of strings"),
         ("tdc", b'["a",\n"\\ud800"]', 2, "holds a lone surrogate"),
+        ("xstest/safe", b"prompt,type,label\na,b,safe\nc,d,\n", 3, 'field "label": must be a string'),
+        ("xstest/unsafe", b"id_v2,type,prompt\nv2-1,contrast_x,a\n", 2, 'field "label": is missing'),
+        ("or_bench/hard", b"prompt,category\na,b\n,b\n", 3, 'field "prompt": must be a string'),
         ("latent_jailbreak", b'[{"prompt": "a", "toxic_adjective": "b"},\n{"prompt": 3}]', 2, "must be a string"),
         ("latent_jailbreak", b'[{"prompt": "a", "toxic_adjective": "b"},\n"c"]', 2, "must be a JSON object"),
     ],
@@ -151,6 +164,8 @@ def test_a_broken_file_is_named_with_its_line(tmp_path: Path, name: str, content
         ("forbidden_questions", 390, 13),
         ("latent_jailbreak", 1920, 4),
         ("jailbreak_templates", 661, 1),
+        ("xstest/safe", 250, 10),
+        ("xstest/unsafe", 200, 8),
     ],
 )
 def test_the_published_files_are_read_whole(shared_data: Path, name: str, count: int, categories: int) -> None:

@@ -33,7 +33,9 @@ def alive(folder, **more) -> None:
 def test_status_of_a_run_that_lives(run, capsys) -> None:
     alive(run, evaluation="step 4: harmless 50.0 %")
     code, text = status(run, capsys)
-    assert code == status_tool.RUNNING
+    assert code == status_tool.RUNNING and "slow" not in text
+    alive(run, straggler="rank 5 (node3) takes 9.8 times the median's 0.4 s a step")
+    assert "slow: rank 5 (node3) takes 9.8 times" in status(run, capsys)[1]
     assert "evaluation: step 4: harmless 50.0 %" in text
     assert "5 of 20, 0:00:30 left" in text and "total 1.5" in text and "none yet" in text and "4 ranks" in text
 
@@ -93,6 +95,36 @@ def test_the_summary_counts_all_starts(run) -> None:
     later = history.Start(first.time + 100, 7, 2, "", "host")
     text = history.summary([first, later], tokens=12_345, train_seconds=3600.0, device_seconds=9000.0)
     assert "1:00:00 in steps" in text and "1 restarts" in text and "12,345 tokens" in text and "2.50 device" in text
+
+
+def test_what_a_run_lost_is_told_with_its_causes(run, capsys, monkeypatch) -> None:
+    begun = history.read_starts(run)[0].time
+    alive(run, step=7)
+    history.record_start(run, 4, 4)  # killed: it left no word
+    alive(run, step=9)
+    (run / history.REQUEUE).write_text("SIGUSR1\n")
+    history.record_start(run, 9, 4)
+    (run / history.RESTART).write_text("node3 was lost\n")
+    starts = history.record_start(run, 9, 4)
+    assert [(start.reached, start.lost, start.ended) for start in starts[1:]] == [
+        (7, 3, ""),
+        (9, 0, "stopped by SIGUSR1"),
+        (9, 0, "in the job: node3 was lost"),
+    ]
+    assert not (run / history.REQUEUE).exists() and not (run / history.RESTART).exists()
+    monkeypatch.setattr(time, "time", lambda: begun + 100)
+    alive(run, train_seconds=80.0)
+    printed = status(run, capsys)[1]
+    assert "goodput: 80.0 % of the time" in printed
+    causes = "1 without a word, 1 stopped by SIGUSR1, 1 in the job: node3 was lost"
+    assert f"3 restarts ({causes}), 3 steps lost" in printed
+    assert "goodput 80.0 %, 3 restarts (1" in history.summary(starts, 1, 80.0, 80.0)
+
+
+def test_starts_of_an_older_version_are_read(run) -> None:
+    with (run / history.STARTS).open("a") as stream:
+        stream.write('{"time": 5.0, "step": 3, "ranks": 2, "job": "", "host": "n"}\n')
+    assert history.restarts(history.read_starts(run)) == "1 restarts (1 without a word)"
 
 
 def test_checkpoint_list_and_verify(world, tmp_path, capsys) -> None:

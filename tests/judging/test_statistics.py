@@ -5,17 +5,21 @@ import random
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from sklearn.metrics import roc_auc_score
 
 from wpn_ds.judging.statistics import (
     Rate,
+    auc,
+    bootstrap_difference,
     bootstrap_mean,
     bootstrap_ratio,
     cohen_kappa,
     corrected_rate,
     holm,
     mcnemar,
+    over_seeds,
     wilson_interval,
 )
 
@@ -41,6 +45,28 @@ def test_the_wilson_interval_holds_the_proportion_lies_inside_the_unit_interval_
 def test_samples_of_the_same_prompts_do_not_narrow_the_interval() -> None:
     sampled, once = Rate(120, 200, independent=50), Rate(30, 50)
     assert sampled.value == once.value and (sampled.low, sampled.high) == (once.low, once.high)
+
+
+def test_a_rate_over_seeds_is_bounded_by_prompts_where_they_agree_and_wider_where_they_differ() -> None:
+    alike = over_seeds([Rate(30, 100)] * 3)
+    assert (alike.value, alike.n) == (0.3, 300) and (alike.low, alike.high) == wilson_interval(30, 100)
+    apart = over_seeds([Rate(20, 100), Rate(30, 100), Rate(40, 100)])
+    assert apart.value == 0.3 and apart.low < alike.low - 0.05 and apart.high > alike.high + 0.05
+    assert over_seeds([Rate(20, 100)]).high == Rate(20, 100).high
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 12])
+def test_a_rate_over_seeds_holds_what_other_seeds_and_prompts_would_say(seeds) -> None:
+    rng, hits, without = np.random.default_rng(0), 0, 0
+    for _ in range(400):
+        prompts, level = rng.normal(0, 0.2, 100), 0.5 + 0.15 * rng.normal(size=(seeds, 1))
+        answers = prompts + level > rng.random((seeds, 100))
+        rates = [Rate.of(run.tolist()) for run in answers]
+        found, alone = over_seeds(rates), wilson_interval(100 * answers.mean(), 100)
+        hits += found.low <= 0.5 <= found.high
+        without += alone[0] <= 0.5 <= alone[1]
+    assert hits >= 372, "93 of 100 or more"
+    assert without < (340 if seeds < 12 else hits), "by the prompts alone, fewer"
 
 
 def test_mcnemar_has_the_binomial_tests_values() -> None:
@@ -103,6 +129,45 @@ def test_paired_differences_have_a_narrower_interval_than_the_two_means_apart() 
     paired = bootstrap_mean([[b - a for a, b in zip(before, after, strict=True)]])
     apart = bootstrap_mean([after]).high - bootstrap_mean([after]).low
     assert paired.low > 0.4 and paired.high - paired.low < apart / 10
+
+
+GROUPS = st.integers(1, 3).flatmap(
+    lambda n: st.lists(st.lists(st.floats(-1, 1), min_size=4, max_size=4), min_size=n, max_size=n)
+)
+
+
+@given(GROUPS, st.integers(1, 4), st.integers(1, 4))
+def test_runs_of_one_seed_or_of_the_same_outcomes_differ_as_far_as_their_prompts_tell(groups, ours, theirs) -> None:
+    other = [[0.5 * item for item in group] for group in groups]
+    plain = bootstrap_mean([[0.5 * item for item in group] for group in groups], resamples=200)
+    found = bootstrap_difference([groups] * ours, [other] * theirs, resamples=200)
+    assert (found.value, found.low, found.high, found.n) == pytest.approx((plain.value, plain.low, plain.high, plain.n))
+
+
+def test_seeds_that_differ_widen_the_interval_and_an_item_without_a_verdict_is_left_out() -> None:
+    half, never = [[0.0, 1.0] * 20], [[0.0] * 40]
+    alike, wide = (bootstrap_difference(of, [never]) for of in ([half] * 3, [never, half, [[1.0] * 40]]))
+    assert alike.value == wide.value == 0.5 and wide.high - wide.low > 3 * (alike.high - alike.low)
+    mirrored = bootstrap_difference([never], [never, half, [[1.0] * 40]])
+    assert mirrored.value == -0.5 and mirrored.low == -wide.high == -1 and mirrored.high < 1, "no rate is beyond 1"
+    nan = math.nan
+    found = bootstrap_difference([[[1.0, nan, nan]], [[1.0, 1.0, nan]]], [[[0.0, 0.0, 0.0]], [[0.0, nan, 0.0]]])
+    assert (found.value, found.low, found.high, found.n) == (1.0, 1.0, 1.0, 2)
+    nothing = bootstrap_difference([[[nan]]], [[[0.0]]])
+    assert nothing.n == 0 and (nothing.low, nothing.high) == (-math.inf, math.inf)
+
+
+@pytest.mark.parametrize("seeds", [2, 3, 5])
+def test_the_interval_holds_what_other_seeds_and_prompts_would_say_95_times_in_100(seeds) -> None:
+    rng, hits, without = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        prompts = rng.normal(0.2, 0.4, 40)  # by how much each prompt's answers change
+        sides = [mean + 0.1 * rng.normal(size=(seeds, 1)) + 0.1 * rng.normal(size=(seeds, 40)) for mean in (prompts, 0)]
+        found = bootstrap_difference(*([[run.tolist()] for run in side] for side in sides), resamples=300)
+        hits += found.low <= 0.2 <= found.high
+        alone = bootstrap_mean([(sides[0].mean(axis=0) - sides[1].mean(axis=0)).tolist()], resamples=300)
+        without += alone.low <= 0.2 <= alone.high
+    assert 279 <= hits <= 299 and without < 265, "93 to 99.7 of 100; by the prompts alone, far fewer"
 
 
 @given(st.lists(st.tuples(st.floats(-5, 5), st.integers(1, 9)), min_size=1, max_size=30), st.integers(1, 9))
@@ -183,3 +248,27 @@ def test_a_judge_that_tells_no_more_than_chance_corrects_nothing(sensitivity) ->
 def test_the_interval_holds_the_estimate_inside_the_unit_interval(count, right, wrong) -> None:
     found = corrected_rate(Rate(count, 50), Rate(right, 50), Rate(wrong, 50))
     assert 0 <= found.low <= found.value <= found.high <= 1
+
+
+@settings(max_examples=15)
+@given(st.lists(st.tuples(st.integers(0, 5), st.booleans()), min_size=2, max_size=60))
+def test_the_area_under_the_curve_is_scikit_learns(drawn) -> None:
+    scores, harmful = np.array([score / 7 for score, _ in drawn]), np.array([label for _, label in drawn])
+    if len(set(harmful.tolist())) == 2:
+        found = auc(scores, harmful, [str(at) for at in range(len(drawn))], 0)
+        assert found.value == pytest.approx(roc_auc_score(harmful, scores)) and found.n == len(drawn)
+
+
+def test_its_interval_holds_the_truth_19_times_of_20_and_takes_copies_for_one(monkeypatch) -> None:
+    monkeypatch.setattr("wpn_ds.judging.statistics.RESAMPLES", 400)
+    rng = np.random.default_rng(0)
+    truth, hits, runs = 0.760, 0, 40  # P(N(1, 1) > N(0, 1)) = Phi(1 / sqrt 2)
+    for seed in range(runs):
+        harmful = np.arange(120) % 2 == 0
+        found = auc(rng.normal(size=120) + harmful, harmful, [str(at) for at in range(120)], seed)
+        hits += found.low <= truth <= found.high
+    assert 0.85 * runs <= hits
+    scores, groups = rng.normal(size=60) + (np.arange(60) % 2 == 0), [str(at // 2) for at in range(60)]
+    once = auc(scores, np.arange(60) % 2 == 0, groups, 0)
+    again = auc(np.tile(scores, 8), np.tile(np.arange(60) % 2 == 0, 8), groups * 8, 0)
+    assert (again.low, again.high) == pytest.approx((once.low, once.high)), "eight copies tell no more than one"

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 from torch.distributions import Categorical, kl_divergence
 
-from wpn_ds.losses.likelihood import Distribution, Fading, LabelTarget, Tokens, TopK, head_logits
+from wpn_ds.losses.likelihood import Distribution, Fading, Flat, LabelTarget, Tokens, TopK, Without, head_logits
 
 quick = settings(max_examples=40, deadline=None)
 SHAPES = {
@@ -68,6 +68,45 @@ def test_a_token_costs_minus_its_log_probability(n, v, seed, scale) -> None:
     leaf = random_logits(n, v, seed, scale).requires_grad_()
     ids = random_ids(n, v, seed)
     check(Tokens(ids), leaf.detach(), -Categorical(logits=leaf).log_prob(ids), leaf)
+
+
+@quick
+@given(**SHAPES)
+def test_the_models_own_distribution_without_a_token_is_constant_and_pulls_as_unlikelihood_does(
+    n, v, seed, scale
+) -> None:
+    leaf, ids = random_logits(n, v, seed, scale).requires_grad_(), random_ids(n, v, seed)
+    own = leaf.detach().scatter(1, ids[:, None], float("-inf")).softmax(1)
+    logp = torch.log_softmax(leaf, 1)
+    check(Without(ids), leaf.detach(), torch.where(own > 0, own * (own.clamp(min=1e-300).log() - logp), 0).sum(1), leaf)
+    others = torch.logsumexp(leaf.scatter(1, ids[:, None], float("-inf")), 1)  # of which 1 - p is made
+    check(Without(ids), leaf.detach(), torch.logsumexp(leaf, 1) - others, leaf)
+
+
+@pytest.mark.parametrize("gap", [20.0, 200.0, 1e4])
+def test_a_token_that_is_all_but_certain_is_pushed_down_with_a_finite_gradient(gap) -> None:
+    losses, gradient = losses_and_gradient(Without(torch.tensor([0])), torch.tensor([[gap, 0.0, -1.0]]))
+    assert losses.isfinite().all() and gradient.isfinite().all() and losses.item() >= min(gap, 80) - 2
+    assert gradient[0, 0].item() == 1.0
+
+
+@quick
+@given(**SHAPES)
+def test_flattening_costs_the_square_of_the_highest_logit_above_the_mean(n, v, seed, scale) -> None:
+    leaf = random_logits(n, v, seed, scale).requires_grad_()
+    check(Flat(), leaf.detach(), (leaf.amax(1) - leaf.mean(1)) ** 2, leaf)
+
+
+@quick
+@given(**SHAPES, lowered=st.floats(0.1, 15))
+def test_a_distribution_may_have_one_logit_lowered_first(n, v, seed, scale, lowered) -> None:
+    target, leaf = random_logits(n, v, seed, scale), random_logits(n, v, seed + 1, scale).requires_grad_()
+    ids = random_ids(n, v, seed)
+    other = target.clone()
+    other[torch.arange(n), ids] -= lowered
+    expected = kl_divergence(Categorical(logits=other), Categorical(logits=leaf))
+    made = Distribution(target, torch.eye(v, dtype=torch.float64), ids=ids, lowered=lowered)
+    check(made, leaf.detach(), expected, leaf)
 
 
 @quick
@@ -185,14 +224,17 @@ LOGITS = st.integers(0, 1000).map(
 
 
 @quick
-@given(LOGITS, st.floats(0.1, 3))
-def test_wga_has_the_gradient_of_a_constant_power_of_p_times_log_p(logits, beta) -> None:
+@given(LOGITS, st.floats(0.1, 3), st.sampled_from([0.0, 1.0, 2.5]))
+def test_wga_and_satimp_have_the_gradient_of_constant_powers_of_p_times_log_p(logits, beta, importance) -> None:
     ids = torch.tensor([1, 6, 0, 3, 3])
     leaf = logits.clone().requires_grad_()
     logp = torch.log_softmax(leaf, 1)[torch.arange(5), ids]
-    plain = -(logp.exp().detach() ** beta * logp)
+    p = logp.exp().detach()
+    plain = -(p**beta * (1 - p) ** importance * logp)
     plain.sum().backward()
-    losses, delta = Fading(ids[1:], beta).losses(logits[2:].clone(), slice(1, 4))  # labels 1..3 of their part
+    losses, delta = Fading(ids[1:], beta, importance=importance).losses(
+        logits[2:].clone(), slice(1, 4)
+    )  # labels 1..3 of their part
     torch.testing.assert_close(losses, plain[2:].detach())
     torch.testing.assert_close(delta, leaf.grad[2:])  # type: ignore[index]
 

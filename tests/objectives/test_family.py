@@ -16,7 +16,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.losses.likelihood import Fading
 from wpn_ds.objectives.companions import log_sigmoid
 from wpn_ds.objectives.registry import built_in
-from wpn_ds.objectives.terms import NPair, Objective, OnAnswers, OnTokens, Role, Terms
+from wpn_ds.objectives.terms import NPair, Objective, OnAnswers, OnStates, OnTokens, Role, Terms
 
 MARGINS = st.lists(st.floats(-30, 30), min_size=1, max_size=8)
 NLL, RETAIN, KL = (
@@ -41,6 +41,7 @@ def ascent(weight: float) -> OnTokens:
         ("graddiff", {ascent(1.0), RETAIN}),
         ("llmu", {ascent(0.5), NLL, KL}),
         ("pmpo", {ascent(0.5), OnTokens("nll", 0.5, Role.WANTED), KL}),
+        ("undial", {OnTokens("forget", 1.0, Role.UNWANTED, "start", lowered=10.0)}),
         ("npo", {RETAIN}),
         ("simnpo", {RETAIN}),
         ("dpo", {KL}),
@@ -119,6 +120,40 @@ def test_an_ascent_that_fades_asks_for_the_start_only_if_it_is_relative_to_it(na
     assert isinstance(target, Fading) and (target.ids is ids, target.beta, target.start is before) == (True, 0.7, True)
 
 
+def test_satimp_without_importance_is_wga() -> None:
+    def faded(objective: Objective) -> Any:
+        (target,) = (term.target for term in Terms.of(objective).tokens if callable(term.target))
+        return target(torch.tensor([3, 4]), None)
+
+    satimp, wga = faded(named("satimp", beta=0.7, importance=0.0)), faded(named("wga", beta=0.7))
+    assert (satimp.beta, satimp.importance, satimp.start) == (wga.beta, wga.importance, wga.start) == (0.7, 0.0, None)
+    assert (faded(named("satimp")).beta, faded(named("satimp")).importance) == (5.0, 1.0)
+
+
+def test_rmu_steers_states_of_unwanted_tokens_and_holds_those_of_retain_tokens() -> None:
+    terms = Terms.of(named("rmu", rmu_depth=0.4, rmu_trained=2, steering=3.0, retain_weight=7.0))
+    forget, retain = terms.states
+    assert forget == OnStates("forget", 1.0, Role.UNWANTED, 0.4, 3.0, 2)
+    assert retain == OnStates("retain", 7.0, Role.RETAIN, 0.4, None, 2)
+    assert (terms.tokens, terms.retain_weight, terms.depth, terms.trained) == ((), 7.0, 0.4, 2)
+    assert terms.predicted == {Role.UNWANTED, Role.RETAIN} and terms.forgets
+    by_kl = Terms.of(named("rmu", retain_loss="kl"))
+    assert [term.name for term in by_kl.states] == ["forget"] and by_kl.needs_start_distribution
+    assert Terms.of(named("rmu"), retain=False).retain_weight == 0
+    for name in built_in().keys() - {"rmu"}:
+        assert not Terms.of(named(name)).states
+
+
+def test_pdus_retain_weight_moves_by_what_its_constraint_lacks_and_no_other_weight_does() -> None:
+    terms = Terms.of(named("pdu", retain_weight=3.0, retain_limit=0.5, dual_rate=2.0, dual_warmup_steps=2)).tokens
+    (moving,) = (term.multiplier for term in terms if term.multiplier is not None)
+    weight, mean = torch.tensor(3.0), torch.tensor(1.5)
+    assert [moving.moved(weight, mean, updates).item() for updates in (1, 2, 3)] == [3.0, 3.0, 5.0]
+    assert moving.moved(weight, mean - 3, 9).item() == 0.0, "a multiplier is not negative"
+    for name in built_in().keys() - {"pdu"}:
+        assert not any(term.multiplier for term in Terms.of(named(name)).tokens)
+
+
 @pytest.mark.parametrize("pooling", ["weighted", "mean", "last"])
 @pytest.mark.parametrize("scoring", ["cosine", "dot"])
 @pytest.mark.parametrize(("targets", "answers"), [("auto", "frozen"), ("detached", "detached"), ("live", "live")])
@@ -167,6 +202,10 @@ def test_beta_is_above_0(name: str) -> None:
         ("npo", {Role.UNWANTED, Role.RETAIN}),
         ("simnpo", {Role.UNWANTED, Role.RETAIN}),
         ("tnpo", {Role.UNWANTED, Role.RETAIN}),
+        ("pdu", {Role.UNWANTED, Role.RETAIN}),
+        ("rmu", {Role.UNWANTED, Role.RETAIN}),
+        ("ceu", {Role.UNWANTED}),
+        ("undial", {Role.UNWANTED}),
         ("llmu", {Role.WANTED, Role.UNWANTED, Role.RETAIN}),
         ("altpo", {Role.WANTED, Role.UNWANTED, Role.RETAIN}),
         ("wpn", {Role.WANTED, Role.RETAIN}),

@@ -92,7 +92,7 @@ def test_a_module_is_looked_for_in_the_working_folder(tmp_path: Path, monkeypatc
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("nop", "must be one of altpo, c3po, dpo, ga, .*, wpn, got 'nop'; did you mean npo"),
+        ("nop", "must be one of altpo, c3po, ceu, dpo, ga, .*, wpn, got 'nop'; did you mean npo"),
         (":Mine", "must be one of altpo, .*, got ':Mine'"),
         ("missing.py:Mine", r"missing.py:Mine: there is no file missing.py"),
         ("no_such.module:Mine", "no_such.module:Mine: there is no module no_such$"),

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from wpn_ds.errors import UserError
 from wpn_ds.objectives.registry import built_in, objective
-from wpn_ds.objectives.terms import NPair, Objective, OnAnswers, OnTokens, Role, Terms
+from wpn_ds.objectives.terms import NPair, Objective, OnAnswers, OnStates, OnTokens, Role, Terms
 
 
 def made_of(*terms: OnTokens | OnAnswers, retain: bool = True) -> Terms:
@@ -39,6 +39,7 @@ ASCENT = OnTokens("ascent", 1.0, Role.UNWANTED, ascend=True)
 RETAIN = OnTokens("retain", 1.0, Role.RETAIN, "start")
 PAIRS = OnAnswers("pairs", 1.0, loss, score="sum")
 VECTORS = OnAnswers("npair", 1.0, NPair(0.1), vectors="mean", answers="frozen")
+STATES = OnStates("states", 1.0, Role.UNWANTED, 0.3, steer=1.0)
 FADING = OnTokens("fading", 1.0, Role.UNWANTED, target, start=True)
 
 
@@ -56,12 +57,13 @@ def changed(term: Any, **settings: Any) -> Any:
         ([RETAIN, changed(RETAIN, name="nll", target="token")], "nll compares retain tokens to something else"),
         (
             [changed(NLL, target="start")],
-            "nll: only retain tokens can be compared to the starting",
+            "nll: only retain and unwanted tokens can be compared to the starting",
         ),
         (
             [changed(NLL, target=target, start=True)],
             "nll: the starting model's log-probabilities are there for",
         ),
+        ([STATES, changed(STATES, name="other", depth=0.5)], "other: states of one layer are looked at"),
         ([changed(PAIRS, vectors="mean")], "pairs: give either score or vectors"),
         ([changed(PAIRS, score=None)], "pairs: give either score or vectors"),
         ([changed(VECTORS, loss=loss)], "npair: vectors are compared by an NPair"),
@@ -81,6 +83,19 @@ def test_terms_that_do_not_go_together_are_one_line_that_names_the_objective_and
 def test_terms_that_go_together_are_taken_as_they_are(terms) -> None:
     assert set(made_of(*terms).every) == set(terms)
     assert made_of(*terms).weights == {term.name: term.weight for term in terms}
+
+
+@pytest.mark.parametrize(
+    ("settings", "fault"),
+    [
+        ({"depth": 0.0}, "depth is 0.0: give a number between 0 and 1"),
+        ({"steer": None}, "only retain tokens are compared to the starting model's states: give steer"),
+        ({"weight": -1.0}, "weight is -1.0: give a number from 0 on"),
+    ],
+)
+def test_a_term_on_states_that_can_t_be_is_one_line(settings, fault) -> None:
+    with pytest.raises(UserError, match=f"^states: {re.escape(fault)}$"):
+        changed(STATES, **settings)
 
 
 def test_a_term_with_position_weights_is_minimised_under_a_name_of_its_own() -> None:

@@ -21,7 +21,7 @@ from wpn_ds.objectives.terms import Terms
 from wpn_ds.objectives.wpn import WPN
 from wpn_ds.settings.lora import LoraConfig
 from wpn_ds.settings.parse import Setting, settings_of
-from wpn_ds.settings.run import Config, groups, parse_args
+from wpn_ds.settings.run import AWAY, Config, groups, parse_args
 
 ROOT = Path(__file__).parents[2]
 DEEPSPEED = ["--deepspeed", "ds_configs/zero3.json"]
@@ -65,6 +65,7 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "tokens_per_micro_batch": st.integers(1024, 10**9),
     "prompt_template": TEMPLATES,
     "redraw_template": TEMPLATES,
+    "redraw_wanted_template": TEMPLATES,
     "chat_date": st.dates().map(str),
     "redraw_ema": st.floats(0, 0.99),
     "redraw_tokens": st.integers(2, 10**6),
@@ -76,6 +77,7 @@ RANGES: dict[str, st.SearchStrategy[Any]] = {
     "early_stopping": st.none(),
     "report_to": st.sampled_from(["none", "tensorboard", "wandb,mlflow"]),
     "retain_bound": st.floats(1, 100),
+    "rmu_depth": st.floats(0.01, 0.99),
     "lora_dropout": st.floats(0, 0.99),
     "lora_target": st.lists(st.text(min_size=1), min_size=1, max_size=3),
     "wpn_weight": st.floats(0.5, 100),
@@ -104,6 +106,14 @@ def with_effect(values: dict[str, Any]) -> dict[str, Any]:
         values.pop("forgotten_below", None)
     if not values.get("redraw_steps"):
         values = {name: value for name, value in values.items() if not name.startswith("redraw_")}
+    if values.get("global_batch_size") == 1:
+        values.pop("meta_learning_rate", None)
+    for other in [name for name in AWAY if values.get(name)][1:]:
+        values.pop(other)
+    if not values.get("adversary_steps"):
+        values.pop("adversary_learning_rate", None)
+    if values["objective"] in ("ceu", "pdu", "undial"):  # they compare unwanted tokens to something else
+        values.pop("ascent_weight", None)
     if not values.get("lora_r"):
         adapters = {entry.name for entry in dataclasses.fields(LoraConfig)}
         values = {name: value for name, value in values.items() if name not in adapters}
@@ -462,7 +472,10 @@ def test_a_value_that_a_setting_of_ones_own_allows_is_no_other_words_for_its_def
     [
         (("steepness", "seed"), "mine.py:Mine: seed is a flag of training already: take another name"),
         (("float = 2.0", "dict = None"), "mine.py:Mine: steepness is of a type that no flag can have"),
-        (("Role.UNWANTED", "Role.UNWANTED, 'start'"), "--objective mine.py:Mine: mine: only retain tokens can be"),
+        (
+            ("Role.UNWANTED", "Role.WANTED, 'start'"),
+            "mine.py:Mine: mine: only retain and unwanted tokens can",
+        ),
     ],
 )
 def test_what_an_objective_of_ones_own_may_not_have_is_one_line(own: Path, change: tuple[str, str], said: str) -> None:

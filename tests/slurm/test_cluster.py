@@ -96,6 +96,12 @@ def ranks_of(run: Path) -> list[int]:
     return found
 
 
+def node_of(pid: int) -> str:
+    """The node that a task of Slurm's runs on."""
+    variables = Path(f"/proc/{pid}/environ").read_text().split("\0")
+    return next(word.partition("=")[2] for word in variables if word.startswith("SLURMD_NODENAME="))
+
+
 def slowly(folder: Path) -> dict[str, str]:
     """An environment in which every step, and every file of a save, takes a tenth of a second longer: time to disturb
     them. SIGUSR2 makes a rank raise."""
@@ -190,9 +196,11 @@ def test_preempted_five_times_nothing_is_repeated_or_skipped(cluster, submit, re
             lambda n=number: len(starts(run)) > n, 120, lambda: f"not started again\n{logs(tmp_path)[-3000:]}"
         )
     assert cluster.wait(job)["JobState"] == "COMPLETED", logs(tmp_path)[-3000:]
-    assert int(cluster.job(job)["Restarts"]) == 5 and len(starts(run)) == 6
+    assert int(cluster.job(job)["Restarts"]) == 5
+    assert [start["ended"] for start in starts(run)] == ["", *["stopped by SIGUSR1"] * 5]
     log = logs(tmp_path)  # within the signal's lead, and not as the requeue took the step down
-    assert log.count("stopped by SIGUSR1") == 5 and "ended without a word" not in log
+    assert log.count("stopped by SIGUSR1: go on") == 5 and "ended without a word" not in log
+    assert "5 restarts (5 stopped by SIGUSR1)" in log  # the run's own summary
     assert all(log.index("stopped by") < at.start() for at in re.finditer("DUE TO JOB REQUEUE", log))
     told = [m["step"] for m in metrics(run) if "loss/total" in m]
     assert told == list(range(1, 61))
@@ -246,18 +254,18 @@ def test_resumed_on_another_number_of_nodes_the_data_order_is_kept(
     assert nearly_same(run, unbroken)
 
 
-def test_a_hung_rank_ends_the_step_with_every_stack(cluster, submit, recipe, tmp_path) -> None:
+def test_a_hung_rank_ends_the_step_with_every_stack_and_its_node_is_left_out(cluster, submit, recipe, tmp_path) -> None:
     hang = "import signal, time\nsignal.signal(signal.SIGUSR2, lambda *_: time.sleep(10**6))\n"
     env = slowly(tmp_path)
     with (tmp_path / "sitecustomize.py").open("a") as stream:
         stream.write(hang)
     run = tmp_path / "run"
     flags = [*recipe, "--max_steps", "80", "--output_dir", str(run), "--hang_timeout", "10"]
-    job = submit("opt-125m.sh", *flags, env=env)
+    job = submit("opt-125m.sh", *flags, env=env | {"WPN_SPARE_NODES": "1"}, sbatch=("--no-kill",), ranks=3)
     cluster.until(lambda: steps_done(run) >= 6, 120, lambda: logs(tmp_path)[-3000:])
     ranks = ranks_of(run)
     assert len(ranks) == 2
-    begun = time.monotonic()
+    begun, bad = time.monotonic(), node_of(ranks[1])
     os.kill(ranks[1], signal.SIGUSR2)
     cluster.until(
         lambda: len(starts(run)) == 2, 60, lambda: f"it hung on\n{logs(tmp_path)[-3000:]}"
@@ -270,6 +278,7 @@ def test_a_hung_rank_ends_the_step_with_every_stack(cluster, submit, recipe, tmp
     assert f'{tmp_path}/sitecustomize.py", line' in log  # where the one hung
     assert log.count('launch/train.py", line') == 2  # both whole, from the first call on
     assert took < 10 + 5 + 30
+    assert starts(run)[1]["ended"] == f"in the job: a rank hung on {bad}"
     assert cluster.wait(job)["JobState"] == "COMPLETED", logs(tmp_path)[-3000:]
 
 

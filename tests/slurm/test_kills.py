@@ -1,5 +1,6 @@
-"""Kills at random moments: a rank, the whole step, a node, within a save. Each run must go on by itself, and end with
-the very weights of a run that nothing disturbed. ``WPN_DS_KILLS`` says how many; ``make kills`` does 50.
+"""Kills at random moments: a rank, the whole step, a node, within a save. Each run must go on by itself, through the
+queue or in its job, and end with the very weights of a run that nothing disturbed. ``WPN_DS_KILLS`` says how many go
+through the queue; ``make kills`` does 50.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import pytest
 
 from tests.slurm.cluster import Cluster
 from tests.slurm.conftest import logs
-from tests.slurm.test_cluster import by_launcher, losses, ranks_of, same_weights, slowly, starts, steps_done
+from tests.slurm.test_cluster import by_launcher, losses, node_of, ranks_of, same_weights, slowly, starts, steps_done
 from wpn_ds.engine.checkpoint import complete
 
 pytestmark = pytest.mark.distributed
@@ -32,11 +33,11 @@ AGAIN = 0.2
 
 @dataclass
 class Kill:
-    """One kill: at which step, and after how many seconds the run was at work again (None: it was not)."""
+    """One kill: after how many seconds there were new ranks, and the run was at work again."""
 
     kind: str
-    step: int
-    back_after: float | None = None
+    ranks_after: float
+    back_after: float
 
 
 def moments(cluster: Cluster, job: str, run: Path, chance: random.Random) -> Iterator[None]:
@@ -59,11 +60,10 @@ def moments(cluster: Cluster, job: str, run: Path, chance: random.Random) -> Ite
         time.sleep(0.1)
 
 
-def strike(kind: str, cluster: Cluster, job: str, run: Path, chance: random.Random) -> tuple[str, str | None]:
-    """(the kind of kill that it was, the name of the node that was lost if one was)."""
+def strike(kind: str, run: Path, chance: random.Random, cluster: Cluster, keep: str) -> tuple[str, str | None]:
+    """(the kind of kill that it was, the name of the node that was lost if one was; that is not ``keep``)."""
     if kind == "a node":
-        nodes = cluster.run("scontrol", "show", "hostnames", cluster.job(job)["NodeList"]).stdout.split()
-        lost = chance.choice(nodes)
+        lost = chance.choice([node for node in map(node_of, ranks_of(run)) if node != keep])
         cluster.power_off(lost)
         return kind, lost
     if kind == "as it starts":
@@ -83,42 +83,53 @@ def strike(kind: str, cluster: Cluster, job: str, run: Path, chance: random.Rand
     return kind, None
 
 
-def test_every_kill_is_survived_bit_for_bit(cluster, submit, recipe, job_env, tmp_path, capsys) -> None:
+@pytest.fixture(scope="module")
+def flags(recipe) -> list[str]:
+    return [*recipe, "--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--dropout", "0.1"]
+
+
+@pytest.fixture(scope="module")
+def calm(flags, job_env, tmp_path_factory) -> Path:
+    return by_launcher(2, flags, tmp_path_factory.mktemp("calm") / "run", job_env)
+
+
+@pytest.mark.parametrize("spares", [0, 1], ids=["through the queue", "in the job"])
+def test_every_kill_is_survived_bit_for_bit(cluster, submit, flags, calm, tmp_path, capsys, spares) -> None:
     chance = random.Random(20240809)
-    flags = [*recipe, "--max_steps", str(STEPS), "--save_steps", str(SAVE_STEPS), "--dropout", "0.1"]
-    calm = by_launcher(2, flags, tmp_path / "calm", job_env)
-    env, kills, runs = slowly(tmp_path), [], 0
-    while len(kills) < KILLS:
+    env, kills, runs = slowly(tmp_path) | {"WPN_SPARE_NODES": str(spares)}, [], 0
+    number = max(KILLS // 5, len(KINDS) - 1) if spares else KILLS  # the fewer are enough: what restarts is the same
+    while len(kills) < number:
         runs += 1
         run = tmp_path / f"run-{runs}"
-        job = submit("opt-125m.sh", *flags, "--output_dir", str(run), env=env)
+        sbatch = ("--no-kill",) * spares
+        job = submit("opt-125m.sh", *flags, "--output_dir", str(run), env=env, ranks=2 + spares, sbatch=sbatch)
         for _ in moments(cluster, job, run, chance):
-            if len(kills) >= KILLS:
+            if len(kills) >= number:
                 continue
             kinds = chance.choices(KINDS, SHARES) + ["as it starts"] * (chance.random() < AGAIN)
-            for kind in kinds[: KILLS - len(kills)]:
-                before = len(starts(run))
-                kill = Kill(kind, steps_done(run))
-                kills.append(kill)
-                begun = time.monotonic()
-                kill.kind, lost = strike(kind, cluster, job, run, chance)
-                cluster.until(
-                    lambda run=run, n=before: len(starts(run)) > n,
-                    180,
-                    lambda kind=kind: f"{kind} was killed and nothing went on\n{logs(tmp_path)[-4000:]}",
-                )
-                kill.back_after = time.monotonic() - begun
+            if len(kills) < len(KINDS) - 1:  # one of each at first
+                kinds = [KINDS[len(kills)]]
+            for kind in kinds[: number - len(kills)]:
+                before, old = len(starts(run)), set(ranks_of(run))
+                keep = cluster.job(job)["BatchHost"] if spares else ""
+                kind, lost = strike(kind, run, chance, cluster, keep)
+                begun, otherwise = time.monotonic(), f"{kind} was killed and nothing went on"
+                cluster.until(lambda run=run, old=old: set(ranks_of(run)) - old, 180, otherwise)
+                launched = time.monotonic() - begun
+                cluster.until(lambda run=run, n=before: len(starts(run)) > n, 180, otherwise)
+                kills.append(Kill(kind, launched, time.monotonic() - begun))
                 if lost is not None:
                     cluster.power_on(lost)
-        assert cluster.wait(job)["JobState"] == "COMPLETED", logs(tmp_path)[-4000:]
+        ended = cluster.wait(job)
+        assert ended["JobState"] == "COMPLETED" and (not spares or ended["Restarts"] == "0"), logs(tmp_path)[-4000:]
         assert losses(run) == losses(calm) and same_weights(run, calm), f"run {runs} differs from the unbroken one"
     cluster.until(lambda: cluster.idle() == 4, 90, "a node did not come back")
     with capsys.disabled():
-        print(f"\n{len(kills)} kills in {runs} runs; every run ended with the weights of the unbroken one")
-        print(f"{'killed':<15} {'times':>5} {'went on':>8} {'after s, median (longest)':>26}")
+        way = "in the job" if spares else "through the queue"
+        print(f"\n{len(kills)} kills in {runs} runs, {way}; every run ended with the weights of the unbroken one")
+        print(f"{'seconds, median (longest), from':<32} {'times':>5} {'to new ranks':>14} {'until at work':>14}")
         for kind in KINDS:
-            times = [kill.back_after for kill in kills if kill.kind == kind]
-            back = [seconds for seconds in times if seconds is not None]
-            if times:
-                middle = f"{statistics.median(back):.0f} ({max(back):.0f})" if back else "-"
-                print(f"{kind:<15} {len(times):>5} {len(back):>8} {middle:>26}")
+            of_kind = [kill for kill in kills if kill.kind == kind]
+            both = [[kill.ranks_after for kill in of_kind], [kill.back_after for kill in of_kind]]
+            told = [f"{statistics.median(times):.1f} ({max(times):.1f})" for times in both if times]
+            print(f"{kind:<32} {len(of_kind):>5} " + " ".join(f"{text:>14}" for text in told))

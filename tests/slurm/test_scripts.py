@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -13,7 +14,7 @@ import pytest
 import yaml
 
 from tests.conftest import ROOT
-from wpn_ds.tools import estimate
+from wpn_ds.tools.estimate import command as estimate
 
 SLURM = ROOT / "slurm"
 MODELS = sorted(path for pattern in ("opt-*.sh", "gpt-neo-*.sh") for path in SLURM.glob(pattern))
@@ -80,6 +81,15 @@ def test_the_value_of_a_flag(arguments, value) -> None:
         cwd=ROOT,
     )
     assert done.stdout.strip() == value, done.stderr
+
+
+def test_a_checkpoint_is_this_jobs_if_its_manifest_says_so_whatever_the_clocks_say(tmp_path) -> None:
+    manifest = tmp_path / "run" / "checkpoint-4" / "trainer_state.json"
+    manifest.parent.mkdir(parents=True)
+    for job, found in (("12", 0), ("112", 1), ("12_1", 1)):
+        manifest.write_text(json.dumps({"step": 4, "job": job, "files": {}}, indent=2))
+        asked = ["bash", "-c", f'. slurm/common.sh; saved_by_this_job "{tmp_path}/run"']
+        assert subprocess.run(asked, cwd=ROOT, env=os.environ | {"SLURM_JOB_ID": "12"}).returncode == found, job
 
 
 def test_submit_and_tensorboard_refuse_what_is_not_there(tmp_path) -> None:

@@ -34,7 +34,7 @@ def quick(monkeypatch) -> None:
     monkeypatch.setattr(module, "BEAT", 0.1)
     monkeypatch.setattr(module, "SILENT", 2.0)
     monkeypatch.setattr(module, "_SETTLE", 0.05)
-    for name in ("WPN_JOB", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURMD_NODENAME"):
+    for name in ("WPN_JOB", "WPN_AGAIN", "SLURM_JOB_ID", "SLURM_RESTART_COUNT", "SLURMD_NODENAME"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -126,6 +126,15 @@ def test_a_job_that_slurm_started_again_follows_itself_at_once_on_any_node(path,
     assert not taken(path), "the same start of the job: its other step may live"
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     assert taken(path)
+
+
+def test_a_step_that_the_job_script_started_again_follows_the_one_before(path, monkeypatch) -> None:
+    held_by(path, job="12", restart=1, again=1)
+    monkeypatch.setenv("SLURM_JOB_ID", "12")
+    for restart, again, may in (("1", "1", False), ("0", "2", False), ("1", "2", True)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", restart)
+        monkeypatch.setenv("WPN_AGAIN", again)
+        assert taken(path) == may, (restart, again)
 
 
 def test_another_machines_lock_is_waited_for_until_its_silence_is_long_enough(path) -> None:

@@ -114,12 +114,29 @@ def test_figures_are_means_over_the_seeds_that_ended_with_a_model() -> None:
     assert gain["low"] < gain["value"] == 0.25 < gain["high"] and default["against_default"] == {}
 
 
-def test_the_interval_is_that_of_the_mean_rate_and_not_of_a_rounded_count() -> None:
+def test_an_interval_is_that_of_the_mean_rate_over_prompts_and_wider_where_seeds_differ() -> None:
+    (alike,) = result(evaluation("xxx"), [line("default", *map(evaluation, ("hxx", "xhx")))])["rows"]
+    heldout = alike["suites"]["heldout"]
+    assert (heldout["n"], heldout["harmless"], heldout["answers"]) == (3, 2, 6)
+    assert (heldout["harmless_low"], heldout["harmless_high"]) == wilson_interval(1, 3)
     found = result(evaluation("xxx"), [line("default", *map(evaluation, ("hxx", "hhx", "hhx", "xhx")))])
     heldout = found["rows"][0]["suites"]["heldout"]
-    assert (heldout["harmless"], heldout["answers"], heldout["harmless_rate"]) == (6, 12, 0.5)
-    assert (heldout["harmless_low"], heldout["harmless_high"]) == wilson_interval(1.5, 3)
+    assert (heldout["n"], heldout["harmless"], heldout["answers"], heldout["harmless_rate"]) == (3, 6, 12, 0.5)
+    low, high = wilson_interval(1.5, 3)
+    assert heldout["harmless_low"] < low and heldout["harmless_high"] > high
     assert "each by itself" in markdown(found), "many intervals, and some miss by chance"
+
+
+def test_a_difference_to_the_default_counts_how_much_the_seeds_of_both_differ() -> None:
+    def width(*lines: Line) -> float:
+        gain = result(evaluation("x" * 8), lines)["rows"][1]["against_default"]["heldout"]
+        assert gain["value"] == pytest.approx(0.5) and gain["n"] == 8
+        return gain["high"] - gain["low"]
+
+    one = width(line("default", evaluation("x" * 8)), line("other", evaluation("h" * 4 + "x" * 4), a=1))
+    apart = [evaluation("h" * count + "x" * (8 - count)) for count in (2, 4, 6)]
+    assert width(line("default", evaluation("x" * 8)), line("other", *apart, a=1)) > 1.2 * one
+    assert width(line("default", evaluation("x" * 8)), line("other", *[apart[1]] * 3, a=1)) == one
 
 
 def test_a_row_without_any_model_is_in_the_table_and_says_why(tmp_path) -> None:

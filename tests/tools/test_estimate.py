@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
+import operator
 import subprocess
 import sys
 from pathlib import Path
@@ -31,18 +33,21 @@ from wpn_ds.errors import UserError
 from wpn_ds.models.adapters import attach
 from wpn_ds.models.sizes import KNOWN, Architecture, architecture, from_config
 from wpn_ds.settings.lora import LoraConfig
-from wpn_ds.tools import estimate
-from wpn_ds.tools.estimate import (
+from wpn_ds.tools.estimate import command
+from wpn_ds.tools.estimate.changes import changes
+from wpn_ds.tools.estimate.memory import (
+    HEAD_CHUNK,
+    NF4_BYTES,
     Job,
     activation_bytes,
-    changes,
-    communication,
     fits,
     head_bytes,
+    host_memory,
     memory,
     states_bytes,
     total,
 )
+from wpn_ds.tools.estimate.network import communication, seconds
 
 GIB = 2**30
 
@@ -165,7 +170,7 @@ def test_a_base_in_4_bits_has_the_bytes_that_bitsandbytes_gives_it() -> None:
     state = small.weight.quant_state
     parts = [small.weight.data, state.absmax, state.state2.absmax]
     held = sum(part.numel() * part.element_size() for part in parts)
-    assert held == pytest.approx(512 * 1024 * estimate.NF4_BYTES, rel=1e-3)
+    assert held == pytest.approx(512 * 1024 * NF4_BYTES, rel=1e-3)
 
 
 def test_only_linear_layers_are_in_4_bits(capsys: Any) -> None:
@@ -260,7 +265,7 @@ def test_the_peak_of_the_head_is_between_60_and_110_percent_of_the_formula(bf16:
     ids = torch.randint(0, vocab, (labels,))
     with Peak([hidden, weight, ids]) as peak:
         states, of_states, of_weight = hidden + 0, [], torch.zeros(vocab, width)
-        for rows, target in zip(states.split(estimate.HEAD_CHUNK), ids.split(estimate.HEAD_CHUNK), strict=True):
+        for rows, target in zip(states.split(HEAD_CHUNK), ids.split(HEAD_CHUNK), strict=True):
             logits = F.linear(rows, weight).float()
             delta = logits.softmax(-1)
             del logits
@@ -277,7 +282,7 @@ def test_the_peak_of_the_head_is_between_60_and_110_percent_of_the_formula(bf16:
 def test_the_heads_chunk_is_the_trainers() -> None:
     from wpn_ds.models.packed import CHUNK
 
-    assert estimate.HEAD_CHUNK == CHUNK
+    assert HEAD_CHUNK == CHUNK
 
 
 # Measured: a real DeepSpeed
@@ -343,17 +348,29 @@ def test_what_is_offloaded_is_held_outside_the_gpu_instead() -> None:
     kept, moved = job(), job(zero=zero)
     states = states_bytes(kept)
     assert memory(kept).keys() - memory(moved).keys() == {"weights", "gradients", "optimizer"}
-    assert estimate.host_memory(kept) == {}
-    assert estimate.host_memory(moved) == {
+    assert host_memory(kept) == {}
+    assert host_memory(moved) == {
         "cpu": 8 * (states["weights"] + states["gradients"]),
         "nvme": 8 * states["optimizer"],
     }
 
 
+def test_weights_that_move_are_kept_where_they_lie_each_rank_its_share() -> None:
+    offloaded = {"stage": 3, "offload_param": {"device": "cpu"}}
+    for zero in ({"stage": 0}, {"stage": 1}, {"stage": 3}, offloaded):
+        plain, moved = job(zero=zero, bf16=True), job(zero=zero, bf16=True, moves=1)
+        share = 2 * math.ceil(plain.model.parameters / (8 if zero["stage"] else 1))
+        here = 0 if zero is offloaded else share
+        assert total(moved) - total(plain) == here
+        outside = (host_memory(one).get("cpu", 0) for one in (moved, plain))
+        assert operator.sub(*outside) == 8 * (share - here)
+        assert memory(dataclasses.replace(moved, moves=2))["moved weights"] == here + 2 * share
+
+
 def test_one_rank_sends_nothing_and_hpz_spares_the_network_between_nodes() -> None:
     assert communication(job(gpus_per_node=1)) == {}
     plain, hpz = (job("opt-30b", nodes=4, zero={"stage": 3, "zero_hpz_partition_size": size}) for size in (1, 8))
-    assert estimate.seconds(hpz, 2400, 200) < estimate.seconds(plain, 2400, 200)
+    assert seconds(hpz, 2400, 200) < seconds(plain, 2400, 200)
     assert total(hpz) > total(plain)
 
 
@@ -378,7 +395,7 @@ def test_changes_come_in_their_order_each_saves_and_they_end_once_the_job_fits(g
 
 
 def run(*arguments: str, capsys: Any) -> tuple[int, str]:
-    code = estimate.run(arguments)
+    code = command.run(arguments)
     return code, capsys.readouterr().out
 
 
@@ -441,7 +458,7 @@ def test_every_shipped_file_is_estimated_where_its_folders_are_not_there(
 )
 def test_a_mistake_is_one_line(flags: list[str], said: str) -> None:
     with pytest.raises(UserError) as caught:
-        estimate.run(flags)
+        command.run(flags)
     assert said in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -450,7 +467,7 @@ def test_a_bad_flag_is_named(flags: list[str]) -> None:
     with pytest.raises(
         UserError, match=rf"^{flags[0]} must be .*, got '{flags[1]}'$" if flags else "^--model is missing"
     ):
-        estimate.run([*flags, "--model", "opt-1.3b"] if flags else [])
+        command.run([*flags, "--model", "opt-1.3b"] if flags else [])
 
 
 def test_a_known_model_is_answered_without_torch_transformers_or_deepspeed() -> None:

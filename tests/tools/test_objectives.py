@@ -31,7 +31,10 @@ def test_a_row_of_flags_names_whose_they_are_and_who_has_another_default(capsys)
     main(["objectives", "--markdown"])
     lines = capsys.readouterr().out.splitlines()
     assert "| `--preference_weight` | altpo, c3po, dpo, idkdpo, neat, npo, simnpo | 1 (simnpo: 0.125) |" in lines
-    assert "| `--retain_weight` | all | 1 (ga: 0) |" in lines and "| `--gamma` | simnpo | 0 |" in lines
+    assert (
+        "| `--retain_weight` | all | 1 (ceu, ga, undial: 0; pdu: 100; rmu: 1200; satimp: 0.1) |" in lines
+        and "| `--gamma` | simnpo | 0 |" in lines
+    )
 
 
 def test_the_tables_of_the_page_are_those_that_the_command_prints(capsys) -> None:

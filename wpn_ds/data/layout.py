@@ -16,7 +16,7 @@ from functools import lru_cache
 import numpy as np
 
 from wpn_ds.data.examples import ExampleSet
-from wpn_ds.data.plan import Item, MicroBatch, Row, Segment, StepPlan
+from wpn_ds.data.plan import Item, MicroBatch, Row, Segment, StepPlan, row_tokens, with_padding
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.objectives.terms import Role
 
@@ -34,15 +34,17 @@ def retain_seed(seed: int, order_format: int) -> int:
 
 
 @lru_cache(maxsize=4)
-def example_order(seed: int, epoch: int, n: int) -> tuple[int, ...]:
+def example_order(seed: int, epoch: int, n: int) -> np.ndarray:
     """A permutation of ``range(n)`` that depends on nothing but its arguments."""
-    return tuple(np.random.default_rng([seed, epoch]).permutation(n).tolist())
+    order = np.random.default_rng([seed, epoch]).permutation(n)
+    order.flags.writeable = False  # the next call returns it, too
+    return order
 
 
 def step_indices(step: int, per_step: int, n: int, seed: int) -> list[int]:
     """The examples of optimizer step ``step`` (from 0): the next ``per_step`` of the endless sequence of epochs."""
     places = range(step * per_step, (step + 1) * per_step)
-    return [example_order(seed, place // n, n)[place % n] for place in places] if n else []
+    return [int(example_order(seed, place // n, n)[place % n]) for place in places] if n else []
 
 
 def plan_step(
@@ -52,25 +54,38 @@ def plan_step(
     layout: Layout,
     *,
     roles: frozenset[Role],
+    halves: bool = False,
 ) -> StepPlan:
-    """Lay out one step. ``roles``: whose segments are forwarded."""
+    """Lay out one step. ``roles``: whose segments are forwarded; ``halves``: the first half of the forget examples, the
+    smaller one if their number is odd, is a set of its own, the support: its micro-batches are the first ones, then
+    come those of the others, the query, and no answer of one half is compared to one of the other."""
     chosen = [examples.forget[i] for i in forget_indices]
     wanted = [(e, answer) for e, example in enumerate(chosen) for answer in example.wanted]
     unwanted = [(e, answer) for e, example in enumerate(chosen) for answer in example.unwanted]
-    items = [
-        Item(answer.segment, role, k)
+    cut = len(chosen) // 2 if halves else 0
+    forget = [
+        (e, Item(answer.segment, role, k))
         for role, answers in ((Role.WANTED, wanted), (Role.UNWANTED, unwanted))
-        for k, (_, answer) in enumerate(answers)
+        for k, (e, answer) in enumerate(answers)
+        if role in roles
     ]
-    items += [Item(examples.retain[i], Role.RETAIN, i) for i in retain_indices]
+    support, query = [item for e, item in forget if e < cut], [item for e, item in forget if e >= cut]
+    retain = [Item(examples.retain[i], Role.RETAIN, i) for i in retain_indices if Role.RETAIN in roles]
 
     texts = [frozenset(answer.text_id for answer in example.wanted) for example in chosen]
     example = np.array([e for e, _ in wanted], dtype=np.int64)
     unwanted_example = np.array([e for e, _ in unwanted], dtype=np.int64)
-    unwanted_texts = np.array([answer.text_id for _, answer in unwanted], dtype=np.int64)
-    by_example = np.array([~np.isin(unwanted_texts, list(t)) for t in texts], dtype=bool)
-    negative_mask = by_example.reshape(len(chosen), len(unwanted))[example]
-    micro_batches = layout.micro_batches([item for item in items if item.role in roles])
+    columns: dict[int, list[int]] = {}
+    for column, (_, answer) in enumerate(unwanted):
+        columns.setdefault(answer.text_id, []).append(column)
+    negative_mask = np.ones((len(wanted), len(unwanted)), dtype=bool)
+    for row, (e, _) in enumerate(wanted):  # most texts are nobody's unwanted answer
+        negative_mask[row, [column for text in texts[e] for column in columns.get(text, ())]] = False
+    if halves:
+        negative_mask &= (example < cut)[:, None] == (unwanted_example < cut)[None, :]
+    apart = [layout.micro_batches(support)] if halves else []
+    together = zip(*apart, layout.micro_batches(query + retain), strict=True)
+    micro_batches = [[micro_batch for part in parts for micro_batch in part] for parts in together]
     flat = [micro_batch for rank in micro_batches for micro_batch in rank]
     return StepPlan(
         wanted_ids=np.array([answer.answer_id for _, answer in wanted], dtype=np.int64),
@@ -84,8 +99,9 @@ def plan_step(
             Role.RETAIN: sum(examples.retain[i].answer_length for i in retain_indices),
         },
         tokens=sum(i.tokens for rows in flat for row in rows for i in row if i.role is not Role.DEAD),
-        padded_tokens=sum(_padded_tokens(micro_batch) for micro_batch in flat),
+        padded_tokens=sum(with_padding(micro_batch) for micro_batch in flat),
         micro_batches=micro_batches,
+        support=len(apart[0][0]) if halves else 0,
     )
 
 
@@ -154,10 +170,10 @@ class Layout:
         """
         groups = self._groups(self._rows(items))
         while len(groups) % self.world_size and any(len(group) > 1 for group in groups):
-            largest = max(range(len(groups)), key=lambda g: (len(groups[g]) > 1, _padded_tokens(groups[g]), -g))
+            largest = max(range(len(groups)), key=lambda g: (len(groups[g]) > 1, with_padding(groups[g]), -g))
             group = groups.pop(largest)
             groups += [group[: len(group) // 2], group[len(group) // 2 :]]
-        groups.sort(key=lambda group: -_padded_tokens(group))
+        groups.sort(key=lambda group: -with_padding(group))
         groups += [(dead_row(),)] * (-len(groups) % self.world_size or (0 if groups else self.world_size))
         return [groups[rank :: self.world_size] for rank in range(self.world_size)]
 
@@ -202,14 +218,6 @@ def _common_beginning(items: Sequence[Item]) -> int:
 def dead_row() -> Row:
     """A row that is computed but counts for nothing."""
     return (Item(Segment((0,), 0, 1), Role.DEAD, -1),)
-
-
-def row_tokens(row: Row) -> int:
-    return sum(item.tokens for item in row)
-
-
-def _padded_tokens(group: MicroBatch) -> int:
-    return len(group) * max(row_tokens(row) for row in group)
 
 
 def pack(lengths: Sequence[int], capacity: int) -> list[list[int]]:

@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from wpn_ds.data.shapes import columns_of, renamed
-from wpn_ds.data.sources import DataError, Problems, Row, file_rows, is_saved
+from wpn_ds.data.sources import DataError, Problems, Row, data_files, file_rows, is_saved
+from wpn_ds.system.files import sha256
 
 Part = Literal["train", "retain", "validation"]
 
@@ -43,6 +44,20 @@ class Origin:
     def flag(self) -> str:
         """That of the columns; "" where there is none."""
         return "" if self.prefix is None else f"--{self.prefix}columns"
+
+    def identity(self) -> list[Any]:
+        """What tells these data from others, in whatever way they come: all that reading them depends on, with the
+        contents of files as checksums.
+
+        Raises:
+            OSError: a file can't be read.
+            DataError: `datasets` can't load the data set.
+        """
+        if self.dataset is not None:
+            there = os.path.isdir(self.dataset)
+            return [self.named, dict(self.columns), self._load(self.dataset)._fingerprint, _sums(self.dataset, there)]
+        files = [file for path in self.files for file in data_files(path, Problems())]
+        return [self.named, dict(self.columns), [_sums(file, True) for file in files]]
 
     def rows(self, problems: Problems) -> Iterator[tuple[str, Row]]:
         """(source, row) of everything, columns by our names. The source is as :func:`file_rows` has it, or
@@ -96,6 +111,14 @@ class Origin:
         if self.split not in splits:
             raise DataError(f"{flags}: there is no such split, only {', '.join(splits)}")
         return splits[self.split].with_format(None)
+
+
+def _sums(path: str | Path, local: bool) -> list[tuple[str, str]]:
+    """(path, checksum) of a file, or of all files in a folder."""
+    if not local:
+        return []
+    files = sorted(file for file in Path(path).rglob("*") if file.is_file()) if os.path.isdir(path) else [Path(path)]
+    return [(str(file), sha256(file)) for file in files]
 
 
 def origin_of(settings: Mapping[str, Any], part: Part) -> Origin:

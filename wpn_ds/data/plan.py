@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -61,6 +62,15 @@ Row = tuple[Item, ...]
 MicroBatch = tuple[Row, ...]
 
 
+def row_tokens(row: Row) -> int:
+    return sum(item.tokens for item in row)
+
+
+def with_padding(micro_batch: MicroBatch) -> int:
+    """Tokens of its rows, all as long as the longest."""
+    return len(micro_batch) * max(row_tokens(row) for row in micro_batch)
+
+
 @dataclass(frozen=True)
 class StepPlan:
     """One optimizer step, as every rank sees it.
@@ -76,6 +86,8 @@ class StepPlan:
         tokens: real tokens of all ranks' rows; a shared prompt counts once.
         padded_tokens: the same with padding and dead rows.
         micro_batches: [rank][k].
+        support: how many of each rank's micro-batches, its first ones, are of the support half of the examples; 0: the
+            step is not in halves.
     """
 
     wanted_ids: np.ndarray
@@ -87,10 +99,20 @@ class StepPlan:
     tokens: int
     padded_tokens: int
     micro_batches: list[list[MicroBatch]]
+    support: int = 0
+
+    def load(self, rank: int) -> int:
+        """The part of ``padded_tokens`` that one rank computes."""
+        return sum(with_padding(micro_batch) for micro_batch in self.micro_batches[rank])
 
     def roles(self, k: int) -> frozenset[Role]:
         """The roles in any rank's micro-batch ``k``."""
         return frozenset(item.role for rank in self.micro_batches for row in rank[k] for item in row)
+
+    def items(self, which: Iterable[int], role: Role) -> np.ndarray:
+        """[n] the indices of the items of ``role`` in any rank's micro-batches of these numbers, in rising order."""
+        rows = (row for k in which for rank in self.micro_batches for row in rank[k])
+        return np.array(sorted(item.index for row in rows for item in row if item.role is role), dtype=np.int64)
 
     def mask(self, pairs: str) -> np.ndarray:
         """[n_wanted, n_unwanted] True where the two are compared, by :attr:`OnAnswers.pairs`."""

@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import re
 import secrets
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from functools import cached_property
 from itertools import takewhile
 from typing import Any
@@ -52,18 +52,21 @@ class SpecialTokens:
         """``text`` with what is marked spelt out again."""
         return _MARK.sub(lambda found: [_KEY, *self._names][int(found[1])], text)
 
-    def ids(self, text: str) -> list[int]:
-        """The tokens of a text with marks, and none that the tokenizer would put around it."""
-        if self._is_marked(text):
-            copy, ids = self._copy
-            read = copy.encode(self._for_copy(text), add_special_tokens=False).ids
-            return [ids.get(token, token) for token in read]
-        return list(self._tokenizer(self.unmarked(text), add_special_tokens=False)["input_ids"])
+    def ids(self, texts: Sequence[str]) -> list[list[int]]:
+        """The tokens of texts with marks, and none that the tokenizer would put around them; in one call, which takes
+        as many cores as there are."""
+        plain = [self.unmarked(text) for text in texts if not self._is_marked(text)]
+        read = iter(self._tokenizer(plain, add_special_tokens=False)["input_ids"] if plain else ())
+        return [self._marked_ids(text) if self._is_marked(text) else list(next(read)) for text in texts]
+
+    def _marked_ids(self, text: str) -> list[int]:
+        copy, ids = self._copy
+        return [ids.get(token, token) for token in copy.encode(self._for_copy(text), add_special_tokens=False).ids]
 
     def tokens_before(self, text: str, begins: int) -> int:
         """How many tokens of a text with marks end at or before its character ``begins``."""
         if not getattr(self._tokenizer, "is_fast", False):  # no offsets: as many as the text up to there begins with
-            pairs = zip(self.ids(text), self.ids(text[:begins]), strict=False)
+            pairs = zip(*self.ids([text, text[:begins]]), strict=False)
             return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         if self._is_marked(text):
             offsets = self._copy[0].encode(self._for_copy(text), add_special_tokens=False).offsets

@@ -5,7 +5,7 @@ template, tokenised as a whole, and cut where the answer begins. So an answer's 
 the token that ends its turn are those that the model reads when somebody else writes the same conversation.
 
 The tokenizer is passed in; of transformers' interface this module knows ``__call__``, ``eos_token_id`` and, for chat
-templates, ``chat_template`` and ``apply_chat_template``.
+templates, ``chat_template`` and ``apply_chat_template``. It is called with many texts at a time.
 """
 
 from __future__ import annotations
@@ -14,9 +14,10 @@ import contextlib
 import datetime
 import string
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import chain
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
 from wpn_ds.data.plan import Segment
@@ -24,6 +25,15 @@ from wpn_ds.data.shapes import Message, Prompt
 from wpn_ds.data.special import SpecialTokens
 from wpn_ds.errors import UserError
 from wpn_ds.settings.style import AUTO, PLAIN_TEMPLATE, PromptStyle
+
+
+class Text(NamedTuple):
+    """What a segment is made of: an answer with its prompt, or plain text (``prompt`` None); ``source``: where it is
+    from, for errors."""
+
+    prompt: Prompt | None
+    answer: str
+    source: str = ""
 
 
 class EncodedPrompt(NamedTuple):
@@ -50,7 +60,7 @@ def render_prompt(prompt: Prompt, tokenizer: Any, style: PromptStyle | str) -> s
 def encoded_prompt(prompt: Prompt, tokenizer: Any, style: PromptStyle | str, max_length: int) -> EncodedPrompt:
     """A prompt as :func:`encode_prompt` reads it, with what happened to it."""
     writer = _writer(tokenizer, _style(style))
-    bos, ids = writer.asked(prompt).tokens
+    bos, ids = writer.asked([prompt])[prompt].tokens
     room = _prompt_room(max_length, bos)
     return EncodedPrompt([*bos, *ids[-room:]], len(bos), len(ids) > room)
 
@@ -69,8 +79,50 @@ def encode_pair(prompt: Prompt, answer: str, tokenizer: Any, style: PromptStyle 
 
     An answer that doesn't fit in ``max_length`` loses its end, and then has no such token.
     """
+    return encode_texts([Text(prompt, answer)], tokenizer, style, max_length)[0]
+
+
+def encode_answer(
+    prompt: Prompt | None, answer: str, tokenizer: Any, style: PromptStyle | str, max_length: int
+) -> Segment:
+    """A pair; or plain text, where ``answer`` has no prompt."""
+    return encode_texts([Text(prompt, answer)], tokenizer, style, max_length)[0]
+
+
+def encode_text(text: str, tokenizer: Any, max_length: int, style: PromptStyle | None = None) -> Segment:
+    """Plain text: the tokenizer's BOS (if any) and the text; every token but the first is predicted. No EOS."""
+    return encode_texts([Text(None, text)], tokenizer, style or PromptStyle(), max_length)[0]
+
+
+def encode_texts(texts: Sequence[Text], tokenizer: Any, style: PromptStyle | str, max_length: int) -> list[Segment]:
+    """The segment of each of ``texts``, as :func:`encode_pair` and :func:`encode_text` have it. The tokenizer reads all
+    of them in one call, on as many cores as it takes.
+
+    Raises:
+        UserError: the chat template refuses a prompt; names its source.
+    """
     writer = _writer(tokenizer, _style(style))
-    (bos, ids), start = writer.conversation(prompt, answer)
+    prompts = {text.prompt: text.source for text in reversed(texts) if text.prompt is not None}
+    asked = writer.asked(prompts, prompts)
+    written = []
+    for prompt, answer, source in texts:
+        with naming(source):
+            written.append(writer.marked(answer) if prompt is None else writer.written(prompt, answer))
+    segments = []
+    for (prompt, answer, source), text, ids in zip(texts, written, writer.special.ids(written), strict=True):
+        if prompt is None:
+            ids = [*_bos_ids(tokenizer), *ids]
+            segments.append(Segment(tuple(ids[:max_length]), 1, 1, answer_truncated=len(ids) > max_length))
+        else:
+            with naming(source):
+                tokens, start = writer.conversation(prompt, answer, text, ids, asked[prompt])
+            segments.append(_segment(tokens, start, asked[prompt].tokens, max_length))
+    return segments
+
+
+def _segment(tokens: _Tokens, start: int, asked: _Tokens, max_length: int) -> Segment:
+    """A conversation's, of whose own tokens the first ``start`` are its prompt's."""
+    bos, ids = tokens
     room = _prompt_room(max_length, bos)
     prompt_ids = [*bos, *ids[:start][-room:]]
     answer_ids = ids[start:]
@@ -81,24 +133,8 @@ def encode_pair(prompt: Prompt, answer: str, tokenizer: Any, style: PromptStyle 
         answer_start=len(prompt_ids),
         prompt_truncated=start > room,
         answer_truncated=len(answer_ids) > left,
-        joined=(bos, ids[:start]) != writer.asked(prompt).tokens,
+        joined=(bos, ids[:start]) != asked,
     )
-
-
-def encode_answer(
-    prompt: Prompt | None, answer: str, tokenizer: Any, style: PromptStyle | str, max_length: int
-) -> Segment:
-    """A pair; or plain text, where ``answer`` has no prompt."""
-    if prompt is None:
-        return encode_text(answer, tokenizer, max_length, _style(style))
-    return encode_pair(prompt, answer, tokenizer, style, max_length)
-
-
-def encode_text(text: str, tokenizer: Any, max_length: int, style: PromptStyle | None = None) -> Segment:
-    """Plain text: the tokenizer's BOS (if any) and the text; every token but the first is predicted. No EOS."""
-    writer = _writer(tokenizer, style or PromptStyle())
-    ids = [*_bos_ids(tokenizer), *writer.special.ids(writer.marked(text))]
-    return Segment(tuple(ids[:max_length]), prompt_start=1, answer_start=1, answer_truncated=len(ids) > max_length)
 
 
 def turn_end(tokenizer: Any) -> int:
@@ -138,10 +174,12 @@ def spelt_special_tokens(texts: Iterable[str], tokenizer: Any) -> Counter[str]:
 
 @contextlib.contextmanager
 def naming(source: str) -> Iterator[None]:
-    """Errors about a record's text begin with where the record is."""
+    """Errors about a record's text begin with where the record is, if that is known."""
     try:
         yield
     except UserError as error:
+        if not source:
+            raise
         raise UserError(f"{source}: {error}") from error
 
 
@@ -188,6 +226,11 @@ class _Asked(NamedTuple):
     tokens: _Tokens
 
 
+_AllAsked = Mapping[Prompt, _Asked]
+#: Prompts that are kept from call to call, since every answer to a prompt asks for it.
+_REMEMBERED = 64
+
+
 def _writer(tokenizer: Any, style: PromptStyle) -> _Writer:
     return _writer_as_it_is(tokenizer, style, _state(tokenizer))
 
@@ -210,7 +253,7 @@ class _Writer:
         self._template = PLAIN_TEMPLATE if style.template == AUTO else style.template
         added = getattr(tokenizer, "added_tokens_decoder", {})
         self.special = SpecialTokens(tokenizer, {turn_end(tokenizer)} & added.keys())
-        self.asked = lru_cache(maxsize=64)(self._ask)  # every answer to a prompt asks for it
+        self._asked: dict[Prompt, _Asked] = {}
 
     def is_chat(self, prompt: Prompt) -> bool:
         """Whether the tokenizer's chat template writes the prompt.
@@ -232,24 +275,47 @@ class _Writer:
         """A user's text, in which a special token that it spells out will be read as text."""
         return text if self._style.parse_special_tokens else self.special.marked(text)
 
-    def conversation(self, prompt: Prompt, answer: str) -> tuple[_Tokens, int]:
-        """(the tokens of both, up to the one that ends the answer; how many of them are the prompt's, without BOS)."""
-        asked, answer = self.asked(prompt), self.marked(answer)
+    def asked(self, prompts: Collection[Prompt], sources: Mapping[Prompt, str] = MappingProxyType({})) -> _AllAsked:
+        """Each of ``prompts`` by itself, as it is asked; ``sources``: where they are, for errors."""
+        texts: dict[Prompt, str] = {}
+        found = {prompt: self._asked[prompt] for prompt in prompts if prompt in self._asked}
+        for prompt in prompts:
+            if prompt not in found:
+                with naming(sources.get(prompt, "")):
+                    texts[prompt] = self.text(prompt)
+        bos = _bos_ids(self._tokenizer)
+        for (prompt, text), ids in zip(texts.items(), self.special.ids([*texts.values()]), strict=True):
+            found[prompt] = _Asked(text, self._without_bos(ids) if self.is_chat(prompt) else _Tokens(bos, ids))
+        few = len(self._asked) + len(texts) <= _REMEMBERED
+        self._asked = self._asked | found if few else found
+        return found
+
+    def written(self, prompt: Prompt, answer: str) -> str:
+        """The text of both, with marks; in a chat with what the template writes after the answer."""
+        answer = self.marked(answer)
+        if self.is_chat(prompt):
+            return self._rendered(prompt, answer)
+        text = self._filled(prompt)
+        if text.endswith(" ") and answer.startswith(" "):
+            text = text.rstrip(" ")
+        return text + (answer if text[-1:].isspace() or answer[:1].isspace() else f" {answer}")
+
+    def conversation(
+        self, prompt: Prompt, answer: str, text: str, ids: list[int], asked: _Asked
+    ) -> tuple[_Tokens, int]:
+        """(the tokens of both, up to the one that ends the answer; how many of them are the prompt's, without BOS), of
+        what :meth:`written` wrote, ``text``, and its tokens ``ids``."""
         if not self.is_chat(prompt):
-            text = self._filled(prompt)
-            if text.endswith(" ") and answer.startswith(" "):
-                text = text.rstrip(" ")
-            text += answer if text[-1:].isspace() or answer[:1].isspace() else f" {answer}"
-            own = self.special.ids(text)
-            start = self._start(own, text, asked, len(asked.text))
-            return _Tokens(asked.tokens.bos, [*own, self._tokenizer.eos_token_id]), start
-        shape, text = _shape(self._tokenizer, _state(self._tokenizer)), self._rendered(prompt, answer)
-        (bos, own), ends = self._without_bos(self.special.ids(text)), len(text.removesuffix(shape.tail))
+            start = self._start(ids, text, asked, len(asked.text))
+            return _Tokens(asked.tokens.bos, [*ids, self._tokenizer.eos_token_id]), start
+        shape, answer = _shape(self._tokenizer, _state(self._tokenizer)), self.marked(answer)
+        (bos, own), ends = self._without_bos(ids), len(text.removesuffix(shape.tail))
         begins = len(asked.text) if text.startswith(asked.text) else text.rfind(answer.strip(), 0, ends)
         start = self._start(own, text, asked, begins, len(bos))
         if shape.end in own[start:]:  # and what stands after it, a line break, is nobody's answer
             return _Tokens(bos, own[: len(own) - own[::-1].index(shape.end)]), start
-        tokens = self._without_bos([*self.special.ids(text.rstrip()), shape.end])
+        (read,) = self.special.ids([text.rstrip()])
+        tokens = self._without_bos([*read, shape.end])
         return tokens, min(start, len(tokens.own) - 1)
 
     def _start(self, own: list[int], text: str, asked: _Asked, begins: int, bos: int = 0) -> int:
@@ -272,12 +338,6 @@ class _Writer:
             return self._rendered(prompt)
         # A space before the answer is part of the answer's first token, wherever the template's author has put it.
         return self._filled(prompt).rstrip(" ")
-
-    def _ask(self, prompt: Prompt) -> _Asked:
-        text = self.text(prompt)
-        ids = self.special.ids(text)
-        chat = self.is_chat(prompt)
-        return _Asked(text, self._without_bos(ids) if chat else _Tokens(_bos_ids(self._tokenizer), ids))
 
     def _without_bos(self, ids: list[int]) -> _Tokens:
         """A chat's tokens; BOS is there if the chat template wrote it."""

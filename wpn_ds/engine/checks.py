@@ -6,29 +6,29 @@ import contextlib
 import copy
 import os
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from deepspeed.monitor.utils import check_comet_availability, check_tb_availability, check_wandb_availability
 from deepspeed.runtime.config import DeepSpeedConfig
 from torch import Tensor
 
 from wpn_ds.data.examples import ExampleSet
-from wpn_ds.data.inspect import contradiction_note
-from wpn_ds.data.records import ForgetRecord, RetainRecord
 from wpn_ds.engine import hub
 from wpn_ds.engine.harmony import check_harmony
 from wpn_ds.engine.redraw import check_redraw
+from wpn_ds.engine.shards import check_movable
 from wpn_ds.engine.trackers import check_trackers
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, announce, on_main
 from wpn_ds.objectives.terms import NPair, OnAnswers, OnTokens, Terms
 from wpn_ds.settings.deepspeed import frozen_json, stage_of
 from wpn_ds.settings.lora import NOT_SHARDED
-from wpn_ds.settings.run import Config, UnlearningConfig
+from wpn_ds.settings.run import AWAY, Config, UnlearningConfig
 from wpn_ds.system.files import usable
 
 
@@ -41,14 +41,16 @@ def check(config: Config, ds_json: dict[str, Any], terms: Terms, lm_config: Any,
     on_main(world, lambda: check_trackers(config.logging.trackers))
     if (repo := config.logging.push_to_hub) is not None:
         on_main(world, lambda: check_hub(repo, world))
-    if terms.needs_start_distribution and unlearning.reference not in ("states", "topk"):
-        frozen_json(ds_json, unlearning.reference)
+    check_reference(unlearning, ds_json, terms)
     if config.lora.load_in_4bit:
         check_four_bits(ds_json, path)
     if unlearning.harmonise:
         check_harmony(ds_json, terms)
+    for flag in AWAY:
+        if getattr(unlearning, flag):
+            check_movable(f"--{flag}", ds_json, terms)
     if unlearning.redraw_steps:
-        check_redraw(unlearning.objective, unlearning.redraw_ema, ds_json, terms)
+        check_redraw(unlearning, ds_json, terms)
     if lm_config.get_text_config() is not lm_config and config.training.weight_decay:
         raise UserError(
             f"--weight_decay {config.training.weight_decay}: {lm_config.model_type} models have parts that texts don't "
@@ -56,11 +58,20 @@ def check(config: Config, ds_json: dict[str, Any], terms: Terms, lm_config: Any,
         )
 
 
-def notes_on(config: Config, terms: Terms, forget: Sequence[ForgetRecord], retain: Sequence[RetainRecord]) -> list[str]:
-    """What a user might not have meant."""
+def check_reference(o: UnlearningConfig, ds_json: dict[str, Any], terms: Terms) -> None:
+    """Raises UserError where --reference can't give what terms compare to."""
+    if o.reference == "topk" and any(term.lowered for term in terms.tokens):
+        raise UserError(
+            f"--reference topk: --objective {o.objective} lowers the logits of tokens that may not be among the "
+            "likeliest: give --reference states, or leave it out"
+        )
+    if terms.needs_start_distribution and o.reference not in ("states", "topk"):
+        frozen_json(ds_json, o.reference)
+
+
+def notes_on(config: Config, terms: Terms, *, retain: bool) -> list[str]:
+    """What a user might not have meant; ``retain``: whether there are retain data."""
     notes = []
-    if terms.compares_wanted and (note := contradiction_note(forget)):
-        notes.append(note)
     reference = config.unlearning.reference
     if reference != UnlearningConfig.reference and not terms.needs_start_distribution:
         notes.append(f"--reference {reference} does nothing: no term asks for the starting model's distribution")
@@ -72,11 +83,12 @@ def notes_on(config: Config, terms: Terms, forget: Sequence[ForgetRecord], retai
 
 def note_on_joined(examples: ExampleSet, tokenizer: Any) -> str:
     """A line on answers that are not read after the tokens of their prompt alone, with the first; empty without any."""
-    found = [segment for segment in examples.segments if segment.joined]
-    if not found:
+    found = np.flatnonzero(examples.segments.joined)
+    if not len(found):
         return ""
-    at = found[0].answer_start
-    before, after = tokenizer.decode(found[0].ids[max(0, at - 6) : at]), tokenizer.decode(found[0].ids[at : at + 6])
+    first = examples.segments[int(found[0])]
+    at = first.answer_start
+    before, after = tokenizer.decode(first.ids[max(0, at - 6) : at]), tokenizer.decode(first.ids[at : at + 6])
     return (
         f"{len(found)} of {len(examples.segments)} answers are not read after the tokens of their prompt alone, which "
         f"are what is asked: the tokenizer or its chat template writes both otherwise where the answer begins; the "
@@ -168,7 +180,8 @@ def try_out(terms: Terms, name: str) -> None:
     Raises:
         UserError: one fails, or returns what it must not; names the term.
     """
-    for term in terms.every:
+    tried: list[OnAnswers | OnTokens] = [*terms.answers, *terms.tokens]
+    for term in tried:
         try:
             fault = _of_target(term) if isinstance(term, OnTokens) else _of_loss(term)
         except Exception as error:

@@ -12,11 +12,14 @@ import torch
 from deepspeed.runtime.zero.partition_parameters import GatheredParameters
 from torch import Tensor
 
-from wpn_ds.engine.checkpoint import STATE, TrainerState, is_partitioned
+from wpn_ds.engine.checkpoint import STATE, TrainerState, await_listings, is_partitioned
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, busy, patiently
 from wpn_ds.models import adapters
 from wpn_ds.models.load import Source, load_model, load_tokenizer
+from wpn_ds.models.packed import train_only
+from wpn_ds.objectives.registry import find
+from wpn_ds.objectives.terms import Terms, flags
 from wpn_ds.settings.lora import LoraConfig
 from wpn_ds.system.files import filled
 
@@ -146,6 +149,11 @@ def export_checkpoint(
     if lora:
         adapters.attach(lm, lora, seed=0)
     weights = {name.removeprefix("lm."): w.to(lm.dtype) for name, w in _weights(path).items()}
+    if not lora and any(name not in weights for name, _ in lm.named_parameters()):
+        kind = find(settings["objective"])
+        terms = Terms.of(kind(**{flag.name: settings[flag.name] for flag in flags(kind) if flag.name in settings}))
+        if terms.depth is not None and terms.trained:
+            train_only(lm, terms.depth, terms.trained)
     own = {name for name, parameter in lm.named_parameters() if parameter.requires_grad}
     if missing := own - weights.keys():
         raise UserError(
@@ -153,12 +161,12 @@ def export_checkpoint(
         )
     tokenizer = load_tokenizer(_found(state, "tokenizer_name") or source.name_or_path, source)
     trained = {name: weights[name] for name in own}
+    whole = {name: weight.detach() for name, weight in lm.named_parameters()} | trained
     if lora:
-        whole = {name: weight.detach() for name, weight in lm.named_parameters()} | trained
         merge = lora.lora_merge if merge is None else merge
         _write_adapters(lm, tokenizer, whole if merge else trained, output_dir, source, {}, merge=merge)
     else:
-        _write_model(lm, tokenizer, trained, output_dir, {})
+        _write_model(lm, tokenizer, whole, output_dir, {})
 
 
 def _found(state: TrainerState, name: str) -> Any:
@@ -169,6 +177,7 @@ def _found(state: TrainerState, name: str) -> Any:
 
 def _weights(path: Path) -> dict[str, Tensor]:
     if is_partitioned(path):
+        await_listings(path)
         from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
 
         return get_fp32_state_dict_from_zero_checkpoint(str(path), tag=STATE)

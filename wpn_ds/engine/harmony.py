@@ -38,35 +38,36 @@ class Harmony:
 
         g = f - min(0, <f, r>) / |r|^2 r + r
 
-    over the whole model, both of one step. DeepSpeed sums a step's gradients in place, and the step's retain
-    micro-batches are its last ones: so f is what is there before them, and r what they add.
+    over the whole model, both of one step. DeepSpeed sums a step's gradients in place, and all micro-batches of the one
+    precede those of the other: so one is what is there at the turn, and the other what is added then.
     """
 
     def __init__(self, engine: Any, world: World) -> None:
         self.engine, self.world = engine, world
         self.sharded = engine.zero_optimization_stage() == 3
-        self.forget: list[Tensor] = []
+        self.first: list[Tensor] = []
 
-    def keep_forget(self) -> None:
-        """Call it when the forget micro-batches are through, and no retain one is."""
-        self.forget = [gradient.clone() for gradient in self._gradients()]
+    def keep_first(self) -> None:
+        """Call it when all micro-batches of one kind, forget or retain, are through, and none of the other is."""
+        self.first = [gradient.clone() for gradient in self._gradients()]
         if not self.sharded and self.world.size > 1:  # DeepSpeed averages them with the step's last micro-batch only
-            for gradient in self.forget:
+            for gradient in self.first:
                 dist.all_reduce(gradient)
                 gradient /= self.world.size
 
-    def harmonise(self) -> dict[str, Mean]:
+    def harmonise(self, retain_first: bool = False) -> dict[str, Mean]:
         """Call it after the last micro-batch, before the update; returns the gradients' cosine, to log."""
         both = self._gradients()
-        retain = [whole - forget for whole, forget in zip(both, self.forget, strict=True)]
-        products = torch.stack([_inner(self.forget, retain), _inner(retain, retain), _inner(self.forget, self.forget)])
+        second = [whole - first for whole, first in zip(both, self.first, strict=True)]
+        forget, retain = (second, self.first) if retain_first else (self.first, second)
+        products = torch.stack([_inner(forget, retain), _inner(retain, retain), _inner(forget, forget)])
         if self.sharded and self.world.size > 1:  # every rank has its own part of the model
             dist.all_reduce(products)
         opposed, of_retain, of_forget = products
         share = torch.where(of_retain > 0, -opposed.clamp(max=0) / of_retain, 0.0)
         for whole, part in zip(both, retain, strict=True):
             whole += share.to(whole.dtype) * part
-        self.forget = []
+        self.first = []
         cosine = opposed / (of_retain * of_forget).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
         return {"harmony/cosine": Mean(cosine / self.world.size, 1)}  # it will be summed over ranks
 

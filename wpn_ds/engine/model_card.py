@@ -33,7 +33,9 @@ def write_model_card(
     ended = f"\nHow the run ended: {outcome}.\n" if outcome else ""
     weights = ", ".join(f"{name} {weight:g}" for name, weight in terms.weights.items())
     kept = [term for term in terms.tokens if term.role is Role.RETAIN]
-    retain = " and ".join("kl" if term.target == "start" else "nll" for term in kept) or "none"
+    kinds = ["kl" if term.target == "start" else "nll" for term in kept]
+    kinds += ["states" for term in terms.states if term.role is Role.RETAIN]
+    retain = " and ".join(kinds) or "none"
     adapters = bool(config.lora) and not config.lora.lora_merge
     library = f"peft\nbase_model: {base_model}" if adapters else "transformers"
     what = "These adapters (LoRA) were" if adapters else "This model was"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,11 @@ from wpn_ds.data.layout import Layout
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.engine.prepare import Job
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.distributed import announce, busy, max_over_ranks
+from wpn_ds.jobs.distributed import World, announce, busy, max_over_ranks
 from wpn_ds.models import adapters
 from wpn_ds.models.check import candidates, check_exact_reading, kernel_fault
 from wpn_ds.models.load import default_attention, load_model
-from wpn_ds.models.packed import PackedLM
+from wpn_ds.models.packed import PackedLM, train_only
 from wpn_ds.settings.deepspeed import MAX_LIVE, for_loading
 
 #: The longest that DeepSpeed's extensions take to compile, and some.
@@ -59,56 +59,60 @@ class Policy:
         Raises:
             UserError: the model can't be loaded or read exactly, or DeepSpeed refuses the JSON.
         """
-        kernels = candidates(job.config.model.attention, job.world.device, job.config.model.dropout)
-        attention = kernels[0] if job.layout.flat else job.config.model.attention
-        model = PackedLM(load_lm(job, attention, trained=True), packed=job.layout.packed)
+        settings = job.config.model
+        kernels = candidates(settings.attention, job.world.device, settings.dropout)
+        attention = kernels[0] if job.layout.flat else settings.attention
+        model = PackedLM(load_lm(job, attention, trained=True), packed=job.layout.packed, depth=job.terms.depth)
         wait_for_locks(lambda line: announce(job.world, line))
         with busy(job.world, "making DeepSpeed's engine"):
-            policy = cls(model, build_engine(model, job.ds_json, _scheduler(job)), job.layout, attention)
+            engine = build_engine(model, job.ds_json, _scheduler(job))
         with busy(job.world, "comparing packed texts with single ones"):
-            policy._check(job, kernels)
-        return policy
+            layout = exact_layout(model, engine, job.layout, settings.attention, settings.dropout, job.world)
+        return cls(model, engine, layout, model.lm.config._attn_implementation)
 
-    def _check(self, job: Job, kernels: Sequence[str]) -> None:
-        """Find an attention that reads the layout exactly; under ``auto``, if none of ours does, the model's own with a
-        dense mask.
 
-        Raises:
-            UserError: there is none.
-        """
-        lm, device = self.model.lm, job.world.device
-        refused: UserError | None = None
-        for name in kernels if job.layout.flat else ():
-            text = job.lm_config.get_text_config()
-            head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
-            reason = kernel_fault(name, head_dim, lm.dtype, device)
-            if max_over_ranks(float(reason is not None), device):
-                short = name.removeprefix("wpn_")
-                refused = UserError(f"--attention {short} can't be used ({reason or 'on another rank'}): pass auto")
-                continue
-            self.attention = lm.config._attn_implementation = name
-            refused = self._refusal(job.layout, device)
-            if refused is None:
-                return
-        if refused is not None and job.config.model.attention != "auto":
-            raise refused
-        self.layout = replace(job.layout, flat=False, share_prefix=False, share_header=False)
-        if refused is not None:
-            self.attention = lm.config._attn_implementation = default_attention(lm.config)
-            announce(job.world, f"packed attention is off, rows get a dense mask: {refused}")
-        if (error := self._refusal(self.layout, device)) is not None:
-            raise error
+def exact_layout(model: PackedLM, engine: Any, layout: Layout, attention: str, dropout: float, world: World) -> Layout:
+    """``layout``, once an attention that reads it exactly is found and set; under ``auto``, if none of ours does, a
+    plainer one for the model's own with a dense mask. ``attention``: as the flag. Every rank must call it.
 
-    def _refusal(self, layout: Layout, device: torch.device) -> UserError | None:
-        """What the start-up check has against ``layout``, on any rank: all must go on in the same way."""
-        refusal = None
-        try:
-            check_exact_reading(self.model, self.engine, device, layout)
-        except UserError as error:
-            refusal = error
-        if max_over_ranks(float(refusal is not None), device):
-            return refusal or UserError("another rank's packed rows differ from single sequences: pass --packing false")
-        return None
+    Raises:
+        UserError: there is none.
+    """
+    lm, device = model.lm, world.device
+    refused: UserError | None = None
+    for name in candidates(attention, device, dropout) if layout.flat else ():
+        text = lm.config.get_text_config()
+        head_dim = getattr(text, "head_dim", None) or text.hidden_size // text.num_attention_heads
+        reason = kernel_fault(name, head_dim, lm.dtype, device)
+        if max_over_ranks(float(reason is not None), device):
+            short = name.removeprefix("wpn_")
+            refused = UserError(f"--attention {short} can't be used ({reason or 'on another rank'}): pass auto")
+            continue
+        lm.config._attn_implementation = name
+        refused = _refusal(model, engine, layout, device)
+        if refused is None:
+            return layout
+    if refused is not None and attention != "auto":
+        raise refused
+    layout = replace(layout, flat=False, share_prefix=False, share_header=False)
+    if refused is not None:
+        lm.config._attn_implementation = default_attention(lm.config)
+        announce(world, f"packed attention is off, rows get a dense mask: {refused}")
+    if (error := _refusal(model, engine, layout, device)) is not None:
+        raise error
+    return layout
+
+
+def _refusal(model: PackedLM, engine: Any, layout: Layout, device: torch.device) -> UserError | None:
+    """What the start-up check has against ``layout``, on any rank: all must go on in the same way."""
+    refusal = None
+    try:
+        check_exact_reading(model, engine, device, layout)
+    except UserError as error:
+        refusal = error
+    if max_over_ranks(float(refusal is not None), device):
+        return refusal or UserError("another rank's packed rows differ from single sequences: pass --packing false")
+    return None
 
 
 def load_lm(job: Job, attention: str, *, trained: bool) -> Any:
@@ -127,6 +131,9 @@ def load_lm(job: Job, attention: str, *, trained: bool) -> Any:
         )
     if job.config.lora and trained:
         adapters.attach(lm, job.config.lora, seed_of("lora", job.config.training.seed))
+    elif job.terms.trained and trained:
+        assert job.terms.depth is not None
+        train_only(lm, job.terms.depth, job.terms.trained)
     return lm
 
 

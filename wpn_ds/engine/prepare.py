@@ -9,32 +9,26 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from wpn_ds.data.embedded import embedded_file
-from wpn_ds.data.examples import ExampleSet, build_examples
+from wpn_ds.data.examples import ExampleSet
 from wpn_ds.data.layout import Layout
-from wpn_ds.data.origins import Origin, origin_of
-from wpn_ds.data.records import (
-    ForgetRecord,
-    RetainRecord,
-    read_answers,
-    read_forget,
-    read_retain,
-    with_random_wanted,
-)
-from wpn_ds.data.tokens import render_prompt, writes_date
+from wpn_ds.data.records import ForgetRecord
+from wpn_ds.data.tokens import writes_date
 from wpn_ds.engine.checkpoint import TrainerState
 from wpn_ds.engine.checks import check, note_on_joined, notes_on
+from wpn_ds.engine.corpus import Corpus, CorpusBuilder, Encoding, read_records
 from wpn_ds.engine.fingerprint import fingerprint_of_model
 from wpn_ds.engine.probe import Probe
 from wpn_ds.engine.redraw import Request, redraw_requests
 from wpn_ds.engine.resume import chat_date, choose, past_of
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.distributed import World, agree, announce, busy, init, on_main, progress_bar
+from wpn_ds.jobs.distributed import World, agree, announce, busy, init, on_main
 from wpn_ds.jobs.heartbeat import after_the_watchdog
 from wpn_ds.jobs.output import claim_output, lock_output
 from wpn_ds.jobs.preflight import check as check_nodes
+from wpn_ds.jobs.preflight import versions
+from wpn_ds.jobs.stopwatch import Stopwatch
 from wpn_ds.models.adapters import whole
 from wpn_ds.models.check import supported
 from wpn_ds.models.folder import check_place, is_adapter
@@ -51,14 +45,10 @@ from wpn_ds.models.load import (
     tokenizer_doubt,
 )
 from wpn_ds.models.planted import ensure_planted
-from wpn_ds.objectives.terms import Terms
+from wpn_ds.objectives.terms import Role, Terms
 from wpn_ds.settings.deepspeed import ResolvedDeepSpeed, resolve_deepspeed, stage_of
 from wpn_ds.settings.run import Config
-from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import cache_folder
-
-#: Retain examples on which their NLL is measured at an evaluation.
-RETAIN_EXAMPLES_MEASURED = 256
 
 
 @dataclass(frozen=True)
@@ -66,6 +56,7 @@ class Job:
     """A training run on one rank, as it is before its model is loaded.
 
     Attributes:
+        watch: what the start's seconds went into so far.
         config: the settings without "auto".
         ds_json: the DeepSpeed configuration without "auto".
         source, lm_config: the starting model.
@@ -75,13 +66,14 @@ class Job:
         examples: what is trained on.
         held_out: what the losses are measured on.
         probe: what is asked at an evaluation.
-        redraw_prompts: what is asked for an unwanted answer of each example, if they are drawn anew.
+        redraw_prompts: what is asked for an answer of each example, by its side, if they are drawn anew.
         first_prompt: the first record's, as the model reads it; of plain text all of it.
         identity: what makes two starts the same run, as the state of one that has done nothing yet.
         past: the state that the run goes on from.
         resume_from: the checkpoint that holds it, if any.
     """
 
+    watch: Stopwatch
     config: Config
     ds_json: dict[str, Any]
     world: World
@@ -94,7 +86,7 @@ class Job:
     examples: ExampleSet
     held_out: ExampleSet
     probe: Probe
-    redraw_prompts: list[Request]
+    redraw_prompts: dict[Role, list[Request]]
     first_prompt: str
     identity: TrainerState
     past: TrainerState
@@ -128,24 +120,34 @@ def prepare(given: Config) -> Job:
     Raises:
         UserError: the settings, the data or the output folder don't allow the run; nothing of a run has been changed.
     """
-    records = _read_records(given)  # bad input shows before anything is started
+    watch = Stopwatch()
     model_path = given.model.model_name_or_path or str(ensure_planted())
     check_place("--model_name_or_path", model_path)
     world = _join(given, model_path)
+    watch.lap("meeting the other ranks")
     source, lm_config = _starting_model(given, model_path, world)
-    resolved, total_steps = _resolve(given, lm_config, world, len(records.forget))
-    ds_json, terms = resolved.json, resolved.config.terms
-    check(resolved.config, ds_json, terms, lm_config, world)
-    _say(world, *resolved.notes, *notes_on(resolved.config, terms, records.forget, records.retain))
     tokenizer = _tokenizer(given, source, lm_config, world)
-    config = _dated(resolved.config, tokenizer, world)
-    encoding = Encoding.of(config, tokenizer, lm_config)
+    given = _dated(given, tokenizer, world)
+    encoding = Encoding.of(given, tokenizer, lm_config)
+    watch.lap("tokenizer")
+    builder = CorpusBuilder(given, encoding, world)  # what is wrong with the data shows before they are tokenised
+    watch.lap("data")
+    resolved, total_steps = _resolve(given, lm_config, world, builder.about.forget)
+    config, ds_json, terms = resolved.config, resolved.json, resolved.config.terms
+    check(config, ds_json, terms, lm_config, world)
+    notes = notes_on(config, terms, retain=builder.about.retain > 0)
+    _say(world, *resolved.notes, builder.about.note, *notes)
     _say(world, *length_notes(lm_config, config.data.max_length, model_path))
-    texts = _encode(config, records, encoding, lm_config, world)
+    watch.lap("settings")
+    texts = _texts(config, builder.corpus(), encoding, lm_config, world)
+    watch.lap("tokens")
     check_ids(texts.occurring(tokenizer), tokenizer, lm_config.get_text_config().vocab_size, source)
     identity = _identity(config, ds_json, source, texts.examples, world)
+    watch.lap("checksums")
     resume_from = _claim(config, model_path, world)
+    watch.lap("output folder")
     return Job(
+        watch=watch,
         config=config,
         ds_json=ds_json,
         world=world,
@@ -159,35 +161,11 @@ def prepare(given: Config) -> Job:
         held_out=texts.held_out,
         probe=texts.probe,
         redraw_prompts=texts.redraw_prompts,
-        first_prompt=_first_read(records.forget[0], tokenizer, encoding.style),
+        first_prompt=builder.about.first_prompt,
         identity=identity,
         past=identity if resume_from is None else past_of(config, identity, resume_from, total_steps, source, world),
         resume_from=resume_from,
     )
-
-
-class Records(NamedTuple):
-    """The data as they are read: ``asked`` is what the probe asks."""
-
-    forget: list[ForgetRecord]
-    retain: list[RetainRecord]
-    validation: list[ForgetRecord]
-    asked: list[ForgetRecord]
-
-
-@dataclass(frozen=True)
-class Encoding:
-    """How texts become tokens; ``row_length``: most tokens of one."""
-
-    tokenizer: Any
-    style: PromptStyle
-    row_length: int
-
-    @classmethod
-    def of(cls, config: Config, tokenizer: Any, lm_config: Any) -> Encoding:
-        # GPT-Neo's stock attention can't take a row that is longer than the model has positions.
-        row_length = min(config.data.max_length, max_positions(lm_config) or config.data.max_length)
-        return cls(tokenizer, PromptStyle.of(config.to_flat()), row_length)
 
 
 @dataclass(frozen=True)
@@ -197,13 +175,13 @@ class Texts:
     examples: ExampleSet
     held_out: ExampleSet
     probe: Probe
-    redraw_prompts: list[Request]
+    redraw_prompts: dict[Role, list[Request]]
 
     def occurring(self, tokenizer: Any) -> Iterator[int]:
-        """Every token id."""
-        segments = (segment.ids for split in (self.examples, self.held_out) for segment in split.segments)
-        asked = (request.ids for request in self.redraw_prompts)
-        return chain([tokenizer.eos_token_id], *segments, *self.probe.prompts, *asked)
+        """Every token id; of the examples the largest."""
+        largest = (self.examples.largest_id(), self.held_out.largest_id())
+        asked = (request.ids for requests in self.redraw_prompts.values() for request in requests)
+        return chain([tokenizer.eos_token_id], largest, *self.probe.prompts, *asked)
 
 
 def _say(world: World, *lines: str) -> None:
@@ -229,28 +207,25 @@ def _dated(config: Config, tokenizer: Any, world: World) -> Config:
     """The settings with the day that chat templates write, if the tokenizer's does and none was given."""
     if not writes_date(tokenizer) or config.data.chat_date is not None:
         return config
-    return config.replace(chat_date=on_main(world, lambda: chat_date(config)))
+    return config.replace(chat_date=on_main(world, lambda: chat_date(config.resolved())))
 
 
-def _encode(config: Config, records: Records, encoding: Encoding, lm_config: Any, world: World) -> Texts:
-    def encode(forget: Sequence[ForgetRecord], retain: Sequence[RetainRecord]) -> ExampleSet:
-        bar = partial(progress_bar, world)
-        return build_examples(forget, retain, encoding.tokenizer, encoding.style, encoding.row_length, bar)
-
-    examples = encode(records.forget, records.retain)
-    held_out = encode(records.validation, records.retain[:RETAIN_EXAMPLES_MEASURED])
-    _say(world, note_on_joined(examples, encoding.tokenizer))
-    probe = _probe(config, records.asked, encoding, lm_config, world)
-    asked = redraw_requests(
-        config.unlearning,
-        records.forget,
-        encoding.style,
-        encoding.tokenizer,
-        lm_config,
-        encoding.row_length,
-        world,
-    )
-    return Texts(examples, held_out, probe, asked)
+def _texts(config: Config, corpus: Corpus, encoding: Encoding, lm_config: Any, world: World) -> Texts:
+    _say(world, note_on_joined(corpus.examples, encoding.tokenizer))
+    probe = _probe(config, corpus.about.asked, encoding, lm_config, world)
+    o, redraw_prompts = config.unlearning, {}
+    if o.redraw_steps:  # every prompt is asked, by all ranks
+        redraw_prompts = redraw_requests(
+            o,
+            read_records(config).forget,
+            encoding.style,
+            encoding.tokenizer,
+            lm_config,
+            corpus.examples,
+            encoding.row_length,
+            world,
+        )
+    return Texts(corpus.examples, corpus.held_out, probe, redraw_prompts)
 
 
 def _identity(
@@ -267,6 +242,7 @@ def _identity(
         model=model,
         settings=config.to_flat() | {"zero stage": stage_of(ds_json), "optimizer": ds_json["optimizer"]["type"]},
         places={"model_name_or_path": os.path.abspath(model_path)} | config.places(),
+        versions=versions(),
     )
     agree(identity.data, "the training data")
     return identity
@@ -334,10 +310,6 @@ def _layout(config: Config, lm_config: Any, terms: Terms, row_length: int, world
     )
 
 
-def _first_read(record: ForgetRecord, tokenizer: Any, style: PromptStyle) -> str:
-    return render_prompt(record.prompt, tokenizer, style) if record.prompt else record.rejected[0]
-
-
 def _probe(config: Config, records: Sequence[ForgetRecord], encoding: Encoding, lm_config: Any, world: World) -> Probe:
     """The probe on ``records``.
 
@@ -371,53 +343,6 @@ def _room(model_path: str) -> int:
     folder = Path(model_path)
     files = list(folder.glob("*.safetensors")) or list(folder.glob("pytorch_model*.bin"))
     return 4 * sum(file.stat().st_size for file in files)
-
-
-def _read_records(config: Config) -> Records:
-    """The records of the data that are named, or else the embedded ones.
-
-    Wanted answers that are drawn are trained on; what is harmless, a record's own ones say better, if it has them.
-    """
-    data = config.data
-    wanted = config.terms.compares_wanted
-    drawn = wanted and (bool(data.wanted_file) or config.objective.wanted != "records")
-    alone = drawn or not wanted
-    settings = config.to_flat()
-    train, kept, held = (origin_of(settings, part) for part in ("train", "retain", "validation"))
-    if data.embedded:
-        train = replace(train, files=[embedded_file("forget")])
-        kept = kept if data.names_retain else Origin([embedded_file("retain")])
-        held = held if data.names_validation else Origin([embedded_file("heldout")])
-    forget = read_forget(train, alone=alone, plain=True)
-    validation = read_forget(held, alone=alone, plain=True)
-    retain = read_retain(kept)
-    asked = validation or forget
-    if drawn:
-        answers, seed = _wanted_answers(config, retain), config.training.seed
-        forget = with_random_wanted(forget, answers, seed)
-        if not any(record.chosen for record in validation):
-            validation = with_random_wanted(validation, answers, seed)
-        if not any(record.chosen for record in asked):
-            asked = validation or forget
-    return Records(forget, retain, validation, asked)
-
-
-def _wanted_answers(config: Config, retain: Sequence[RetainRecord]) -> list[str]:
-    """What prompts get their wanted answers from.
-
-    Raises:
-        UserError: they are random answers of the retain data, and there are none.
-    """
-    if config.data.wanted_file:
-        return read_answers(config.data.wanted_file)
-    if config.objective.wanted == "dont_know":
-        return read_answers([embedded_file("dont_know", "txt")])
-    if not retain:
-        raise UserError(
-            f"--objective {config.unlearning.objective} draws its wanted answers from retain data: add --retain_file "
-            "or --wanted_file"
-        )
-    return [record.response for record in retain if record.prompt is not None] or [r.response for r in retain]
 
 
 def _resolve(config: Config, lm_config: Any, world: World, examples: int) -> tuple[ResolvedDeepSpeed, int]:

@@ -47,11 +47,8 @@ class Probe:
     ) -> Probe:
         """``size`` prompts (or all, if there are fewer) at equal distances, of records that have one; ``max_length`` is
         training's, and a prompt with its answer has at most ``positions`` tokens."""
-        records = [record for record in records if record.prompt]
-        size = min(size, len(records))
-        chosen = [records[k * len(records) // size] for k in range(size)]
         prompts, cases = [], []
-        for record in chosen:
+        for record in asked_of(records, size):
             with naming(record.source):
                 prompts.append(encode_prompt(record.prompt, tokenizer, style, max_length))
                 read = render_prompt(record.prompt, tokenizer, style)
@@ -71,6 +68,13 @@ class Probe:
             return []
         cases = [replace(case, answer=answer) for case, answer in zip(self.cases, answers, strict=True)]
         return [judgement for judgement in self.judge(cases) if judgement is not None]  # they all have references
+
+
+def asked_of(records: Sequence[ForgetRecord], size: int) -> list[ForgetRecord]:
+    """``size`` records (or all, if there are fewer) at equal distances, of those that have a prompt."""
+    records = [record for record in records if record.prompt]
+    size = min(size, len(records))
+    return [records[k * len(records) // size] for k in range(size)]
 
 
 def figures(judgements: Sequence[Judgement]) -> dict[str, float]:

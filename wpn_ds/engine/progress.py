@@ -4,23 +4,27 @@ rates of those since the last line of metrics."""
 from __future__ import annotations
 
 import contextlib
-import importlib.metadata
 import json
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from wpn_ds.data.plan import StepPlan
+from wpn_ds.engine.pace import Lap, Stragglers
 from wpn_ds.engine.policy import Policy
 from wpn_ds.engine.prepare import Job
 from wpn_ds.engine.step import StepResult
 from wpn_ds.engine.telemetry import ModelShape, Telemetry, peak_memory_bytes, step_flops
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.distributed import World, max_over_ranks, sum_over_ranks
+from wpn_ds.jobs.distributed import World, from_all, max_over_ranks, sum_and_gather
+from wpn_ds.jobs.preflight import versions
+from wpn_ds.jobs.stopwatch import told
 from wpn_ds.models.speed import measure_peak_flops, warn_of_slow_bf16
 from wpn_ds.system.files import write_atomically
+from wpn_ds.system.lock import node
 
 MAX_SKIPPED_IN_A_ROW = 5
 
@@ -50,12 +54,13 @@ def describe(job: Job, policy: Policy, first: StepPlan, peak_flops: float, telem
         f"{job.retain_size} retain examples",
         "first step": f"{first.tokens} tokens in {len(first.micro_batches[0])} micro-batches a rank, "
         f"fill {first.tokens / first.padded_tokens:.0%}",
-        "versions": ", ".join(
-            f"{name} {importlib.metadata.version(name)}" for name in ("torch", "deepspeed", "transformers")
-        ),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions().items()),
     }
     for name, fact in facts.items():
         telemetry.say(f"{name:>10}: {fact}")
+    job.watch.lap("the rest")
+    slowest = {what: max_over_ranks(seconds, job.world.device) for what, seconds in job.watch.laps.items()}
+    telemetry.say(f"{'start':>10}: {told(slowest)}")
     if job.world.is_main:
         comments = "".join(f"# {name}: {fact}\n" for name, fact in facts.items())
         write_atomically(job.output_dir / "run.yaml", comments + job.config.run_yaml())
@@ -84,6 +89,7 @@ class Window:
         self.steps = 0
         self.means: dict[str, Tensor] = {}
         self.rates = {"tokens": 0.0, "padded": 0.0, "examples": 0.0, "flops": 0.0, "data": 0.0}
+        self.own = {"seconds": 0.0, "tokens": 0.0}
         self.grad_norm: Tensor | float = 0.0
         self.start = time.perf_counter()
         self.excluded = 0.0
@@ -95,10 +101,15 @@ class Window:
         yield
         self.excluded += time.perf_counter() - begun
 
-    def add(self, result: StepResult, plan: StepPlan, examples: int, flops: float, data_seconds: float) -> None:
+    def add(
+        self, result: StepResult, plan: StepPlan, examples: int, flops: float, data_seconds: float, own_seconds: float
+    ) -> None:
         self.steps += 1
-        for name, total in result.sums.totals.items():
-            mean = total / max(1, result.sums.counts[name])
+        self.own["seconds"] += own_seconds
+        self.own["tokens"] += plan.load(self.world.rank)
+        means = {name: total / max(1, result.sums.counts[name]) for name, total in result.sums.totals.items()}
+        weighted = [weight * means[name] for name, weight in result.weights.items() if name in means]
+        for name, mean in (means | {"loss/total": torch.stack(weighted).sum()}).items():
             self.means[name] = self.means[name] + mean if name in self.means else mean
         for name, value in (
             ("tokens", plan.tokens),
@@ -110,15 +121,16 @@ class Window:
             self.rates[name] += value
         self.grad_norm = result.grad_norm
 
-    def close(self, weights: Mapping[str, float]) -> dict[str, float]:
-        """The window's figures, the same on every rank; starts the next window."""
-        means = {name: value / self.steps for name, value in sum_over_ranks(self.means, self.world.device).items()}
-        losses = {name: value for name, value in means.items() if name in weights}
+    def close(self, minimised: Collection[str]) -> tuple[dict[str, float], Lap]:
+        """The window's figures and what each rank took, the same on every rank; starts the next window. ``minimised``:
+        the means that are."""
+        own = [*(value / self.steps for value in self.own.values()), peak_memory_bytes(self.world.device)]
+        sums, ranks = sum_and_gather(self.means, own, self.world.device)
+        means = {name: value / self.steps for name, value in sums.items()}
+        own_seconds, own_tokens, peaks = zip(*ranks, strict=True)
         # Once the ranks have met in the sum above, the device is done with the window's steps.
         seconds = time.perf_counter() - self.start - self.excluded
-        values = {f"loss/{name}": value for name, value in losses.items()}
-        values["loss/total"] = sum(weights[name] * value for name, value in losses.items())
-        values |= {name: value for name, value in means.items() if name not in weights}
+        values = {f"loss/{name}" if name in minimised else name: value for name, value in means.items()}
         values |= {
             "grad_norm": float(self.grad_norm),
             "speed/tokens_per_second": self.rates["tokens"] / seconds,
@@ -127,10 +139,10 @@ class Window:
             "speed/data_seconds": self.rates["data"] / self.steps,
             "speed/mfu": self.rates["flops"] / seconds / (self.peak_flops * self.world.size),
             "packing/fill": self.rates["tokens"] / max(1.0, self.rates["padded"]),
-            "memory/peak_gib": max_over_ranks(peak_memory_bytes(self.world.device), self.world.device) / 2**30,
+            "memory/peak_gib": max(peaks) / 2**30,
         }
         self._reset()
-        return values
+        return values, Lap(own_seconds, own_tokens)
 
 
 class Progress:
@@ -152,6 +164,8 @@ class Progress:
         self._learning_rate = 0.0  # of the last step
         self._shape = ModelShape.of(lm)
         self._window = Window(job.world, self.peak_flops)
+        self._stragglers = Stragglers(from_all(node()))
+        self._named: set[int] = set()  # ranks that the log has called slow
 
     def state(self) -> dict[str, Any]:
         return {
@@ -172,9 +186,11 @@ class Progress:
         learning_rate: float,
         planned: float,
         seconds: float,
+        own_seconds: float,
         telemetry: Telemetry,
     ) -> None:
-        """Count ``step``, and log what is due; ``planned``: the part of its ``seconds`` in which it was laid out.
+        """Count ``step``, and log what is due; ``planned``: the part of its ``seconds`` in which it was laid out;
+        ``own_seconds``: what this rank computed by itself, as :class:`OwnTime` counts.
 
         Raises:
             TrainingStopped: the gradient was not finite ``MAX_SKIPPED_IN_A_ROW`` steps in a row, or in no step.
@@ -191,9 +207,12 @@ class Progress:
             examples=job.config.training.global_batch_size,
             flops=step_flops(plan, self._shape, job.terms.predicted),
             data_seconds=planned + result.data_seconds,
+            own_seconds=own_seconds,
         )
-        due = step == job.total_steps or result.skipped or step % logging.logging_steps == 0
-        telemetry.progress(step, self._log(step, telemetry) if due else None)
+        if step == job.total_steps or result.skipped or step % logging.logging_steps == 0:
+            self._log(step, telemetry)
+        else:
+            telemetry.progress(step)
         self._in_a_row = self._in_a_row + 1 if result.skipped else 0
         if result.skipped:
             telemetry.say(f"step {step}: the gradient is not finite; the update was skipped on all ranks")
@@ -207,15 +226,20 @@ class Progress:
     def end(self, step: int, telemetry: Telemetry) -> None:
         """Log what is not logged yet: ``step`` turned out to be the last. Every rank must call it."""
         if self._window.steps:
-            telemetry.progress(step, self._log(step, telemetry))
+            self._log(step, telemetry)
 
-    def _log(self, step: int, telemetry: Telemetry) -> dict[str, float]:
-        """The line of the steps since the last one, up to ``step``."""
-        values = self._window.close(self.job.terms.weights)
+    def _log(self, step: int, telemetry: Telemetry) -> None:
+        """The line of the steps since the last one, up to ``step``, and the status after it."""
+        values, lap = self._window.close(self.job.terms.weights)
         values |= {"lr": self._learning_rate, "skipped_steps": float(self.skipped_steps)}
         telemetry.log(step, values)
         telemetry.last_losses = values
-        return values
+        rank, straggler = self._stragglers.add(lap) or (None, "")
+        own = [round(seconds, 6) for seconds in lap.seconds]
+        telemetry.progress(step, values, train_seconds=self.train_seconds, own_seconds=own, straggler=straggler)
+        if rank is not None and rank not in self._named:
+            self._named.add(rank)
+            telemetry.say(f"step {step}: {straggler}; all ranks wait for it")
 
 
 def _size(parameter: Any) -> int:

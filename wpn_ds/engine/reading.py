@@ -15,7 +15,7 @@ from wpn_ds.data.layout import Layout
 from wpn_ds.data.plan import Item, Segment
 from wpn_ds.jobs.distributed import World, fill_from_ranks, from_all
 from wpn_ds.losses.answers import Pooling, pooled
-from wpn_ds.models.generate import Sampling, batches, evaluation_mode, generate_ids
+from wpn_ds.models.generate import Sampling, batches, evaluation_mode, generate_ids, side_by_side
 from wpn_ds.models.packed import Output
 from wpn_ds.objectives.terms import Role
 
@@ -82,15 +82,15 @@ class Generation:
     """The model that answers. Every rank must make the same calls.
 
     Attributes:
-        synced: the weights are partitioned (ZeRO-3), so that every forward needs all ranks.
         beat: called before every batch, with what for; it may raise to end the work.
+        batch_size: prompts that are answered together.
     """
 
     lm: Any
     tokenizer: Any
     world: World
-    synced: bool
-    beat: Callable[[str], None]
+    beat: Callable[[str], None] = no_beat
+    batch_size: int = BATCH
 
     def __call__(
         self, what: str, prompts: Sequence[Sequence[int]], tokens: int, seeds: Sequence[int] | None = None
@@ -98,23 +98,20 @@ class Generation:
         """The token ids of the answer to every prompt, without EOS, on every rank: greedy, or drawn by a seed each.
         ``what`` is generated, for the watchdog's message.
 
-        Every rank answers as many batches, since ``beat`` and the forwards of ZeRO-3 need all of them: where none is
-        left for a rank, it repeats the last one.
+        Every rank answers as many batches, since ``beat`` and the forwards of ZeRO-3 need all of them.
         """
-        parts = batches(prompts, BATCH)
+        parts = batches(prompts, self.batch_size)
         own: dict[int, list[int]] = {}
-        for first in range(0, len(parts), self.world.size):
+        for part in side_by_side(parts, self.world.rank, self.world.size):
             self.beat(what)
-            part = parts[min(first + self.world.rank, len(parts) - 1)]
             said = generate_ids(
                 self.lm,
                 self.tokenizer,
                 [prompts[i] for i in part],
                 max_new_tokens=tokens,
-                batch_size=BATCH,
+                batch_size=self.batch_size,
                 sampling=None if seeds is None else Sampling([seeds[i] for i in part]),
                 device=self.world.device,
-                synced=self.synced,
             )
             own |= zip(part, said, strict=True)
         answers = {i: ids for of_rank in from_all(own) for i, ids in of_rank.items()}

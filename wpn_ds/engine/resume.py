@@ -105,7 +105,7 @@ def refuse_two_runs(path: Path, step: int, output_dir: Path) -> None:
 
 
 def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[str]:
-    """Check that the checkpoint belongs to this run; returns notes on settings that changed.
+    """Check that the checkpoint belongs to this run; returns notes on settings and versions that changed.
 
     Raises:
         UserError: other data, another starting model, or a setting without which the run is another one.
@@ -158,6 +158,13 @@ def refuse_other_run(old: TrainerState, new: TrainerState, path: Path) -> list[s
         if approximate or name in decisive:
             raise UserError(f"{name} is {now}, but {path} was written with {before}: give the same, or start afresh")
         notes.append(f"{name} is now {now}, was {before}")
+    changed = [
+        f"{name} is now {new.versions.get(name)}, was {was}"
+        for name, was in old.versions.items()
+        if new.versions.get(name) != was
+    ]
+    if changed:
+        notes.append(f"{', '.join(changed)}: the weights may no longer be those of an unbroken run, bit for bit")
     return notes
 
 

@@ -14,14 +14,19 @@ import torch
 
 from wpn_ds.data.seeds import seed_of
 from wpn_ds.engine import checkpoint
+from wpn_ds.engine.adversary import Adversary
 from wpn_ds.engine.feed import Feed
 from wpn_ds.engine.finish import choose_weights, leave_done, push, write_model
 from wpn_ds.engine.harmony import Harmony
+from wpn_ds.engine.meta import MetaStep
+from wpn_ds.engine.pace import OwnTime
 from wpn_ds.engine.policy import Policy, load_lm
 from wpn_ds.engine.prepare import Job
 from wpn_ds.engine.progress import Progress, TrainingStopped, describe
 from wpn_ds.engine.reading import Generation, Reader
 from wpn_ds.engine.redraw import Ema, Redraw
+from wpn_ds.engine.shards import Away, Shards
+from wpn_ds.engine.sharpness import Sharpness
 from wpn_ds.engine.start import FrozenModel, WithoutAdapters
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
@@ -46,20 +51,32 @@ class Run:
         beat = self.heartbeat.beat
 
         self.policy = Policy.load(job)
+        job.watch.lap("model and engine")
         self.engine, layout = self.policy.engine, self.policy.layout
         reader = Reader(self.engine, layout, job.pad_id, self.world, beat)
         tables = Tables(cache_folder(), {"model": past.model, "data": past.data, "dtype": str(self.policy.lm.dtype)})
         tabulator = Tabulator(reader, tables, partial(progress_bar, self.world))
-        reference = partial(tabulator.reference, config.unlearning, job.examples.retain, self._frozen_model)
+        reference = partial(tabulator.reference, config.unlearning, self._frozen_model)
         self.start = tabulator.start(job.terms, job.examples, reference)
+        self.start.seed = config.training.seed
         self.heartbeat.pause()
+        job.watch.lap("what the starting model says")
 
-        generation = Generation(self.policy.lm, job.tokenizer, self.world, job.zero_stage == 3, beat)
+        generation = Generation(self.policy.lm, job.tokenizer, self.world, beat)
         self.ema = Ema(self.engine, config.unlearning.redraw_ema) if config.unlearning.redraw_ema else None
         redraw = Redraw.of(config, job.redraw_prompts, layout, generation, self.ema) if job.redraw_prompts else None
         self.feed = Feed.of(job, layout, redraw)
         harmony = Harmony(self.engine, self.world) if config.unlearning.harmonise else None
-        self.take = Step(self.engine, job.terms, self.world, layout, job.pad_id, self.start, harmony, beat)
+        shards, unlearning = Shards(self.engine, self.world), config.unlearning
+        away: Away | None = Sharpness(shards, unlearning.sam_rho) if unlearning.sam_rho else None
+        if steps := unlearning.adversary_steps:
+            away = Adversary(shards, reader, job.examples, steps, unlearning.adversary_learning_rate)
+        if unlearning.meta_learning_rate:
+            away = MetaStep(shards, unlearning.meta_learning_rate)
+        past_step = past.parts.get("step")
+        self.take = Step(
+            self.engine, job.terms, self.world, layout, job.pad_id, self.start, harmony, away, beat, past_step
+        )
         self.validation = Validation(
             reader, job.held_out, job.probe, generation, config.logging, past.parts.get("validation")
         )
@@ -67,6 +84,7 @@ class Run:
         if job.resume_from is not None:  # after what the starting weights say
             checkpoint.load(self.engine, job.resume_from, past, self.world, self.ema)
             announce(self.world, f"resumed from {job.resume_from} after step {past.step}")
+            job.watch.lap("checkpoint")
         else:
             torch.manual_seed(seed_of("ranks", config.training.seed, self.world.rank, 0))
         self.step = self.saved = past.step
@@ -82,6 +100,7 @@ class Run:
             settings=config.to_flat(),
         )
         self.progress = Progress(job, self.policy.lm, past.parts.get("run"))
+        self.own_time = OwnTime(self.policy.model, self.world.device)
 
     def _frozen_model(self) -> FrozenModel | WithoutAdapters:
         if self.job.config.lora:
@@ -131,10 +150,10 @@ class Run:
             if self.step > self.saved:
                 set_rng_state(rng, device)  # the step that was left may have drawn from it
                 self._save()
-            self.saver.finish()
+            self._end_saving()
             raise
         except TrainingStopped:
-            self.saver.finish()
+            self._end_saving()
             raise
         finally:
             telemetry.close()
@@ -144,13 +163,14 @@ class Run:
         step, rate, begun = self.step + 1, self.engine.get_lr()[0], time.perf_counter()
         plan = self.feed.plan(step)
         planned = time.perf_counter() - begun
-        with busy(self.world, f"step {step}"):
+        with busy(self.world, f"step {step}"), self.own_time:
             result = self.take(plan)
         if self.ema is not None and not result.skipped:
             self.ema.update()
         self.step = step
         self.validation.weights_changed(step)
-        self.progress.add(step, result, plan, rate, planned, time.perf_counter() - begun, self.telemetry)
+        seconds, own = time.perf_counter() - begun, self.own_time.take()
+        self.progress.add(step, result, plan, rate, planned, seconds, own, self.telemetry)
 
     def _evaluate(self) -> dict[str, float]:
         below = self.job.config.unlearning.forgotten_below
@@ -162,14 +182,21 @@ class Run:
         if due and self.step > self.saved:
             self.telemetry.flush()  # what is logged of the steps that a resumed run won't repeat
             self._save()
-        else:
-            self.saver.poll()
+        elif self.saver.written():
+            self.heartbeat.pause()
+            self.saver.finish()
 
     def _save(self) -> None:
         self.heartbeat.pause()
         parts = {"run": self.progress.state(), "feed": self.feed.state(), "validation": self.validation.state()}
+        parts["step"] = self.take.state()
         self.saver.save(self.job.state(self.step, parts))
         self.saved = self.step
+
+    def _end_saving(self) -> None:
+        self.heartbeat.pause()  # a slow disk is no hang
+        self.saver.finish()
+        self.saver.close()
 
     def _finish(self) -> None:
         """Measure once more, unless that was done, and export the model."""
@@ -179,6 +206,7 @@ class Run:
         self.heartbeat.pause()
         self.saver.finish()
         exported, outcome = choose_weights(job, self.engine, self.saver, validation, self.feed, self.step)
+        self.saver.close()
         after = after if exported == self.step else validation.best
         joules = sum_over_ranks({"joules": energy(self.world.device) - self.joules}, self.world.device)["joules"]
         write_model(job, self.policy, self.telemetry, exported, outcome, self.telemetry.last_losses, after)

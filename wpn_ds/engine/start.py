@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol
 
 import deepspeed
@@ -16,15 +16,18 @@ from torch import Tensor
 
 from wpn_ds.data.batch import Batch, to_device
 from wpn_ds.data.examples import ExampleSet
-from wpn_ds.data.plan import Segment, StepPlan
+from wpn_ds.data.plan import StepPlan
+from wpn_ds.data.seeds import seed_of
+from wpn_ds.data.segments import Segments
 from wpn_ds.engine.reading import Reader, pooled_states
 from wpn_ds.jobs.distributed import World
 from wpn_ds.losses.answers import AnswerScores, AnswerVectors
 from wpn_ds.losses.likelihood import Distribution, Finish, LabelTarget, TopK
+from wpn_ds.losses.states import steering_vector
 from wpn_ds.models import adapters
 from wpn_ds.models.generate import evaluation_mode
 from wpn_ds.models.packed import PackedLM
-from wpn_ds.objectives.terms import OnAnswers, Role, Terms
+from wpn_ds.objectives.terms import OnAnswers, OnStates, Role, Terms
 
 #: Answers whose vectors are in memory at the same time, while the bank is built and while it is compared to.
 BLOCK = 8192
@@ -42,7 +45,9 @@ class Start:
         banks: vectors of all answers, by the name of the term that compares to them.
         scores: [answers] of every answer, by the name of the term that counts from them.
         logprobs: of the tokens of every answer.
-        reference: the distribution at the retain labels.
+        reference: the distribution at labels.
+        inner: states inside the model at the retain labels.
+        seed: of the vectors that states are steered to.
     """
 
     terms: Terms
@@ -52,6 +57,8 @@ class Start:
     scores: dict[str, Tensor] = field(default_factory=dict)
     logprobs: StartingLogprobs | None = None
     reference: Reference | None = None
+    inner: InnerStates | None = None
+    seed: int = 0
 
     def of(self, plan: StepPlan) -> dict[str, Fixed]:
         """What the step's answers are compared to, by the name of the term."""
@@ -79,11 +86,17 @@ class Start:
         """
         with contextlib.ExitStack() as stack:
             targets: dict[Role, LabelTarget] = {}
+            compared = {role: term for role, term in self.terms.compared_to_start.items() if role in roles}
+            if compared:
+                assert self.reference is not None
+                rows = {role: self._rows(role, batch, plan) for role in compared}
+                targets |= stack.enter_context(self.reference.targets(batch, rows))
+            for role, term in compared.items():
+                if term.lowered:
+                    ids = batch.label_ids[batch.labels_of(role)]
+                    targets[role] = replace(targets[role], ids=ids, lowered=term.lowered)  # type: ignore[type-var]
             for term in self.terms.tokens:
-                if term.target == "start" and Role.RETAIN in roles:
-                    assert self.reference is not None
-                    targets[term.role] = stack.enter_context(self.reference.targets(batch))
-                elif callable(term.target):
+                if callable(term.target):
                     ids, start = batch.label_ids[batch.labels_of(term.role)], None
                     if term.start:
                         assert self.logprobs is not None
@@ -91,6 +104,28 @@ class Start:
                         start = to_device(self.logprobs.of(answers), ids.device)
                     targets[term.role] = term.target(ids, start)
             yield targets
+
+    def states(self, term: OnStates, batch: Batch, width: int) -> Tensor:
+        """[n, d] or [d] what the states at the batch's labels of the term's role are compared to."""
+        device = batch.label_ids.device
+        if term.steer is not None:
+            return to_device(steering_vector(width, term.steer, seed_of("steering", self.seed)), device)
+        assert self.inner is not None
+        return to_device(self.inner.of(batch.retain_items), device)
+
+    def _rows(self, role: Role, batch: Batch, plan: StepPlan) -> list[int]:
+        """Which of :func:`segments_of` the batch's segments of ``role`` are."""
+        if role is Role.RETAIN:
+            return list(batch.retain_items)
+        return [len(self.examples.retain) + i for i in plan.unwanted_ids[list(batch.unwanted_items)].tolist()]
+
+
+def segments_of(terms: Terms, examples: ExampleSet) -> Segments:
+    """Those at whose labels ``terms`` compare to the starting model's distribution: the retain ones, then every
+    answer's if unwanted ones are among them."""
+    if Role.UNWANTED not in terms.compared_to_start:
+        return examples.retain
+    return examples.segments.take(np.roll(np.arange(len(examples.segments)), len(examples.retain)))
 
 
 # ---- answers ----
@@ -111,8 +146,7 @@ class Bank:
 
     @classmethod
     def of(cls, examples: ExampleSet, vectors: Tensor) -> Bank:
-        unwanted = [answer for example in examples.forget for answer in example.unwanted]
-        ids, texts = torch.tensor([[a.answer_id, a.text_id] for a in unwanted], dtype=torch.long).reshape(-1, 2).T
+        ids, texts = torch.tensor(examples.unwanted_numbers, dtype=torch.long).T
         return cls(vectors, ids.contiguous(), texts.contiguous())
 
     def answers(self, plan: StepPlan, pairs: str, device: torch.device) -> AnswerVectors:
@@ -149,12 +183,12 @@ def _of_step(wanted: Tensor, unwanted: Tensor, plan: StepPlan, pairs: str) -> An
 class LabelRows:
     """The rows that a table has for the labels of segments: those of segment i are ``start[i]:start[i + 1]``."""
 
-    segments: Sequence[Segment]
+    segments: Segments
     start: np.ndarray
 
     @classmethod
-    def of(cls, segments: Sequence[Segment]) -> LabelRows:
-        return cls(segments, np.cumsum([0, *(segment.answer_length for segment in segments)]))
+    def of(cls, segments: Segments) -> LabelRows:
+        return cls(segments, np.concatenate([[0], np.cumsum(segments.answer_lengths)]))
 
     def __len__(self) -> int:
         return int(self.start[-1])
@@ -166,10 +200,13 @@ class LabelRows:
 
 
 class Reference(Protocol):
-    """What retain labels are compared to."""
+    """The starting model's distribution at labels."""
 
-    def targets(self, batch: Batch) -> contextlib.AbstractContextManager[LabelTarget]:
-        """Of the batch's retain labels, while the context lasts."""
+    def targets(
+        self, batch: Batch, rows: Mapping[Role, Sequence[int]]
+    ) -> contextlib.AbstractContextManager[Mapping[Role, LabelTarget]]:
+        """Of the batch's labels of some roles, while the context lasts; ``rows``: which of :func:`segments_of` their
+        segments are."""
 
 
 class LabelStates(PackedLM):
@@ -196,13 +233,14 @@ class FrozenModel:
         self.model = model
 
     @contextlib.contextmanager
-    def targets(self, batch: Batch) -> Iterator[LabelTarget]:
+    def targets(self, batch: Batch, rows: Mapping[Role, Sequence[int]]) -> Iterator[dict[Role, Distribution]]:
         with torch.no_grad():
-            states = self.model(batch)[batch.labels_of(Role.RETAIN)]
+            states = self.model(batch)
         # Gathered here and not by its own forward: the policy's head needs it, chunk by chunk.
         with GatheredParameters(list(self.head.parameters()), enabled=self.sharded):
             bias = None if self.head.bias is None else self.head.bias.detach()
-            yield Distribution(states, self.head.weight.detach(), bias, self.head.finish)
+            weight, finish = self.head.weight.detach(), self.head.finish
+            yield {role: Distribution(states[batch.labels_of(role)], weight, bias, finish) for role in rows}
 
 
 class WithoutAdapters:
@@ -212,15 +250,15 @@ class WithoutAdapters:
         self.engine = engine
 
     @contextlib.contextmanager
-    def targets(self, batch: Batch) -> Iterator[LabelTarget]:
+    def targets(self, batch: Batch, rows: Mapping[Role, Sequence[int]]) -> Iterator[dict[Role, Distribution]]:
         lm = self.engine.module.lm
         with torch.no_grad(), adapters.off(lm), evaluation_mode(self.engine.module):
-            states = self.engine(batch).hidden[batch.label_positions][batch.labels_of(Role.RETAIN)]
+            states = self.engine(batch).hidden[batch.label_positions]
         head = lm.get_output_embeddings()
         # The policy's forward gathers and releases the same weight: what is kept is the tensor, not the parameter.
         with GatheredParameters(list(head.parameters()), enabled=hasattr(head.weight, "ds_id")):
             weight, bias = head.weight.detach(), None if head.bias is None else head.bias.detach()
-        yield Distribution(states, weight, bias, head.finish)
+        yield {role: Distribution(states[batch.labels_of(role)], weight, bias, head.finish) for role in rows}
 
 
 class CachedStates:
@@ -230,9 +268,12 @@ class CachedStates:
         self.states, self.weight, self.bias, self.finish, self.rows = states, weight, bias, finish, rows
 
     @contextlib.contextmanager
-    def targets(self, batch: Batch) -> Iterator[LabelTarget]:
-        states = to_device(self.states[self.rows.at(batch.retain_items)], self.weight.device)
-        yield Distribution(states.to(self.weight.dtype), self.weight, self.bias, self.finish)
+    def targets(self, batch: Batch, rows: Mapping[Role, Sequence[int]]) -> Iterator[dict[Role, Distribution]]:
+        yield {role: self._of(items) for role, items in rows.items()}
+
+    def _of(self, items: Sequence[int]) -> Distribution:
+        states = to_device(self.states[self.rows.at(items)], self.weight.device)
+        return Distribution(states.to(self.weight.dtype), self.weight, self.bias, self.finish)
 
 
 class CachedTopK:
@@ -242,14 +283,28 @@ class CachedTopK:
         self.ids, self.logprobs, self.rows = ids, logprobs, rows
 
     @contextlib.contextmanager
-    def targets(self, batch: Batch) -> Iterator[LabelTarget]:
-        rows, device = self.rows.at(batch.retain_items), batch.label_ids.device
-        yield TopK(to_device(self.ids[rows].long(), device), to_device(self.logprobs[rows], device))
+    def targets(self, batch: Batch, rows: Mapping[Role, Sequence[int]]) -> Iterator[dict[Role, TopK]]:
+        yield {role: self._of(items, batch.label_ids.device) for role, items in rows.items()}
+
+    def _of(self, items: Sequence[int], device: torch.device) -> TopK:
+        rows = self.rows.at(items)
+        return TopK(to_device(self.ids[rows].long(), device), to_device(self.logprobs[rows], device))
 
     def unknown_mass(self) -> tuple[float, float]:
         """Mean and largest probability of a label's tokens beyond the k, over (at most 100,000 of) the table's rows."""
         known = self.logprobs[:: max(1, len(self.logprobs) // 100_000)].double().exp().sum(1)
         return float((1 - known).mean()), float((1 - known).max())
+
+
+class InnerStates:
+    """The starting model's states after a layer at every retain label, from a table."""
+
+    def __init__(self, states: Tensor, rows: LabelRows) -> None:
+        self.states, self.rows = states, rows
+
+    def of(self, items: Sequence[int]) -> Tensor:
+        """[n, d] at the labels of these segments, one segment after the other."""
+        return self.states[self.rows.at(items)]
 
 
 class StartingLogprobs:

@@ -21,6 +21,7 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from wpn_ds.data.batch import Batch, collate, to_device
@@ -28,6 +29,7 @@ from wpn_ds.data.layout import Layout
 from wpn_ds.data.plan import StepPlan
 from wpn_ds.engine.harmony import Harmony
 from wpn_ds.engine.reading import no_beat
+from wpn_ds.engine.shards import Away
 from wpn_ds.engine.start import Fixed, Start
 from wpn_ds.jobs.distributed import RngState, World, fill_from_ranks, rng_state, set_rng_state
 from wpn_ds.losses.answers import (
@@ -42,8 +44,9 @@ from wpn_ds.losses.answers import (
     pooled,
     pooling_matrix,
 )
+from wpn_ds.losses.states import squared_distances
 from wpn_ds.models.packed import Output
-from wpn_ds.objectives.terms import NPair, OnAnswers, OnTokens, Role, Terms
+from wpn_ds.objectives.terms import NPair, OnAnswers, OnStates, OnTokens, Role, Terms
 
 
 @dataclass
@@ -66,6 +69,7 @@ class StepResult:
 
     Attributes:
         sums: the means' totals of this rank, to be summed over ranks and divided by their global counts.
+        weights: of the means that were minimised, by their names.
         grad_norm: global gradient norm before clipping, on the device if DeepSpeed leaves it there; inf if the
             gradient was not finite.
         skipped: the gradient was not finite on some rank; all ranks left the weights alone.
@@ -73,6 +77,7 @@ class StepResult:
     """
 
     sums: Sums
+    weights: Mapping[str, Tensor | float]
     grad_norm: Tensor | float
     skipped: bool
     data_seconds: float
@@ -97,14 +102,23 @@ class Step:
         pad_id: int,
         start: Start,
         harmony: Harmony | None = None,
+        away: Away | None = None,
         beat: Callable[[str], None] = no_beat,
+        past: Mapping[str, Any] | None = None,
     ) -> None:
         """``start``: what the terms are compared to; ``harmony``: what mediates between forgetting and retaining, if
-        anything does; ``beat`` is called before every micro-batch, and may raise to leave the step, which then has
-        changed nothing."""
+        anything does; ``away``: what moves the weights for the forget gradient; ``beat`` is called before every
+        micro-batch, and may raise to leave the step, which then has changed nothing; ``past``: what :meth:`state`
+        was."""
+        past = past or {}
         self.engine = engine
         self.terms = terms
-        self.weights = terms.weights
+        self.multipliers = {t.minimised: t.multiplier for t in terms.tokens if t.multiplier is not None}
+        moving = {name: terms.weights[name] for name in self.multipliers} | past.get("weights", {})
+        self.weights: dict[str, Tensor | float] = terms.weights | {  # on the device, which nobody waits for
+            name: torch.tensor(weight, device=world.device) for name, weight in moving.items()
+        }
+        self.updates: int = past.get("updates", 0)
         self.predicted, self.scored = terms.predicted, terms.scored
         self.fixed = [term for term in terms.answers if term.fixed]
         self.live = [term for term in terms.answers if not term.fixed]
@@ -114,48 +128,96 @@ class Step:
         self.pad_id = pad_id
         self.start = start
         self.harmony = harmony
+        self.away = away
         self.beat = beat
         self._data_seconds = 0.0
         self._collator = ThreadPoolExecutor(1, thread_name_prefix="collate")
 
     def __call__(self, plan: StepPlan) -> StepResult:
         """Forward, backward and update."""
-        sums = Sums()
+        sums, moved, every = Sums(), Sums(), range(len(plan.micro_batches[self.world.rank]))
         self._data_seconds = 0.0
-        said = self.start.of(plan)
-        apart = any(not plan.is_local(plan.mask(term.pairs)) for term in self.coupled)
-        count = len(plan.micro_batches[self.world.rank])
-        retain = next((k for k in range(count) if Role.RETAIN in plan.roles(k)), None) if self.harmony else None
-        for k, loss in enumerate((self._gathered_shares if apart else self._shares)(plan, said, sums)):
-            if self.harmony is not None and k == retain:
-                self.harmony.keep_forget()
-            self.engine.set_gradient_accumulation_boundary(k == count - 1)
-            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
-        if self.harmony is not None and retain is not None:
-            sums.add(self.harmony.harmonise())
-        return self._update(sums)
+        # Those with retain examples are the last ones.
+        retain = next((k for k in every if Role.RETAIN in plan.roles(k)), len(every))
+        if self.away is None:
+            self.add_gradient(plan, every, sums, turn=retain)
+        elif plan.support:
+            # The retain ones first, so that the weights move once: the support half adds to what the query half leaves.
+            support, others = every[: plan.support], [*every[retain:], *every[plan.support : retain]]
+            with self.away.moved(plan, support, lambda: self.add_gradient(plan, support, Sums())) as figures:
+                self.add_gradient(plan, others, sums, whole=False, turn=plan.support)
+            sums.add(figures)
+            self.add_gradient(plan, support, sums)
+        else:
+            forget, rng = every[:retain], rng_state(self.world.device)
+            with self.away.moved(plan, forget, lambda: self.add_gradient(plan, forget, sums)) as figures:
+                set_rng_state(rng, self.world.device)  # dropout is the same where the weights have moved
+                self.add_gradient(plan, forget, moved, whole=retain == len(every))
+            sums = sums if sums.totals else moved
+            sums.add(figures)
+            self.add_gradient(plan, every[retain:], sums, turn=retain)
+        if self.harmony is not None and retain < len(every):
+            sums.add(self.harmony.harmonise(retain_first=plan.support > 0))
+        result = self._update(sums)
+        if self.multipliers and not result.skipped:
+            self._move_multipliers(sums)
+        return result
 
-    def _shares(self, plan: StepPlan, said: Mapping[str, Fixed], sums: Sums) -> Iterator[Tensor]:
+    def state(self) -> dict[str, Any]:
+        """What a resumed run goes on with: the weights that move, and the updates that they have seen."""
+        return {"weights": {name: float(self.weights[name]) for name in self.multipliers}, "updates": self.updates}
+
+    def _move_multipliers(self, sums: Sums) -> None:
+        """By the means of the update just done, on all ranks alike."""
+        self.updates += 1
+        moved: dict[str, Tensor | float] = {}
+        for name, multiplier in self.multipliers.items():
+            total, weight = sums.totals[name].clone(), self.weights[name]
+            if self.world.size > 1:
+                dist.all_reduce(total)
+            mean = (total / max(1, sums.counts[name])).float()
+            moved[name] = multiplier.moved(torch.as_tensor(weight), mean, self.updates)
+            sums.add({f"multiplier/{name}": Mean(torch.as_tensor(weight) / self.world.size, 1)})  # summed over ranks
+        self.weights = self.weights | moved
+
+    def add_gradient(
+        self, plan: StepPlan, which: Sequence[int], sums: Sums, whole: bool = True, turn: int | None = None
+    ) -> None:
+        """Add the gradient of the micro-batches of these numbers, which is that of all ranks where it is ``whole``
+        after them; ``turn``: before which of them either the forget gradient is there, or that of retaining."""
+        said = self.start.of(plan)
+        forget = [k for k in which if plan.roles(k) & {Role.WANTED, Role.UNWANTED}]
+        apart = forget and any(not plan.is_local(plan.mask(term.pairs)) for term in self.coupled)
+        shares = self._gathered_shares(plan, said, sums, which) if apart else self._shares(plan, said, sums, which)
+        for k, loss in zip(which, shares, strict=True):
+            if self.harmony is not None and k == turn:
+                self.harmony.keep_first()
+            self.engine.set_gradient_accumulation_boundary(whole and k == which[-1])
+            self.engine.backward(loss * self.world.size, scale_wrt_gas=False)
+
+    def _shares(self, plan: StepPlan, said: Mapping[str, Fixed], sums: Sums, which: Sequence[int]) -> Iterator[Tensor]:
         """The micro-batches' shares of the loss, where no pair looks beyond its micro-batch."""
-        for k, batch in self._batches(plan, self.predicted):
+        for k, batch in self._batches(plan, self.predicted, which):
             output = self._read(plan, k, batch)
             loss = self._loss(self.terms.answers, output, batch, plan, said, sums)
-            yield _with_every_weight(loss, output)
+            yield with_every_weight(loss, output)
 
-    def _gathered_shares(self, plan: StepPlan, said: Mapping[str, Fixed], sums: Sums) -> Iterator[Tensor]:
+    def _gathered_shares(
+        self, plan: StepPlan, said: Mapping[str, Fixed], sums: Sums, which: Sequence[int]
+    ) -> Iterator[Tensor]:
         """The micro-batches' shares where pairs look beyond them: ``<states, cached gradient>`` and the other terms."""
-        device, count = self.world.device, len(plan.micro_batches[self.world.rank])
-        if count == 1:  # its own graph can wait for the other ranks' states: no second forward
-            for k, batch in self._batches(plan, self.predicted):
+        device = self.world.device
+        if len(which) == 1:  # its own graph can wait for the other ranks' states: no second forward
+            for k, batch in self._batches(plan, self.predicted, which):
                 output = self._read(plan, k, batch)
                 states = {term.name: states_of(term, output, batch) for term in self.live}
                 cached = self._cached_gradients({k: states}, plan, said, sums)[k]
                 loss = self._loss(self.fixed, output, batch, plan, said, sums)
-                yield _with_every_weight(loss + _inner_product(states, cached), output)
+                yield with_every_weight(loss + _inner_product(states, cached), output)
             return
         replay: dict[int, RngState] = {}
         first: dict[int, dict[str, States]] = {}
-        forget = [k for k in range(count) if plan.roles(k) & {Role.WANTED, Role.UNWANTED}]
+        forget = [k for k in which if plan.roles(k) & {Role.WANTED, Role.UNWANTED}]
         for k, batch in self._batches(plan, self.scored, forget):
             replay[k] = rng_state(device)
             with torch.no_grad():
@@ -164,22 +226,19 @@ class Step:
         gradients = self._cached_gradients(first, plan, said, sums)
         del first
         by_vectors = [term for term in self.live if term.score is None]
-        for k, batch in self._batches(plan, self.predicted):
+        for k, batch in self._batches(plan, self.predicted, which):
             if k in replay:
                 set_rng_state(replay[k], device)  # dropout must be the same in both forwards
             output = self._read(plan, k, batch, gradients.get(k, {}))
             loss = self._loss(self.fixed, output, batch, plan, said, sums)
             if k in gradients and by_vectors:
                 loss = loss + _inner_product({t.name: states_of(t, output, batch) for t in by_vectors}, gradients[k])
-            yield _with_every_weight(loss, output)
+            yield with_every_weight(loss, output)
 
-    def _batches(
-        self, plan: StepPlan, roles: frozenset[Role], which: Sequence[int] | None = None
-    ) -> Iterator[tuple[int, Batch]]:
+    def _batches(self, plan: StepPlan, roles: frozenset[Role], which: Sequence[int]) -> Iterator[tuple[int, Batch]]:
         """This rank's micro-batches (of the numbers ``which``) with the labels of ``roles``, in the plan's order; the
         next one is collated while the caller computes on one."""
         own = plan.micro_batches[self.world.rank]
-        which = range(len(own)) if which is None else which
         coming = [partial(collate, own[k], self.pad_id, roles=roles, flat=self.layout.flat) for k in which]
         ahead: Future[Batch] | None = None
         for place, k in enumerate(which):
@@ -202,16 +261,17 @@ class Step:
 
     def _label_weights(self, batch: Batch, plan: StepPlan, gradients: Cached) -> Tensor:
         """``[P]`` coefficients of the labels' losses in what is minimised."""
-        of_role = dict.fromkeys(Role, 0.0)
+        of_role: dict[Role, Tensor | float] = dict.fromkeys(Role, 0.0)
         by_position: list[Tensor] = []
         for term in self.terms.tokens:
-            weight = (-term.weight if term.ascend else term.weight) / max(1, plan.label_tokens[term.role])
+            weight = self.weights[term.minimised] / max(1, plan.label_tokens[term.role])
+            weight = -weight if term.ascend else weight
             if term.power:
                 by_position.append(weight * position_weights(term, batch))
             else:
                 of_role[term.role] += weight
         device = batch.label_ids.device
-        weights = torch.cat([torch.full((n,), of_role[role], device=device) for role, n in batch.label_counts.items()])
+        weights = torch.cat([torch.ones(n, device=device) * of_role[role] for role, n in batch.label_counts.items()])
         for own in by_position:
             weights = weights + own
         for answers in self.terms.answers:
@@ -240,9 +300,15 @@ class Step:
         for answers in compared:
             means = means_of(answers, states_of(answers, output, batch), plan, said[answers.name])
             on_answers |= self._named(answers, means)
-        sums.add(on_tokens | on_answers)
+        on_states = {term.name: self._of_states(term, output, batch, plan) for term in self.terms.states}
+        sums.add(on_tokens | on_answers | on_states)
         loss = self._total(on_tokens) if output.losses.requires_grad else output.weighted
-        return loss + self._total(on_answers)
+        return loss + self._total(on_answers) + self._total(on_states)
+
+    def _of_states(self, term: OnStates, output: Output, batch: Batch, plan: StepPlan) -> Mean:
+        states = output.inner[batch.label_positions[batch.labels_of(term.role)]]
+        targets = self.start.states(term, batch, states.shape[1])
+        return Mean(squared_distances(states, targets).sum(), plan.label_tokens[term.role])
 
     def _named(self, term: OnAnswers, means: dict[str, Mean]) -> dict[str, Mean]:
         """The figures beside a term say whose they are, where there are several such terms."""
@@ -261,24 +327,31 @@ class Step:
     ) -> dict[int, Cached]:
         """The gradient of the terms on answers by the states of this rank's micro-batches ``parts``."""
         found: dict[int, Cached] = {k: {} for k in parts}
+        items = {
+            role: to_device(torch.from_numpy(plan.items(parts, role)), self.world.device)
+            for role in (Role.WANTED, Role.UNWANTED)
+        }
         for term in self.live:
             of_term = {k: states[term.name] for k, states in parts.items()}
-            full: States = {}
+            leaves: dict[str, Tensor] = {}
+            there: dict[str, Tensor] = {}
             for name in next(iter(of_term.values())):
-                n = len(plan.unwanted_ids if name == "unwanted" else plan.wanted_ids)
+                unwanted = name == "unwanted"
+                n = len(plan.unwanted_ids if unwanted else plan.wanted_ids)
                 values, index = (
                     torch.cat(column) for column in zip(*(own[name] for own in of_term.values()), strict=True)
                 )
-                whole = fill_from_ranks(values.detach(), index, n).requires_grad_()
-                full[name] = whole, torch.arange(n, device=whole.device)
+                leaves[name] = fill_from_ranks(values.detach(), index, n).requires_grad_()
+                there[name] = items[Role.UNWANTED if unwanted else Role.WANTED]
             with torch.enable_grad():
+                full = {name: (values[there[name]], there[name]) for name, values in leaves.items()}
                 means = self._named(term, means_of(term, full, plan, said[term.name]))
-                gradients = torch.autograd.grad(self._total(means), [values for values, _ in full.values()])
+                gradients = torch.autograd.grad(self._total(means), list(leaves.values()))
             # Every rank computed the same totals, and they will be summed over ranks.
             sums.add({name: Mean(total / self.world.size, count) for name, (total, count) in means.items()})
             for k, states in of_term.items():
                 found[k][term.name] = {
-                    name: gradient[states[name][1]] for name, gradient in zip(full, gradients, strict=True)
+                    name: gradient[states[name][1]] for name, gradient in zip(leaves, gradients, strict=True)
                 }
         return found
 
@@ -291,12 +364,13 @@ class Step:
                 engine.zero_grad()
                 engine.optimizer.zero_grad()
                 engine.skipped_steps += 1
-                return StepResult(sums, float("inf"), True, self._data_seconds)
+                return StepResult(sums, self.weights, float("inf"), True, self._data_seconds)
         engine.step()
         skipped = not engine.was_step_applied()
         if norm is None:
             norm = engine.get_global_grad_norm()
-        return StepResult(sums, float("inf") if skipped or norm is None else norm, skipped, self._data_seconds)
+        finite = float("inf") if skipped or norm is None else norm
+        return StepResult(sums, self.weights, finite, skipped, self._data_seconds)
 
 
 def _inner_product(states: Mapping[str, States], gradients: Cached) -> Tensor:
@@ -307,7 +381,7 @@ def _inner_product(states: Mapping[str, States], gradients: Cached) -> Tensor:
     return torch.stack(products).sum()
 
 
-def _with_every_weight(loss: Tensor, output: Output) -> Tensor:
+def with_every_weight(loss: Tensor, output: Output) -> Tensor:
     """``loss``, with every weight in its graph, even where a micro-batch has nothing for one to do.
 
     ZeRO-3 reduces gradients in an order that all ranks must share.

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import logging
@@ -20,7 +19,7 @@ from torch import Tensor
 
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, max_over_ranks
-from wpn_ds.system.files import cause, remove_abandoned
+from wpn_ds.system.files import cause, publish, remove_abandoned
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +85,7 @@ class Tables:
             assert columns is not None
             for column in columns.values():
                 column.flush()  # type: ignore[attr-defined]  # a memory map: on the disk before it has its name
-            _publish(partial, path, shapes)
+            publish(partial, path, lambda: _open(path, shapes) is not None)
         dist.barrier()
         found = _open(path, shapes)
         if found is None:
@@ -118,16 +117,3 @@ def _create(partial: Path, shapes: Shapes) -> dict[str, np.ndarray]:
         with file.open("r+b") as stream:
             os.posix_fallocate(stream.fileno(), 0, max(1, file.stat().st_size))
     return columns
-
-
-def _publish(partial: Path, path: Path, shapes: Shapes) -> None:
-    """Move a whole table to its place; another job's, which holds the same, may be there already, or come meanwhile."""
-    with contextlib.suppress(OSError):
-        os.rename(partial, path)
-    if partial.exists() and _open(path, shapes) is None:  # what is there is damaged
-        with contextlib.suppress(OSError):
-            damaged = partial.with_suffix(".damaged.tmp")
-            os.rename(path, damaged)
-            os.rename(partial, path)
-            shutil.rmtree(damaged, ignore_errors=True)
-    shutil.rmtree(partial, ignore_errors=True)

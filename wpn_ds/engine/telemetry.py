@@ -181,8 +181,9 @@ class Telemetry:
         for tracker in self.others:
             tracker.log(step, final)
 
-    def progress(self, step: int, values: Mapping[str, float] | None) -> None:
-        """Advance the bar, or without a terminal print a line; the same for ``wpn-ds status``."""
+    def progress(self, step: int, values: Mapping[str, float] | None = None, **status: Any) -> None:
+        """Advance the bar, or without a terminal print a line of ``values``; the same for ``wpn-ds status``, and what
+        else it shall know (:func:`history.write_status`)."""
         if not self.active:
             return
         short = {k.removeprefix("loss/"): f"{v:.3g}" for k, v in (values or {}).items() if k.startswith("loss/")}
@@ -205,6 +206,7 @@ class Telemetry:
                 seconds_left=left,
                 losses={name: _finite(v) for name, v in values.items() if name.startswith("loss/")},
                 evaluation=self.last_evaluation,
+                **status,
             )
         self.done = step
 

@@ -9,7 +9,7 @@ from wpn_ds.engine.prepare import Job, prepare
 from wpn_ds.engine.run import Run
 from wpn_ds.errors import UserError
 from wpn_ds.jobs import history
-from wpn_ds.jobs.distributed import announce, on_main
+from wpn_ds.jobs.distributed import announce
 from wpn_ds.jobs.heartbeat import Stopped
 from wpn_ds.jobs.preflight import UnfitNode
 from wpn_ds.settings.run import Config
@@ -28,7 +28,6 @@ def train(config: Config) -> None:
     try:
         job = prepare(config)
         output_dir, world = job.output_dir, job.world
-        on_main(world, lambda: history.forget_the_end(output_dir))
         try:
             Run(job)()
         except Stopped as stopped:  # what there was to save is saved

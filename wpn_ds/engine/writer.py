@@ -6,7 +6,9 @@ import copy
 import hashlib
 import os
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections import defaultdict
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -28,6 +30,7 @@ class Writer(TorchCheckpointEngine):
         self._background = background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
         self._files: dict[Path, Future[tuple[int, str]]] = {}
+        self._host = _Host()
         self.ended = 0.0  # when the last file was written, by time.perf_counter
         self.left_out: frozenset[str] = frozenset()
         """Names of the model's weights that are not written."""
@@ -37,7 +40,7 @@ class Writer(TorchCheckpointEngine):
         if self.left_out and "module" in state_dict:
             kept = {name: weight for name, weight in state_dict["module"].items() if name not in self.left_out}
             state_dict = {**state_dict, "module": kept}
-        state = tree_map(_on_host, state_dict) if self._background else state_dict
+        state = tree_map(self._host.copy, state_dict) if self._background else state_dict
         written = self._thread.submit(self._write, state, Path(path))
         self._files[Path(path)] = written
         if not self._background:
@@ -47,6 +50,17 @@ class Writer(TorchCheckpointEngine):
         written = _write(state, path)
         self.ended = time.perf_counter()
         return written
+
+    def later(self, work: Callable[[], None]) -> None:
+        """Do ``work`` before any file of a later save is written; in the background if they are."""
+        doing = self._thread.submit(work)
+        if not self._background:
+            doing.result()
+
+    def close(self) -> None:
+        """Wait until all is done, and free the copies' memory; nothing can be written after it."""
+        self._thread.shutdown()
+        self._host = _Host()
 
     def done(self) -> bool:
         """Whether all files are written, or have failed."""
@@ -59,11 +73,31 @@ class Writer(TorchCheckpointEngine):
             OSError: one could not be written.
         """
         files, self._files = self._files, {}
+        wait(files.values())
+        self._host.free()
         return {path: written.result() for path, written in files.items()}
 
 
-def _on_host(value: Any) -> Any:
-    return value.detach().to("cpu", copy=True) if isinstance(value, Tensor) else copy.deepcopy(value)
+class _Host:
+    """Copies in host memory, which the next ones overwrite: to fill memory that the system has just handed out takes
+    several times as long, and training waits."""
+
+    def __init__(self) -> None:
+        self._free: defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
+        self._used: list[Tensor] = []
+
+    def copy(self, value: Any) -> Any:
+        if not isinstance(value, Tensor):
+            return copy.deepcopy(value)
+        free = self._free[value.shape, value.dtype]
+        self._used.append(free.pop() if free else torch.empty(value.shape, dtype=value.dtype))
+        return self._used[-1].copy_(value.detach())
+
+    def free(self) -> None:
+        """Nobody reads the copies any more."""
+        for tensor in self._used:
+            self._free[tensor.shape, tensor.dtype].append(tensor)
+        self._used.clear()
 
 
 def _write(state: Any, path: Path) -> tuple[int, str]:

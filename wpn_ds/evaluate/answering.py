@@ -7,10 +7,13 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 from wpn_ds.data.records import ForgetRecord, prompt_text
-from wpn_ds.data.tokens import encoded_prompt, naming, render_prompt
+from wpn_ds.data.tokens import encode_prompt, encoded_prompt, naming, render_prompt
+from wpn_ds.errors import UserError
+from wpn_ds.evaluate.attacks import followed
 from wpn_ds.evaluate.judges.phrases import Refusal, refusal
 from wpn_ds.evaluate.prefill import Begun, begin
 from wpn_ds.evaluate.results import Answer, Suite
+from wpn_ds.evaluate.soft_prompt import closing, with_vectors
 from wpn_ds.evaluate.suites import PromptSuite
 from wpn_ds.evaluate.work import Unit
 from wpn_ds.judging.base import Case, Judge
@@ -49,12 +52,18 @@ class Generation(NamedTuple):
     begun: str | None = None
 
 
-def _read(record: ForgetRecord, prefill: int, tokenizer: Any, style: PromptStyle, max_length: int) -> Begun | None:
+def _read(
+    record: ForgetRecord, suite: PromptSuite, tokenizer: Any, style: PromptStyle, max_length: int
+) -> Begun | None:
     """None where an answer can't be begun with so many tokens."""
-    if prefill:
-        return begin(record, prefill, tokenizer, style, max_length)
+    if suite.prefill:
+        return begin(record, suite.prefill, tokenizer, style, max_length)
     prompt = encoded_prompt(record.prompt, tokenizer, style, max_length)
-    return Begun(record, prompt.ids, None, prompt.truncated)
+    ids = prompt.ids
+    if suite.soft:
+        place = len(ids) - closing(record.prompt, tokenizer, style, max_length)
+        ids = with_vectors(ids, place, suite.soft)
+    return Begun(record, ids, None, prompt.truncated)
 
 
 class SuiteAnswers:
@@ -69,14 +78,17 @@ class SuiteAnswers:
         style = asking.style
         if suite.template is not None:  # a beginning of a text, to which nobody has said anything before
             style = replace(style, template=suite.template, system_prompt=None)
-        self._read, self._asked = [], []
+        self._read, self._asked, self._style = [], [], style
+        room = asking.max_length - 2 * suite.soft  # a prompt gets half of it
+        if room < 4:
+            raise UserError(f"--soft_prompt_vectors {suite.soft}: a prompt has only {asking.max_length // 2} tokens")
         for record in suite.records:
             with naming(record.source):
-                if read := _read(record, suite.prefill, tokenizer, style, asking.max_length):
+                if read := _read(record, suite, tokenizer, style, room):
                     self._read.append(read)
                     self._asked.append(render_prompt(record.prompt, tokenizer, style) + (read.text or ""))
         self.suite = replace(suite, records=tuple(read.record for read in self._read))
-        self._given, self._room = len(suite.records), asking.max_length // 2
+        self._given, self._room = len(suite.records), room // 2
         prompts = [read.ids for read in self._read]
         self._parts = [
             (seed, part, self._unit(asking, prompts, part, seed))
@@ -110,27 +122,38 @@ class SuiteAnswers:
         sampling = None if seeds is None else Sampling(seeds, asking.temperature, asking.top_p)
         content = [prompts, asking.max_new_tokens, [seeds, asking.temperature, asking.top_p] if sampling else 0]
         content += [self.suite.prefill] if self.suite.prefill else []
+        content += [self.suite.then] if self.suite.then else []
 
-        def run(model: Any, tokenizer: Any) -> list[str]:
+        def answers(model: Any, tokenizer: Any, asked: list[list[int]]) -> list[str]:
             return generate(
                 model,
                 tokenizer,
-                prompts,
+                asked,
                 max_new_tokens=asking.max_new_tokens,
-                batch_size=len(prompts),
+                batch_size=len(asked),
                 sampling=sampling,
                 given=self.suite.prefill,
             )
 
-        return Unit(self.suite.name, content, len(prompts), run)
+        def run(model: Any, tokenizer: Any) -> list[str] | list[tuple[str, str]]:
+            said = answers(model, tokenizer, prompts)
+            if not self.suite.then:
+                return said
+            records = [self.suite.records[i] for i in part]
+            chats = [followed(r.prompt, text, self.suite.then) for r, text in zip(records, said, strict=True)]
+            ids = [encode_prompt(chat, tokenizer, self._style, asking.max_length) for chat in chats]
+            read = [render_prompt(chat, tokenizer, self._style) for chat in chats]
+            return list(zip(read, answers(model, tokenizer, ids), strict=True))
+
+        return Unit(self.suite.name, content, len(prompts), run, generates=not self.suite.then)
 
     def said(self, results: Mapping[str, Any]) -> list[Generation]:
         """The answers from the finished units' ``results``, by seed, then in the order of the records."""
-        said = [
-            Generation(self._asked[record], record, answer, seed, self._read[record].text)
-            for seed, part, unit in self._parts
-            for record, answer in zip(part, results[unit.key], strict=True)
-        ]
+        said = []
+        for seed, part, unit in self._parts:
+            for record, answer in zip(part, results[unit.key], strict=True):
+                asked, text = answer if self.suite.then else (self._asked[record], answer)
+                said.append(Generation(asked, record, text, seed, self._read[record].text))
         return sorted(said, key=lambda one: (-1 if one.seed is None else one.seed, one.record))
 
     def judged(self, results: Mapping[str, Any], judges: Sequence[Judge]) -> Suite:

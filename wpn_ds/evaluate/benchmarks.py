@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import difflib
 import hashlib
 import io
@@ -25,6 +26,7 @@ from typing import Any
 from wpn_ds.data.sources import Problems, Row, file_rows
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.items import TaskOptions, TaskUnavailable, drawn, find_file, place, sample
+from wpn_ds.evaluate.knowledge import PUBLISHED, published_tasks
 from wpn_ds.evaluate.results import Task
 from wpn_ds.models.generate import evaluation_mode
 from wpn_ds.models.load import max_positions
@@ -145,14 +147,17 @@ def load_benchmark(name: str, data_dir: Path | None) -> _Loaded:
         raise TaskUnavailable(f"{name} needs lm-evaluation-harness: pip install 'wpn_ds[eval]'") from error
     version = f"lm-eval {lm_eval.__version__}"
     benchmark = BENCHMARKS.get(name)
+    files = benchmark.files if benchmark else next(iter(PUBLISHED[name].splits.values())) if name in PUBLISHED else ()
     path = find_file(data_dir, benchmark.files) if benchmark else None
     with _quiet():
         if benchmark and path and data_dir:
             return _local_task(name, path, f"{place(path, data_dir)}, {version}")
-        if not benchmark:
+        if name in PUBLISHED and (found := published_tasks(name, data_dir)):
+            return _Loaded({own: _asked_alone(task) for own, task in found[0].items()}, f"{found[1]}, {version}")
+        if not files:
             _check_name(name)
         if not hub_reachable():
-            local = f"{' or '.join(benchmark.files)} isn't below {data_dir}, and " if benchmark and data_dir else ""
+            local = f"{' or '.join(files)} isn't below {data_dir}, and " if files and data_dir else ""
             raise TaskUnavailable(f"{name}: {local}the Hugging Face hub, which has its data, can't be reached")
         task = benchmark.task if benchmark else name
         tasks = _hub_tasks(task)
@@ -260,10 +265,16 @@ def _hub_tasks(name: str) -> dict[str, Any]:
     for task in tasks.values():
         if getattr(task, "UNSAFE_CODE", False):
             raise TaskUnavailable(f"{name}: it runs code that the model writes, which is not done here")
-        if task.get_config("num_fewshot") is None:
-            task.set_config(key="num_fewshot", value=0)
-        task.set_fewshot_seed(1234)  # the harness's default
+        _asked_alone(task)
     return tasks
+
+
+def _asked_alone(task: Any) -> Any:
+    """Without examples where its configuration doesn't say otherwise."""
+    if task.get_config("num_fewshot") is None:
+        task.set_config(key="num_fewshot", value=0)
+    task.set_fewshot_seed(1234)  # the harness's default
+    return task
 
 
 def run_benchmark(name: str, model: Any, tokenizer: Any, options: TaskOptions) -> Task:
@@ -319,6 +330,15 @@ def _language_model(model: Any, tokenizer: Any, options: TaskOptions) -> Any:
                 extra = max(0, len(continuation) - self.max_length)
                 fitting.append((text, context + continuation[:extra], continuation[extra:]))
             return super()._loglikelihood_tokens(fitting, *args, **kwargs)
+
+        def generate_until(self, requests: Any, *args: Any, **kwargs: Any) -> Any:
+            """Answers take half of the model's positions at most: the harness fails where none are left to a prompt."""
+            fitting = []
+            for request in requests:
+                asked, options = request.args
+                tokens = min(options.get("max_gen_toks", self.max_gen_toks), self.max_length // 2)
+                fitting.append(dataclasses.replace(request, arguments=(asked, {**options, "max_gen_toks": tokens})))
+            return super().generate_until(fitting, *args, **kwargs)
 
     # the tokenizer is copied, since the harness gives it a pad token; log-softmax in fp32, also of bf16 models,
     # since sums of bf16 numbers tie

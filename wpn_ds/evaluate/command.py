@@ -11,7 +11,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges import JUDGE_HELP
 from wpn_ds.evaluate.suites import GROUPS, QUICK_LIMIT
 from wpn_ds.evaluate.tofu.data import DEFAULT_SPLIT
-from wpn_ds.settings.parse import Count, Positive, Share, option, parse
+from wpn_ds.settings.parse import Count, Flag, Positive, Share, Whole, option, parse
 from wpn_ds.settings.style import StyleFlags
 
 JUDGES = ("reference", "phrases", "resemblance")
@@ -63,6 +63,8 @@ class AskingFlags:
     """Prompts that are answered at a time."""
     bf16: bool | None = None
     """Load the models in bfloat16 instead of fp32 (default: as it was trained)."""
+    share_weights: Flag = False
+    """Share a model's weights out over the ranks (ZeRO-3): for one that no device holds; slower where one does."""
     limit: Count | None = option(None, metavar="N")
     """At most N prompts of every suite, and N items of every benchmark."""
     samples: Count = 4
@@ -85,11 +87,14 @@ class UtilityFlags:
     """Utility and relearning: what the model still can do, and how soon it says the unwanted again."""
 
     utility: str | None = None
-    """Benchmarks, dialogue, all, or names, those of lm-evaluation-harness too (default: all)."""
+    """Benchmarks, dialogue, all (these two), extended (MMLU, GSM8K, IFEval), wmdp, or names, those of
+    lm-evaluation-harness too (default: all)."""
     relearn_steps: list[Count] = option([2, 5, 10, 20], metavar="N")
     """After how many fine-tuning steps on unwanted answers to ask again."""
     relearn_learning_rate: Positive = 1e-4
     """Of these steps."""
+    relearn_lora_r: Whole = 0
+    """Rank of adapters that learn in place of the weights, which takes less memory; 0: the weights learn, in fp32."""
 
 
 @dataclass(frozen=True)
@@ -111,8 +116,24 @@ class TofuFlags:
                 raise UserError(f"--{flag} {getattr(self, flag)}: is for the suite tofu: give --tofu_dir")
 
 
+@dataclass(frozen=True)
+class RecallFlags:
+    """MUSE and RWKU: what a model says of texts that it was to forget, and of others."""
+
+    muse_dir: Path | None = None
+    """Folder of one corpus of MUSE (News or Books), with verbmem, knowmem and privleak; asks its suite."""
+    muse_retain_log: Path | None = option(None, metavar="FILE")
+    """muse.json of this command on a model that never saw the forget set, for PrivLeak."""
+    rwku_dir: Path | None = None
+    """Folder with RWKU's forget_level1.json, ..., neighbor_level2.json; asks its suite."""
+
+    def __post_init__(self) -> None:
+        if self.muse_dir is None and self.muse_retain_log is not None:
+            raise UserError(f"--muse_retain_log {self.muse_retain_log}: is for the suite muse: give --muse_dir")
+
+
 @dataclass(frozen=True, kw_only=True)
-class Options(AskedFlags, UtilityFlags, TofuFlags):
+class Options(AskedFlags, UtilityFlags, TofuFlags, RecallFlags):
     """Asks the prompts of every suite, judges the answers, measures what the model still can do, and writes report.json
     and report.html. A call that was stopped goes on where it was; other judges cost no new answers. On several GPUs:
     deepspeed launch/evaluate.py, with the same flags."""
@@ -131,6 +152,7 @@ class Options(AskedFlags, UtilityFlags, TofuFlags):
     def __post_init__(self) -> None:
         StyleFlags.__post_init__(self)
         TofuFlags.__post_init__(self)
+        RecallFlags.__post_init__(self)
 
 
 def run(argv: Sequence[str] | None = None) -> int:

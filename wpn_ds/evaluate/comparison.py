@@ -101,6 +101,14 @@ class Comparison:
                 notes.append(f"{count}: these answers count neither as harmless nor as harmful")
         return notes
 
+    @cached_property
+    def recall_changes(self) -> dict[str, Estimate]:
+        """By set of MUSE and RWKU that both models were asked, the mean change of ROUGE-L on the same items."""
+        was, now = (one.recall.rouge if one.recall else {} for one in (self._was, self.after))
+        both = [name for name in now if name in was and len(was[name].scores) == len(now[name].scores)]
+        pairs = {name: zip(was[name].scores, now[name].scores, strict=True) for name in both}
+        return {name: bootstrap_mean([[b - a for a, b in of]]) for name, of in pairs.items()}
+
     @property
     def means(self) -> dict[str, tuple[Estimate | None, Estimate]]:
         """By task, the score (before, after)."""
@@ -108,7 +116,7 @@ class Comparison:
         return {name: (was[name].mean if name in was else None, task.mean) for name, task in self.after.utility.items()}
 
     @cached_property
-    def _differences(self) -> dict[str, list[float]]:
+    def differences(self) -> dict[str, list[float]]:
         """By task of which both models were given the same items, each item's score after less before."""
         was, now = self._was.utility, self.after.utility
         both = [name for name in now if name in was and len(was[name].scores) == len(now[name].scores)]
@@ -117,18 +125,18 @@ class Comparison:
     @cached_property
     def task_changes(self) -> dict[str, Estimate]:
         """By task that both models were given, the mean change of the same items."""
-        return {name: bootstrap_mean([items]) for name, items in self._differences.items()}
+        return {name: bootstrap_mean([items]) for name, items in self.differences.items()}
 
     def tasks(self, group: str) -> list[str]:
         """The tasks of a group that both models were given: what :attr:`utility_changes` averages."""
-        return [name for name in self._differences if self.after.utility[name].group == group]
+        return [name for name in self.differences if self.after.utility[name].group == group]
 
     @cached_property
     def utility_changes(self) -> dict[str, Estimate]:
         """The average change over the "benchmark" and over the "dialogue" tasks, where there are any: each task has the
         same weight, and the bootstrap interval is over paired items."""
         tasks = {group: self.tasks(group) for group in ("benchmark", "dialogue")}
-        return {group: bootstrap_mean([self._differences[n] for n in names]) for group, names in tasks.items() if names}
+        return {group: bootstrap_mean([self.differences[n] for n in names]) for group, names in tasks.items() if names}
 
     @property
     def perplexity_ratio(self) -> float | None:

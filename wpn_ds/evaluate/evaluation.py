@@ -19,6 +19,7 @@ from wpn_ds.evaluate.judges import make_judges
 from wpn_ds.evaluate.measurement import Measurement, Plan
 from wpn_ds.evaluate.model import device
 from wpn_ds.evaluate.ranks import all_arrived, alone_in, from_rank_0, join_ranks
+from wpn_ds.evaluate.recall.task import recall_task
 from wpn_ds.evaluate.relearning import Lessons
 from wpn_ds.evaluate.report.files import write_report
 from wpn_ds.evaluate.report.table import format_table
@@ -46,6 +47,7 @@ SETTINGS = (
     "utility",
     "relearn_steps",
     "relearn_learning_rate",
+    "relearn_lora_r",
 )
 
 
@@ -64,7 +66,7 @@ def evaluate(options: Options) -> int:
         sources = {"before": Source(options.baseline, "--baseline", revision), **sources}
     for source in sources.values():
         check_place(source.flag, source.name_or_path)
-    rank, size = join_ranks()
+    rank, size = join_ranks(options.share_weights)
     if size > 1:  # one commit for all ranks, should it change in between
         sources = from_rank_0(rank, size, lambda: {label: pinned(source) for label, source in sources.items()})
     with alone_in(options.output_dir / ".evaluate.lock", f"--output_dir {options.output_dir}", rank, size):
@@ -101,6 +103,10 @@ def _evaluate(options: Options, recorded: dict[str, Any], sources: Mapping[str, 
                 if label == "after":
                     write_log(options.output_dir, log)
                 settings["tofu"] = plan.tofu.settings()
+            if plan.recall:
+                if label == "after" and (scores := part.membership()):
+                    scores.write(options.output_dir)
+                settings["recall"] = plan.recall.settings()
         described = [{"name": judge.name, **judge.describe()} for judge in judges]
         page = write_report(
             options.output_dir,
@@ -138,11 +144,14 @@ def _prepare(
     taught = [record for record in sources.train or sources.heldout if record.rejected]
     held = take(sources.heldout or sources.train, limit, options.seed)
     tofu = tofu_task(options, options.max_new_tokens, limit, device())
+    recall = recall_task(options, limit)
     empty = {
         "depth": not any(record.rejected for record in held) and "no unwanted answers: give --heldout_file",
         "retain": not retain and "no retain records: give --retain_file",
         "relearning": not taught and "no unwanted answers to teach: give --train_file",
         "utility": not benchmarks and "none of its tasks can be measured here: give --data_dir",
+        "muse": not options.muse_dir and "no --muse_dir: name the folder of one corpus of MUSE",
+        "rwku": not options.rwku_dir and "no --rwku_dir: name a folder with RWKU's published files",
         "tofu": not tofu and "no --tofu_dir: name a folder with TOFU's published files",
     }
     for name, reason in empty.items():
@@ -155,20 +164,23 @@ def _prepare(
     notes += unjudged
     relearned = PromptSuite("relearning", tuple(held))
     steps = [0, *sorted(set(options.relearn_steps))]
-    lessons = Lessons(taught, relearned, steps, options.relearn_learning_rate, options.seed)
+    rate, rank = options.relearn_learning_rate, options.relearn_lora_r
+    lessons = Lessons(taught, relearned, steps, rate, options.seed, rank)
     plan = Plan(
         answers=options.output_dir / "answers",
         asking=asking_of(options, recorded),
         suites=suites,
         retain=take(retain, limit, options.seed) if "retain" in asked else (),
         depth=held if "depth" in asked else (),
-        lessons=lessons if "relearning" in asked and taught else None,
+        lessons=lessons if "relearning" in asked and not empty["relearning"] else None,
         # whether the hub can be reached may differ from node to node
         benchmarks=from_rank_0(rank, size, lambda: benchmarks),
         data_dir=options.data_dir,
         limit=limit,
         tofu=tofu,
+        recall=recall,
         bf16=bool(recorded.get("bf16")) if options.bf16 is None else options.bf16,
+        shared=options.share_weights,
     )
     return plan, notes, _settings(options, origins, plan, size), judges
 

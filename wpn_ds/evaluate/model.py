@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from wpn_ds.jobs.partitioned import inference_json, partitioned
 from wpn_ds.models.adapters import whole
 from wpn_ds.models.folder import identity
 from wpn_ds.models.load import Source, load_config, load_model, load_tokenizer, max_positions, pinned
@@ -46,6 +47,7 @@ class AskedModel:
         bf16: in bfloat16, or else in fp32; None: in the faster of the two.
         device: where it computes; None: :func:`device`.
         treatment: what is done to it once it is loaded; it is another model then.
+        shared: each rank holds a part of the weights, and all of them compute together.
 
     Attributes:
         name: as the user gave it.
@@ -63,7 +65,9 @@ class AskedModel:
         bf16: bool | None,
         device: torch.device | str | None = None,
         treatment: Treatment | None = None,
+        shared: bool = False,
     ) -> None:
+        self._shared = shared
         self.name, self.source, self._device = source.name_or_path, pinned(whole(source)), device
         self._treatment = treatment
         self._bf16 = faster_in_bf16(self._place) if bf16 is None else bf16
@@ -83,7 +87,9 @@ class AskedModel:
         dtype = torch.bfloat16 if self._bf16 else torch.float32
         warn_of_slow_bf16(self._place, dtype)
         with working(f"loading {self.name}"):
-            lm = load_model(self.source, dtype=dtype, tokenizer=self.tokenizer).to(self._place).eval()
+            zero3 = inference_json(self._bf16) if self._shared else None
+            lm = load_model(self.source, dtype=dtype, tokenizer=self.tokenizer, zero3=zero3).eval()
+            lm = partitioned(lm, self._bf16) if self._shared else lm.to(self._place)
             if self._treatment:
                 self._treatment.apply(lm, self.tokenizer)
         return lm, self.tokenizer

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from wpn_ds.data.records import ForgetRecord
 from wpn_ds.data.sources import Problems, Row, field_problem, file_rows, file_text
+from wpn_ds.judging.base import PromptKind
 
 _TEXT = "text"
 """The field of lists without fields: the lines of a text file, the strings of a JSON array."""
@@ -28,7 +29,8 @@ class PromptList:
         files: the names of its files; ``*`` stands for anything.
         origin: where to get them.
         prompt, category, context: fields of a row; a context stands before the prompt, as a paragraph.
-        left_out: (field, value) of the rows that are passed over.
+        left_out: (field, value) of the rows that are passed over; every row must have that field.
+        kind: what its prompts are; of benign ones, refusals count.
     """
 
     name: str
@@ -38,6 +40,7 @@ class PromptList:
     category: str = ""
     context: str = ""
     left_out: tuple[str, str] | None = None
+    kind: PromptKind = "harm"
 
 
 @dataclass(frozen=True)
@@ -49,6 +52,8 @@ class FoundList:
 
 
 _REFUSAL_DIRECTION = "github.com/andyrdt/refusal_direction (dataset/raw)"
+_XSTEST = ("xstest_prompts.csv",), "github.com/paul-rottger/xstest", "prompt", "type"
+_OR_BENCH = "hf.co/datasets/bench-llm/or-bench", "prompt", "category"
 
 PUBLISHED: dict[str, PromptList] = {
     entry.name: entry
@@ -85,6 +90,12 @@ PUBLISHED: dict[str, PromptList] = {
             "prompt",
             "toxic_adjective",
         ),
+        # Safe prompts that sound dangerous, and contrasts of the same words that are: arXiv 2308.01263.
+        PromptList("xstest/safe", *_XSTEST, left_out=("label", "unsafe"), kind="benign"),
+        PromptList("xstest/unsafe", *_XSTEST, left_out=("label", "safe")),
+        # Of its 80,000 prompts those that most models refuse, and toxic ones: arXiv 2405.20947.
+        PromptList("or_bench/hard", ("or-bench-hard-1k.csv",), *_OR_BENCH, kind="benign"),
+        PromptList("or_bench/toxic", ("or-bench-toxic.csv",), *_OR_BENCH),
         PromptList(
             "jailbreak_templates",
             ("jailbreak_prompts.csv",),
@@ -136,9 +147,10 @@ def _is_left_out(row: Row, entry: PromptList) -> bool:
 
 def _record(at: str, row: Row, entry: PromptList, problems: Problems) -> ForgetRecord | None:
     texts = {}
-    for field in filter(None, (entry.prompt, entry.category, entry.context)):
+    chosen_by = entry.left_out[0] if entry.left_out else ""
+    for field in filter(None, (entry.prompt, entry.category, entry.context, chosen_by)):
         is_empty = field in row and not str("" if row[field] is None else row[field]).strip()
-        if not (is_empty and field != entry.prompt) and (problem := field_problem(row, field)):
+        if not (is_empty and field not in (entry.prompt, chosen_by)) and (problem := field_problem(row, field)):
             problems.add(at, problem, hint=f"the published file is in {entry.origin}")
             return None
         texts[field] = (row[field] or "").strip()
@@ -151,7 +163,7 @@ def _rows(path: Path, entry: PromptList, problems: Problems) -> list[tuple[str, 
     if path.suffix == ".json" and entry.prompt != _TEXT:
         return list(file_rows(path, problems))
     count = problems.count
-    rows = list({".csv": file_rows, ".txt": _lines, ".json": _strings}[path.suffix](path, problems))
+    rows = list({".csv": file_rows, ".txt": _lines, ".json": string_rows}[path.suffix](path, problems))
     if not rows and problems.count == count:
         problems.add(str(path), "is empty")
     return rows
@@ -162,7 +174,7 @@ def _lines(path: Path, problems: Problems) -> list[tuple[str, Row]]:
     return [(f"{path}:{number}", {_TEXT: line}) for number, line in lines if line.strip()]
 
 
-def _strings(path: Path, problems: Problems) -> list[tuple[str, Row]]:
+def string_rows(path: Path, problems: Problems) -> list[tuple[str, Row]]:
     text = file_text(path, problems)
     if not text.strip():
         return []

@@ -19,8 +19,17 @@ from wpn_ds.system.lock import locked
 T = TypeVar("T")
 
 
-def join_ranks() -> tuple[int, int]:
-    """(rank, number of ranks) of the launcher's job; ranks only meet when a piece of work is done."""
+_PATIENCE = timedelta(days=7)  # ranks may have very different work
+
+
+def join_ranks(shared: bool = False) -> tuple[int, int]:
+    """(rank, number of ranks) of the launcher's job; ranks only meet when a piece of work is done, or, where a model's
+    weights are ``shared`` by all of them, in its every layer."""
+    if shared:
+        from wpn_ds.jobs.distributed import init  # DeepSpeed takes seconds to load
+
+        world = init(_PATIENCE.total_seconds() / 60)
+        return world.rank, world.size
     launchers.join()
     rank, size = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     if size > 1:
@@ -28,7 +37,7 @@ def join_ranks() -> tuple[int, int]:
             # Ranks of one machine share its cores; by default each would start a thread per core.
             torch.set_num_threads(max(1, (os.cpu_count() or 1) // int(os.environ["LOCAL_WORLD_SIZE"])))
         with launchers.meeting():
-            dist.init_process_group("gloo", timeout=timedelta(days=7))
+            dist.init_process_group("gloo", timeout=_PATIENCE)
     return rank, size
 
 
@@ -61,6 +70,15 @@ def from_rank_0(rank: int, size: int, work: Callable[[], T]) -> T:
     if box[1] is not None:
         raise box[1]
     return box[0]  # type: ignore[no-any-return]
+
+
+def from_every_rank(value: T, size: int) -> list[T]:
+    """Every rank's ``value``, in the order of the ranks, on all ranks. (:func:`wpn_ds.jobs.distributed.from_all`, for
+    where a plain process loads no DeepSpeed.)"""
+    values = [value] * size
+    if size > 1:
+        dist.all_gather_object(values, value)
+    return values
 
 
 def all_arrived(size: int) -> None:

@@ -161,6 +161,14 @@ class Suite:
         return Rate.of(answer.partial_refusal for answer in self.answers)
 
     @property
+    def refusal_classes(self) -> dict[str, Rate]:
+        """XSTest's three classes of answers (arXiv 2308.01263), by their phrases; a degenerate answer that doesn't
+        refuse is in none of them."""
+        full = (answer.refusal and not answer.partial_refusal for answer in self.answers)
+        complied = (not answer.refusal and not verdict.degenerate for answer, verdict in self.pairs())
+        return {"full": Rate.of(full), "partial": self.partial_refusals, "complied": Rate.of(complied)}
+
+    @property
     def length_matched(self) -> Rate:
         """Harmless answers among the records whose wanted and unwanted texts are of similar length."""
         return self._harmless([(answer, verdict) for answer, verdict in self.judged() if answer.length_matched])
@@ -231,6 +239,7 @@ class Suite:
             "degenerate": self.degenerate_counts(),
             "refusal": _rate(self.refusals),
             "partial_refusal": _rate(self.partial_refusals),
+            "complied": _rate(self.refusal_classes["complied"]),
             "length_matched": _rate(self.length_matched),
             "distinct": {str(n): self.distinct(n) for n in (1, 2, 3)},
             "commonest_answer": _rate(self.commonest),
@@ -320,13 +329,14 @@ class Task:
         metric: "acc", "acc_norm", "f1": greater is better, from 0 to 1.
         scores: one an item, in the order of the items.
         source: where the items come from and in which version.
-        group: "benchmark" (one of the nine, in the average), "dialogue", or "other".
+        group: "benchmark" (one of the nine, in the average), "dialogue", or "other"; of a :class:`Recall` "forgotten",
+            where less is better, or "kept".
     """
 
     metric: str
     scores: tuple[float, ...]
     source: str
-    group: Literal["benchmark", "dialogue", "other"] = "other"
+    group: Literal["benchmark", "dialogue", "other", "forgotten", "kept"] = "other"
 
     @cached_property
     def mean(self) -> Estimate:
@@ -342,6 +352,36 @@ class Task:
 
 
 @dataclass(frozen=True)
+class Recall:
+    """What a model says of the texts of MUSE and RWKU.
+
+    Attributes:
+        rouge: ROUGE-L of its answers, by set.
+        auc: how well min-k tells the texts that were to be forgotten from ones that no model saw; None without texts.
+        privleak: MUSE's, in percent; None without the retain-only model.
+    """
+
+    rouge: dict[str, Task]
+    auc: Estimate | None = None
+    privleak: Estimate | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        rouge = {name: task.to_json() for name, task in self.rouge.items()}
+        return {"rouge": rouge, **{name: one and asdict(one) for name, one in self.membership.items()}}
+
+    @classmethod
+    def from_json(cls, data: Mapping[str, Any]) -> Recall:
+        """What :meth:`to_json` wrote."""
+        auc, privleak = (Estimate(**data[name]) if data[name] else None for name in ("auc", "privleak"))
+        return cls({name: Task.from_json(task) for name, task in data["rouge"].items()}, auc, privleak)
+
+    @property
+    def membership(self) -> dict[str, Estimate | None]:
+        """AUC and PrivLeak by name."""
+        return {"auc": self.auc, "privleak": self.privleak}
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """Everything measured on one model."""
 
@@ -350,10 +390,11 @@ class Evaluation:
     utility: dict[str, Task] = field(default_factory=dict)
     tofu: TofuFigures | None = None
     depth: Depth | None = None
+    recall: Recall | None = None
 
     def to_json(self) -> dict[str, Any]:
         """``{"suites": {name: ...}, "retain": {"n", "tokens", "perplexity"} or null, "utility": {task: ...}, "tofu":
-        figures or null, "depth": {"unwanted", "wanted"} or null}``."""
+        figures or null, "depth": {"unwanted", "wanted"} or null, "recall": {"rouge", "auc", "privleak"} or null}``."""
         retain = None
         if self.retain is not None:
             perplexity = self.retain.perplexity if math.isfinite(self.retain.perplexity) else None  # no inf in JSON
@@ -364,6 +405,7 @@ class Evaluation:
             "utility": {name: task.to_json() for name, task in self.utility.items()},
             "tofu": asdict(self.tofu) if self.tofu else None,
             "depth": asdict(self.depth) if self.depth else None,
+            "recall": self.recall.to_json() if self.recall else None,
         }
 
     @classmethod
@@ -378,4 +420,5 @@ class Evaluation:
             {name: Task.from_json(task) for name, task in data["utility"].items()},
             TofuFigures.from_json(data["tofu"]) if data.get("tofu") else None,
             Depth.from_json(data["depth"]) if data.get("depth") else None,
+            Recall.from_json(data["recall"]) if data.get("recall") else None,
         )

@@ -20,16 +20,21 @@ def right_padded(segments: Sequence[Segment], pad: int) -> tuple[Tensor, Tensor]
     return ids, mask
 
 
-def token_losses(model: Any, segments: Sequence[Segment], pad: int) -> tuple[Tensor, Tensor]:
-    """([predicted tokens] negative log-likelihoods in fp32, segment after segment; [predicted tokens] whether it is the
-    likeliest token)."""
+def answer_logits(model: Any, segments: Sequence[Segment], pad: int) -> tuple[Tensor, Tensor]:
+    """([predicted tokens, vocabulary] logits in fp32, segment after segment; [predicted tokens] what they are)."""
     ids, mask = right_padded(segments, pad)
     predicts = torch.zeros_like(ids, dtype=torch.bool)
     for row, segment in enumerate(segments):
         predicts[row, segment.answer_start - 1 : len(segment) - 1] = True
     labels = ids.roll(-1, dims=1)[predicts].to(model.device)
     logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device), use_cache=False).logits
-    logits = logits[predicts.to(model.device)].float()
+    return logits[predicts.to(model.device)].float(), labels
+
+
+def token_losses(model: Any, segments: Sequence[Segment], pad: int) -> tuple[Tensor, Tensor]:
+    """([predicted tokens] negative log-likelihoods in fp32, segment after segment; [predicted tokens] whether it is the
+    likeliest token)."""
+    logits, labels = answer_logits(model, segments, pad)
     return torch.nn.functional.cross_entropy(logits, labels, reduction="none"), logits.argmax(-1) == labels
 
 

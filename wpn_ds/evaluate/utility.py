@@ -13,26 +13,32 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.benchmarks import BENCHMARKS, load_benchmark, run_benchmark
 from wpn_ds.evaluate.dialogue import DIALOGUES, load_dialogue_set, run_dialogue
 from wpn_ds.evaluate.items import TaskOptions, TaskUnavailable
+from wpn_ds.evaluate.knowledge import EXTENDED, WMDP
 from wpn_ds.evaluate.results import Task
 from wpn_ds.evaluate.scoring import scored_answers
 from wpn_ds.models.generate import batches
 from wpn_ds.models.load import pad_token_id
 from wpn_ds.settings.style import PromptStyle
 
-UTILITY = {"benchmarks": tuple(BENCHMARKS), "dialogue": DIALOGUES}
-"""The nine benchmarks and the four sets of dialogues, in the order in which they are measured and shown."""
+PRESETS = {
+    "benchmarks": tuple(BENCHMARKS),
+    "dialogue": DIALOGUES,
+    "all": (*BENCHMARKS, *DIALOGUES),
+    "extended": EXTENDED,
+    "wmdp": WMDP,
+}
+"""What ``--utility`` knows besides the tasks themselves, each in the order in which they are measured and shown."""
 
 
 def utility_names(text: str | None) -> dict[str, bool]:
     """The tasks that ``text`` names, in its order, each with whether it is named itself rather than by its group.
 
-    ``text``: "benchmarks", "dialogue", "all" (as None) and names of tasks, separated by commas.
+    ``text``: presets ("all" if None) and names of tasks, separated by commas.
     """
-    groups = {**UTILITY, "all": tuple(name for group in UTILITY.values() for name in group)}
     names: dict[str, bool] = {}
     for word in filter(None, (part.strip() for part in (text or "all").split(","))):
-        for name in groups.get(word, (word,)):
-            names[name] = names.get(name, False) or word not in groups
+        for name in PRESETS.get(word, (word,)):
+            names[name] = names.get(name, False) or word not in PRESETS
     return names
 
 

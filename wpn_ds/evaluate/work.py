@@ -12,11 +12,14 @@ import os
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 from wpn_ds.data.tokens import today, writes_date
 from wpn_ds.errors import UserError
+from wpn_ds.evaluate.ranks import from_rank_0
+from wpn_ds.models.generate import side_by_side
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import usable, write_atomically
 from wpn_ds.system.progress import progress, working
@@ -31,12 +34,15 @@ class Unit:
         content: whatever the result depends on beside the model; JSON.
         size: its share of the progress, in prompts.
         run: from (model, tokenizer) to a JSON value; leaves the model as it was.
+        generates: once, and nothing else. Where ranks share a model's weights, they can do such units side by side: who
+            is done first goes on until all are.
     """
 
     name: str
     content: Any
     size: int
     run: Callable[[Any, Any], Any]
+    generates: bool = False
 
     @property
     def key(self) -> str:
@@ -77,16 +83,27 @@ class Ledger:
         return results
 
     def run(
-        self, units: Sequence[Unit], load: Callable[[], tuple[Any, Any]], *, world: tuple[int, int], label: str
+        self,
+        units: Sequence[Unit],
+        load: Callable[[], tuple[Any, Any]],
+        *,
+        world: tuple[int, int],
+        label: str,
+        shared: bool = False,
     ) -> None:
         """Run what is left of this rank's share of ``units``; ``load`` makes (model, tokenizer) if there is anything.
 
-        ``world`` is (rank, number of ranks). Units go round the ranks in their order.
+        ``world`` is (rank, number of ranks). Units go round the ranks in their order. ``shared``: the ranks share the
+        model's weights, and all of them must call this together.
         """
         rank, size = world
-        finished = self.read()
-        own = units[rank::size]
-        left = [unit for unit in own if unit.key not in finished]
+        if shared:
+            finished = from_rank_0(rank, size, self.read)
+            own = left = together([unit for unit in units if unit.key not in finished], rank, size)
+        else:
+            finished = self.read()
+            own = list(units[rank::size])
+            left = [unit for unit in own if unit.key not in finished]
         if not left:
             return
         model, tokenizer = load()
@@ -108,6 +125,16 @@ class Ledger:
                 file.flush()
                 os.fsync(file.fileno())
                 bar.update(unit.size)
+
+
+def together(units: Sequence[Unit], rank: int, size: int) -> list[Unit]:
+    """What ``rank`` runs of ``units`` where ranks share a model's weights, as many as any other: those that generate
+    :func:`side_by_side`, and the others all at once."""
+    own = []
+    for generates, run in groupby(units, lambda unit: unit.generates):
+        those = list(run)
+        own += side_by_side(those, rank, size) if generates else those
+    return own
 
 
 def dated(style: PromptStyle, tokenizer: Any, folder: Path) -> PromptStyle:

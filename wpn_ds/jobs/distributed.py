@@ -9,7 +9,7 @@ import socket
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from datetime import timedelta
@@ -92,10 +92,21 @@ def shutdown() -> None:
 
 def sum_over_ranks(values: Mapping[str, Tensor | float], device: torch.device) -> dict[str, float]:
     """Sums of named scalars over all ranks; every rank must pass the same names. fp64, and one collective."""
+    return sum_and_gather(values, (), device)[0]
+
+
+def sum_and_gather(
+    values: Mapping[str, Tensor | float], own: Sequence[float], device: torch.device
+) -> tuple[dict[str, float], list[list[float]]]:
+    """As :func:`sum_over_ranks`, and every rank's ``own`` numbers, as many on each, in the same collective."""
     names = sorted(values)
     stacked = torch.stack([torch.as_tensor(values[name], dtype=torch.float64, device=device) for name in names])
-    dist.all_reduce(stacked)
-    return dict(zip(names, stacked.tolist(), strict=True))
+    table = torch.zeros(dist.get_world_size(), len(own), dtype=torch.float64, device=device)
+    table[dist.get_rank()] = torch.tensor(own, dtype=torch.float64, device=device)
+    both = torch.cat([stacked, table.flatten()])  # the other ranks add zeros to what is a rank's own
+    dist.all_reduce(both)
+    sums, rows = both.split([len(names), table.numel()])
+    return dict(zip(names, sums.tolist(), strict=True)), rows.view_as(table).tolist()
 
 
 def max_over_ranks(value: float, device: torch.device) -> float:

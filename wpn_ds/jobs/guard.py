@@ -11,6 +11,7 @@ from typing import NoReturn
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import shutdown
 from wpn_ds.jobs.launchers import tell
+from wpn_ds.jobs.watchdog import let_it_end
 from wpn_ds.system.files import refusal
 
 
@@ -20,7 +21,11 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
     Leaves at once in the case of an error: other ranks may wait in a collective that will never come.
     """
     try:
-        work()
+        try:
+            work()
+        except BaseException:
+            let_it_end()
+            raise
     except (UserError, OSError) as error:
         told = refusal(error) if isinstance(error, OSError) else error
         if told is None:

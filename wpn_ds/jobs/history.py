@@ -9,6 +9,7 @@ import contextlib
 import json
 import socket
 import time
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -24,39 +25,61 @@ REQUEUE = "REQUEUE"
 """Left by a run that was told to stop and can go on: a Slurm script that finds it requeues its job."""
 FAILED = "FAILED"
 """Left by a run that ended by a mistake or a fault that another start would meet again; holds the message."""
+RESTART = "RESTART"
+"""Left by a Slurm script that starts a run again in the same job; holds why."""
 MOST_IDLE_STARTS = 3
 
 
 @dataclass(frozen=True)
 class Start:
-    """One start of a run. ``time``: seconds since 1970; ``job``: Slurm's number, or ""."""
+    """One start of a run.
+
+    Attributes:
+        time: seconds since 1970.
+        step: after which it goes on.
+        job: Slurm's number, or "".
+        reached: the step that the start before it had come to; those after ``step`` are lost.
+        ended: how that one ended, "" if nobody left a word: it was killed, or its node was lost.
+    """
 
     time: float
     step: int
     ranks: int
     job: str
     host: str
+    reached: int = 0
+    ended: str = ""
 
-
-def forget_the_end(output_dir: Path) -> None:
-    """A new start: how the one before ended is no longer true."""
-    for name in (DONE, REQUEUE, FAILED):
-        (output_dir / name).unlink(missing_ok=True)
+    @property
+    def lost(self) -> int:
+        """Steps that were taken and are taken again."""
+        return max(0, self.reached - self.step)
 
 
 def record_start(output_dir: Path, step: int, ranks: int) -> list[Start]:
-    """Note a start that goes on after ``step``; returns all of them, this one last.
+    """Note a start that goes on after ``step``, and forget how the one before ended; returns all starts, this one last.
 
     Raises:
         UserError: Slurm has started this job several times and none has brought it further.
     """
-    own = job()
-    starts = [*read_starts(output_dir), Start(time.time(), step, ranks, own, socket.gethostname())]
+    own, past = job(), read_starts(output_dir)
+    reached = int(read_status(output_dir).get("step", 0)) if past else 0
+    starts = [*past, Start(time.time(), step, ranks, own, socket.gethostname(), reached, _forget_the_end(output_dir))]
     if own:
         refuse_idle_starts([start.step for start in starts if start.job == own])
     with (output_dir / STARTS).open("a", encoding="utf-8") as stream:
         stream.write(json.dumps(asdict(starts[-1])) + "\n")
     return starts
+
+
+def _forget_the_end(output_dir: Path) -> str:
+    """Remove what a start left as it ended; returns that in words."""
+    said = ""
+    for name, how in ((DONE, "done"), (REQUEUE, "stopped by"), (FAILED, "failed:"), (RESTART, "in the job:")):
+        with contextlib.suppress(FileNotFoundError):
+            said = f"{how} {(output_dir / name).read_text(encoding='utf-8', errors='replace').strip()}".strip()
+            (output_dir / name).unlink()
+    return said
 
 
 def note_failure(output_dir: Path, error: Exception) -> None:
@@ -95,8 +118,9 @@ def read_starts(output_dir: Path) -> list[Start]:
 
 
 def write_status(output_dir: Path, **values: Any) -> None:
-    """Replace the status: ``step``, ``total_steps``, ``seconds_left``, ``step_seconds``, what the log line has, and the
-    newest ``evaluation`` in words."""
+    """Replace the status: ``step``, ``total_steps``, ``seconds_left``, ``step_seconds``, ``train_seconds`` of all steps
+    that count, what the log line has, the newest ``evaluation`` in words; the seconds of a step that each rank computes
+    by itself (``own_seconds``), and a line on the rank that all others wait for (``straggler``), or ""."""
     write_atomically(output_dir / STATUS, json.dumps({**values, "time": time.time()}) + "\n")
 
 
@@ -117,13 +141,28 @@ def summary(
     wall = time.time() - starts[0].time
     parts = [
         f"{clock(wall)} since the first start, {clock(train_seconds)} in steps",
-        f"{len(starts) - 1} restarts",
+        f"goodput {100 * goodput(starts, train_seconds, time.time()):.1f} %",
+        restarts(starts),
         f"{tokens:,} tokens",
         f"{device_seconds / 3600:.2f} device hours in steps",
     ]
     if joules:
         parts.append(f"{joules / 3.6e6:.2f} kWh by its devices since the last start")
     return "summary: " + ", ".join(parts)
+
+
+def goodput(starts: Sequence[Start], train_seconds: float, until: float) -> float:
+    """The share of the time from the first start ``until`` then (seconds since 1970) that went into steps that count:
+    not into lost ones, loading, evaluating, saving, or waiting in a queue."""
+    return train_seconds / max(until - starts[0].time, 1e-9)
+
+
+def restarts(starts: Sequence[Start]) -> str:
+    """How often a run was started again, why, and what it lost: "2 restarts (2 stopped by SIGUSR1), 4 steps lost"."""
+    causes = Counter(start.ended or "without a word" for start in starts[1:])
+    told = f" ({', '.join(f'{count} {cause}' for cause, count in causes.most_common())})" if causes else ""
+    lost = sum(start.lost for start in starts)
+    return f"{len(starts) - 1} restarts{told}" + f", {lost} steps lost" * bool(lost)
 
 
 def clock(seconds: float) -> str:

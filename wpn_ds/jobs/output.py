@@ -9,7 +9,7 @@ from pathlib import Path
 
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, on_main
-from wpn_ds.jobs.history import FAILED, REQUEUE, STARTS, STATUS
+from wpn_ds.jobs.history import FAILED, REQUEUE, RESTART, STARTS, STATUS
 from wpn_ds.settings.run import DONE
 from wpn_ds.system.files import PARTIAL, remove_abandoned, usable
 from wpn_ds.system.lock import Lock
@@ -74,7 +74,7 @@ def holds_run(output_dir: Path) -> bool:
 
 
 def _clear(output_dir: Path, model: Path, overwrite: bool) -> None:
-    ended = (DONE, REQUEUE, FAILED, STARTS, STATUS)
+    ended = (DONE, REQUEUE, FAILED, RESTART, STARTS, STATUS)
     known = (
         *ended,
         "metrics.jsonl",

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
+import platform
 import shutil
-import socket
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -20,8 +20,9 @@ import wpn_ds
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import World, from_all
 from wpn_ds.system.files import NoRoom
+from wpn_ds.system.lock import node
 
-_PACKAGES = ("torch", "deepspeed", "transformers")
+_LIBRARIES = ("torch", "deepspeed", "transformers")
 #: Of device memory: more than this in use before anything is loaded is somebody else's.
 _MOST_IN_USE = 0.1
 #: NCCL's ranks of one node talk through /dev/shm; containers often have 64 MiB.
@@ -39,8 +40,7 @@ class Facts:
     the other nodes say."""
 
     host: str
-    code: str
-    versions: str
+    versions: Mapping[str, str]
     device: str
     unit: str  # of the device, "" for a CPU
     faults: tuple[str, ...]
@@ -79,13 +79,12 @@ def check(world: World, output_dir: Path, least_free: int, say: Callable[[str], 
 def unfit(facts: Sequence[Facts]) -> dict[str, str]:
     """{host: reason} of the nodes that the job can't run on: faulty ones, and those that differ from most."""
     bad: dict[str, str] = {}
-    for name, what in (("code", "another version of wpn_ds"), ("versions", "versions"), ("device", "device")):
-        values = [getattr(fact, name) for fact in facts]
+    for name in [*facts[0].versions, "device"]:
+        values = [{**fact.versions, "device": fact.device}.get(name, "none") for fact in facts]
         usual, _ = Counter(values).most_common(1)[0]
         for fact, value in zip(facts, values, strict=True):
             if value != usual:
-                detail = what if name == "code" else f"{what} {value}, others {usual}"
-                bad.setdefault(fact.host, detail)
+                bad.setdefault(fact.host, f"{name} {value}, others {usual}")
     return bad | {fact.host: (fact.full, *fact.faults)[not fact.full] for fact in facts if fact.full or fact.faults}
 
 
@@ -104,18 +103,18 @@ def _facts(world: World, output_dir: Path, least_free: int) -> Facts:
             faults.append(f"device {world.local_rank} is in use ({used:.0%} of its memory)")
         if (shm := shutil.disk_usage("/dev/shm").free) < _LEAST_SHM:
             faults.append(f"/dev/shm has {shm >> 20} MiB: start the container with more (--shm-size)")
-    versions = ", ".join(f"{name} {importlib.metadata.version(name)}" for name in _PACKAGES)
-    return Facts(
-        os.environ.get("SLURMD_NODENAME") or socket.gethostname(), _code(), versions, device, unit, tuple(faults), full
-    )
+    return Facts(node(), versions(), device, unit, tuple(faults), full)
 
 
-def _code() -> str:
-    """Fingerprint of the package's own sources: a commit, for those who have no checkout."""
+@cache
+def versions() -> dict[str, str]:
+    """Of what computes a step: Python, the libraries, and this package's with a fingerprint of its sources, which is a
+    commit for those who have no checkout."""
     digest = hashlib.sha256()
     for path in sorted(Path(wpn_ds.__file__).parent.rglob("*.py")):
         digest.update(path.read_bytes())
-    return digest.hexdigest()[:12]
+    own = {"wpn_ds": f"{wpn_ds.__version__} ({digest.hexdigest()[:12]})", "python": platform.python_version()}
+    return {name: importlib.metadata.version(name) for name in _LIBRARIES} | own
 
 
 def _all_reduce_rate(world: World) -> float:

@@ -1,8 +1,8 @@
 """What a label's predicted distribution is compared to, chunk by chunk of the LM head's logits.
 
-Every loss here is a cross entropy ``-sum_v t_v log p_v`` up to a constant, so its gradient with respect to the logits
-is ``p - t`` whatever the target distribution ``t``: the label itself (NLL), the starting model's distribution (KL), or
-its most likely tokens with the rest as one lump (top-k KL).
+Nearly every loss here is a cross entropy ``-sum_v t_v log p_v`` up to a constant, so its gradient with respect to the
+logits is ``p - t`` whatever the target distribution ``t``: the label itself (NLL), the starting model's distribution
+(KL), its most likely tokens with the rest as one lump (top-k KL), or the model's own without the label.
 """
 
 from __future__ import annotations
@@ -70,28 +70,64 @@ class Tokens:
 class Fading:
     """Of tokens that are to become unlikely: losses whose gradient fades as they do. With p the token's probability,
 
-    * without ``start``: ``-p^beta log p``, the power held constant (WGA); its gradient is ``p^beta`` times that of
-      ``-log p``;
+    * without ``start``: ``-p^beta (1 - p)^importance log p``, the powers held constant (WGA, and with ``importance``
+      SatImp); its gradient is ``p^beta (1 - p)^importance`` times that of ``-log p``;
     * with it: ``-(2 / beta) log(1 + r)``, ``r = (p / p_start)^beta`` (TNPO); its gradient is ``2 r / (1 + r)`` times
       that.
 
     Attributes:
         ids: [n].
-        beta: the exponent.
+        beta, importance: the exponents.
         start: [n] log-probabilities of the tokens under the starting model.
     """
 
     ids: Tensor
     beta: float
     start: Tensor | None = None
+    importance: float = 0.0
 
     def losses(self, logits: Tensor, labels: slice) -> tuple[Tensor, Tensor]:
         losses, delta = Tokens(self.ids).losses(logits, labels)
         if self.start is None:
             share = (-self.beta * losses).exp()
+            if self.importance:
+                share = share * (-torch.expm1(-losses)).pow(self.importance)
             return share * losses, delta.mul_(share[:, None])
         change = self.beta * (-losses - self.start[labels].to(losses))
         return -2 / self.beta * F.softplus(change), delta.mul_(2 * change.sigmoid()[:, None])
+
+
+@dataclass(frozen=True)
+class Without:
+    """``KL(t || p)`` with ``t`` the model's own distribution without the token, held constant (CE-U):
+    ``t_v = p_v / (1 - p(id))``, and 0 for the token itself. It is ``-log(1 - p(id))``.
+
+    Attributes:
+        ids: [n].
+    """
+
+    ids: Tensor
+
+    def losses(self, logits: Tensor, labels: slice) -> tuple[Tensor, Tensor]:
+        ids = self.ids[labels, None]
+        delta = torch.softmax(logits, dim=1, out=logits)
+        p = delta.gather(1, ids)
+        # Summed over the others: 1 - p has no digits left where the model is sure.
+        rest = delta.scatter_(1, ids, 0).sum(1, keepdim=True).clamp(min=torch.finfo(delta.dtype).tiny)
+        return -rest.log().squeeze(1), delta.mul_(-p / rest).scatter_(1, ids, p)
+
+
+@dataclass(frozen=True)
+class Flat:
+    """``(max_v z_v - mean_v z_v)^2`` of the logits ``z`` themselves: 0 where all tokens are alike (PDU's logit-margin
+    flattening, arXiv 2506.05314)."""
+
+    def losses(self, logits: Tensor, labels: slice) -> tuple[Tensor, Tensor]:
+        highest, ids = logits.max(dim=1, keepdim=True)
+        margins = highest - logits.mean(dim=1, keepdim=True)
+        slope = 2 * margins
+        delta = logits.copy_((slope / -logits.shape[1]).expand_as(logits))
+        return margins.square().squeeze(1), delta.scatter_add_(1, ids, slope)
 
 
 @dataclass(frozen=True)
@@ -102,16 +138,22 @@ class Distribution:
         hidden: [n, d] what that head receives.
         weight, bias: [V, d] and [V], or None.
         finish: what its model makes of its output.
+        ids, lowered: [n] a token of each label, whose logit is lowered by so much first (UNDIAL).
     """
 
     hidden: Tensor
     weight: Tensor
     bias: Tensor | None = None
     finish: Finish = UNFINISHED
+    ids: Tensor | None = None
+    lowered: float = 0.0
 
     def losses(self, logits: Tensor, labels: slice) -> tuple[Tensor, Tensor]:
         logits = _log_softmax(logits)
-        target = _log_softmax(head_logits(self.hidden[labels], self.weight, self.bias, self.finish)).to(logits.dtype)
+        target = head_logits(self.hidden[labels], self.weight, self.bias, self.finish)
+        if self.ids is not None:
+            target.scatter_add_(1, self.ids[labels, None], target.new_full((len(target), 1), -self.lowered))
+        target = _log_softmax(target).to(logits.dtype)
         gap = target - logits  # exactly 0 at the start, which a difference of two sums would not be
         target.exp_()
         return gap.mul_(target).sum(1), logits.exp_().sub_(target)

@@ -8,7 +8,7 @@ import json
 import unicodedata
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from transformers import (
@@ -24,6 +24,8 @@ from transformers import (
 from wpn_ds.data.tokens import turn_end
 from wpn_ds.errors import UserError
 from wpn_ds.models.load import max_positions, pad_token_id
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,6 +49,11 @@ def evaluation_mode(model: Any) -> Iterator[None]:
         model.train(training)
 
 
+def is_partitioned(model: Any) -> bool:
+    """Whether every rank holds a part of each weight only (ZeRO-3)."""
+    return any(hasattr(parameter, "ds_id") for parameter in model.parameters())
+
+
 def generate(
     model: Any,
     tokenizer: Any,
@@ -58,7 +65,6 @@ def generate(
     stops: Sequence[str] = (),
     given: int = 0,
     device: torch.device | None = None,
-    synced: bool = False,
 ) -> list[str]:
     """The answers to ``prompts`` (token ids), in their order, without special tokens and outer white space.
 
@@ -75,7 +81,6 @@ def generate(
         sampling=sampling,
         stops=stops,
         device=device,
-        synced=synced,
     )
     begun = (prompt[len(prompt) - given :] for prompt in prompts)
     texts = (continued(tokenizer, begin, ids) for begin, ids in zip(begun, answers, strict=True))
@@ -111,15 +116,14 @@ def generate_ids(
     sampling: Sampling | None = None,
     stops: Sequence[str] = (),
     device: torch.device | None = None,
-    synced: bool = False,
 ) -> list[list[int]]:
     """The new tokens for each prompt, up to the first EOS (left out) or ``max_new_tokens``; greedy without
     ``sampling``.
 
     Prompts of similar length share a batch (:func:`batches`), left-padded. ``stops``: texts that end an answer too; its
     tokens have them still, and pad tokens may follow. ``device``: where the model computes, if its partitioned weights
-    don't tell (ZeRO-3 with offload). ``synced``: all ranks generate, and go on until the last one is done, since under
-    ZeRO-3 every forward needs all of them.
+    don't tell (ZeRO-3 with offload). Where they are partitioned, all ranks generate, and go on until the last one is
+    done, since every forward needs all of them.
 
     Raises:
         UserError: a prompt with its answer exceeds the model's positions, or the model's own EOS is no token.
@@ -148,7 +152,7 @@ def generate_ids(
                 generation_config=config,
                 logits_processor=_drawing(sampling, chosen, where),
                 stopping_criteria=StoppingCriteriaList([_Stop(stops, tokenizer, length)] if stops else []),
-                synced_gpus=synced,
+                synced_gpus=is_partitioned(model),
             )[:, length:].tolist()
             for i, ids in zip(chosen, rows, strict=True):
                 answers[i] = ids[: next((at for at, token in enumerate(ids) if token in ends), len(ids))]
@@ -174,6 +178,12 @@ def batches(prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]
     """The indices of ``prompts`` in batches, the longest first: a batch that doesn't fit in memory shows at once."""
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]), reverse=True)
     return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
+
+
+def side_by_side(parts: Sequence[T], rank: int, size: int) -> list[T]:
+    """This rank's of ``parts``, which go round the ranks, as many as any other's: where none is left for it, the last
+    one again. So ranks that share a model's weights work on parts at the same time."""
+    return [parts[min(at + rank, len(parts) - 1)] for at in range(0, len(parts), size)]
 
 
 class _Noise(LogitsProcessor):

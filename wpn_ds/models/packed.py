@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PretrainedConfig
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from wpn_ds.data.batch import Batch
 from wpn_ds.losses.likelihood import UNFINISHED, Finish, LabelTarget, Tokens, head_logits
@@ -30,11 +31,13 @@ class Output(NamedTuple):
         losses: [P] of the labels, each compared to its target: -log p(token), unless another was given.
         weighted: scalar, the sum of the losses times their weights in what is minimised. It carries the gradient if
             weights were given; otherwise the losses do, and this is 0.
+        inner: [T, d] the states after a layer inside the model; [0] where nothing looks at them.
     """
 
     hidden: Tensor
     losses: Tensor
     weighted: Tensor
+    inner: Tensor = torch.empty(0)
 
 
 class PackedLM(nn.Module):
@@ -44,10 +47,12 @@ class PackedLM(nn.Module):
     ``lm_head.weight`` anywhere else would find an empty shard.
     """
 
-    def __init__(self, lm: Any, *, packed: bool) -> None:
+    def __init__(self, lm: Any, *, packed: bool, depth: float | None = None) -> None:
+        """``depth``: of the layer whose states are given out, if any, as a share of all layers."""
         super().__init__()
         self.lm = lm
         self.packed = packed
+        self.layer = None if depth is None else layer_at(lm.config, depth)
         if not isinstance(lm.get_output_embeddings(), AnswerHead):
             lm.set_output_embeddings(AnswerHead(lm.get_output_embeddings(), finish_of(lm.config)))
 
@@ -56,17 +61,26 @@ class PackedLM(nn.Module):
     ) -> Output:
         """``weights`` [P]: of the labels' losses in what is minimised; ``targets``: by role, what its labels are
         compared to if not to their tokens."""
-        hidden = self.backbone(batch).flatten(0, 1)
+        read = self._read(batch, output_hidden_states=self.layer is not None)
+        hidden = read.last_hidden_state.flatten(0, 1)
         parts: Parts = []
         for role in batch.label_counts:
             labels = batch.labels_of(role)
             parts = [*parts, (labels, targets.get(role) or Tokens(batch.label_ids[labels]))]
         # One call whatever the labels are: it is a collective, and the ranks' micro-batches differ.
         head = self.lm.get_output_embeddings()
-        return Output(hidden, *head(hidden[batch.label_positions], parts, weights))
+        losses, weighted = head(hidden[batch.label_positions], parts, weights)
+        if self.layer is None:
+            return Output(hidden, losses, weighted)
+        return Output(hidden, losses, weighted, read.hidden_states[self.layer].flatten(0, 1))
 
     def backbone(self, batch: Batch) -> Tensor:
-        """[B, L, d] states. No cache: with one, GPT-Neo's stock attention silently leaks across segments."""
+        """[B, L, d] states."""
+        states: Tensor = self._read(batch).last_hidden_state
+        return states
+
+    def _read(self, batch: Batch, **more: Any) -> Any:
+        """No cache: with one, GPT-Neo's stock attention silently leaks across segments."""
         inputs: dict[str, Tensor]
         if batch.pieces is not None:  # read by the attention of wpn_ds.models.attention
             inputs = {"position_ids": batch.position_ids, "attention_mask": batch.pieces}
@@ -75,7 +89,25 @@ class PackedLM(nn.Module):
             inputs = {"position_ids": batch.position_ids, "attention_mask": mask}
         else:
             inputs = {"attention_mask": (batch.segment_ids >= 0).long()}
-        return self.lm.base_model(input_ids=batch.input_ids, use_cache=False, **inputs).last_hidden_state
+        return self.lm.base_model(input_ids=batch.input_ids, use_cache=False, **inputs, **more)
+
+
+def layer_at(config: PretrainedConfig, depth: float) -> int:
+    """The number, from 1, of the decoder layer at a share ``depth`` of all; never the last, unless it is the only one:
+    its states are given out normalised."""
+    layers = config.get_text_config().num_hidden_layers
+    return max(1, min(round(depth * layers), layers - 1))
+
+
+def train_only(lm: Any, depth: float, layers: int) -> None:
+    """Freeze all weights but those of so many decoder ``layers``, the last of which is at ``depth``."""
+    last = layer_at(lm.config, depth)
+    lm.requires_grad_(False)
+    decoder = [module for module in lm.get_decoder().modules() if isinstance(module, GradientCheckpointingLayer)]
+    for layer in decoder[max(0, last - layers) : last]:
+        layer.requires_grad_(True)
+    # A layer whose inputs have no gradient is let go by ZeRO-3 before its own backward has read it.
+    lm.enable_input_require_grads()
 
 
 def segment_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:

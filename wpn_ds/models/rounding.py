@@ -8,7 +8,9 @@ than half the distance of two codes, so that rounding may take it back (arXiv 24
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from typing import Any
 
 import torch
@@ -119,37 +121,45 @@ FORMATS = {
 """Round to nearest with a scale a row (int8) or a group, bitsandbytes' NF4, and llama.cpp's Q4_0."""
 
 
-def matrices(lm: Any) -> Iterator[tuple[str, Tensor]]:
+#: A context in which a parameter is there as a whole, and after which what was written to it stays.
+Gathered = Callable[[Any], AbstractContextManager[Any]]
+
+
+def matrices(lm: Any, gathered: Gathered = nullcontext) -> Iterator[tuple[str, Tensor]]:
     """(name, weights [rows, inputs], a view) of what multiplies within decoder layers, a mixture's experts below each
-    other: what quantisers round. Embeddings and the output layer stay, as in all of them."""
+    other: what quantisers round. Embeddings and the output layer stay, as in all of them. ``gathered``: of weights that
+    ranks share, each of which is there until the next one is asked for."""
     for at, layer in enumerate(decoder_layers(lm)):
         turned = {f"{name}.weight" for name, module in layer.named_modules() if isinstance(module, Conv1D)}
         for name, parameter in layer.named_parameters():
-            if parameter.dim() > 1:
-                weights = parameter.data.T if name in turned else parameter.data.flatten(0, -2)
-                yield f"{at}.{name}", weights
+            if len(getattr(parameter, "ds_shape", parameter.shape)) > 1:
+                with gathered(parameter):
+                    yield f"{at}.{name}", parameter.data.T if name in turned else parameter.data.flatten(0, -2)
 
 
-def round_model(lm: Any, how: Format, away_from: Any = None) -> None:
-    """Round the matrices of ``lm`` in place; ``away_from``: the model that it was before unlearning."""
-    start = dict(matrices(away_from)) if away_from is not None else {}
-    for name, weights in matrices(lm):
-        weights.copy_(how.rounded(weights, start.get(name)))
+def round_model(lm: Any, how: Format, away_from: Any = None, gathered: Gathered = nullcontext) -> None:
+    """Round the matrices of ``lm`` in place; ``away_from``: the model that it was before unlearning; ``gathered`` as in
+    :func:`matrices`."""
+    if away_from is None:
+        for _, weights in matrices(lm, gathered):
+            weights.copy_(how.rounded(weights))
+        return
+    for (_, weights), (_, before) in zip(matrices(lm, gathered), matrices(away_from, gathered), strict=True):
+        weights.copy_(how.rounded(weights, before))
 
 
-def unmoved(start: Any, unlearned: Any, how: Format) -> tuple[int, int]:
+def unmoved(start: Any, unlearned: Any, how: Format, gathered: Gathered = nullcontext) -> tuple[int, int]:
     """(weights that unlearning moved, those of them that keep their code) of two models' matrices, each with its own
-    scales.
+    scales; ``gathered`` as in :func:`matrices`.
 
     Raises:
         UserError: they are no two states of one model.
     """
-    before, after = dict(matrices(start)), dict(matrices(unlearned))
-    if {name: w.shape for name, w in before.items()} != {name: w.shape for name, w in after.items()}:
-        raise UserError("their layers differ in name or shape: they are no two states of one model")
     moved = kept = 0
-    for name, now in after.items():
-        was = before[name]
+    for before, after in zip_longest(matrices(start, gathered), matrices(unlearned, gathered)):
+        if before is None or after is None or (before[0], before[1].shape) != (after[0], after[1].shape):
+            raise UserError("their layers differ in name or shape: they are no two states of one model")
+        was, now = before[1], after[1]
         same = [how.encode(weights)[0].flatten(1)[:, : now.shape[1]] for weights in (was, now)]
         moved += int((was != now).sum())
         kept += int(((was != now) & (same[0] == same[1])).sum())

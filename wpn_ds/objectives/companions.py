@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 from wpn_ds.errors import require
-from wpn_ds.objectives.terms import Objective, OnTokens, Role
+from wpn_ds.objectives.terms import Multiplier, Objective, OnTokens, Role
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -37,12 +37,16 @@ class Companions(Objective):
     """Weight of gradient ascent on the unwanted answers; 0 leaves it out."""
 
     def companions(
-        self, unwanted: Callable[[Tensor, Tensor | None], LabelTarget] | None = None, start: bool = False
+        self,
+        unwanted: Callable[[Tensor, Tensor | None], LabelTarget] | None = None,
+        start: bool = False,
+        multiplier: Multiplier | None = None,
     ) -> Iterator[OnTokens]:
         """The terms nll, retain and ascent. ``unwanted``, ``start``: what unwanted tokens are compared to, if not to
-        themselves; as ``target`` and ``start`` of :class:`OnTokens`."""
+        themselves; as ``target`` and ``start`` of :class:`OnTokens`. ``multiplier``: of the retain term."""
+        retain: Literal["start", "token"] = "start" if self.retain_loss == "kl" else "token"
         yield OnTokens("nll", self.nll_weight, Role.WANTED, power=self.nll_position_power)
-        yield OnTokens("retain", self.retain_weight, Role.RETAIN, "start" if self.retain_loss == "kl" else "token")
+        yield OnTokens("retain", self.retain_weight, Role.RETAIN, retain, multiplier=multiplier)
         yield OnTokens("ascent", self.ascent_weight, Role.UNWANTED, unwanted or "token", start, ascend=True)
 
 
@@ -56,6 +60,14 @@ class Sharp(Companions):
     def __post_init__(self) -> None:
         super().__post_init__()
         require(self, "beta", self.beta > 0, "greater than 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Forgetting(Companions):
+    """With a term on unwanted tokens that falls as they are forgotten, called forget, in place of ascent."""
+
+    forget_weight: float = 1.0
+    """Weight of the term on unwanted tokens; 0 leaves it out."""
 
 
 @dataclass(frozen=True, kw_only=True)

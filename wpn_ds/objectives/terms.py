@@ -1,9 +1,10 @@
 """What an objective is made of: terms, each a mean over the whole optimizer step, and what follows from them.
 
-An objective says which terms it has, and nothing of batches, ranks or micro-batches. There are two kinds:
+An objective says which terms it has, and nothing of batches, ranks or micro-batches. There are three kinds:
 
 * :class:`OnTokens`: the mean of the losses of single tokens;
-* :class:`OnAnswers`: the mean of losses that compare whole answers.
+* :class:`OnAnswers`: the mean of losses that compare whole answers;
+* :class:`OnStates`: the mean of losses of tokens' states inside the model.
 
 No torch here, nor at the top of an objective's file: ``--help`` has none to wait for.
 """
@@ -37,6 +38,25 @@ class Role(IntEnum):
 
 
 @dataclass(frozen=True)
+class Multiplier:
+    """Makes a term's weight the Lagrange multiplier of a constraint, that the term's mean be at most ``limit``.
+
+    Attributes:
+        rate: step size of the dual variable.
+        warmup: updates of the weights before it first moves.
+    """
+
+    limit: float
+    rate: float
+    warmup: int = 0
+
+    def moved(self, weight: Tensor, mean: Tensor, updates: int) -> Tensor:
+        """The weight after ``updates`` updates, the last of which saw the term's ``mean``: ``max(0, weight + rate (mean
+        - limit))``, all scalars."""
+        return weight if updates <= self.warmup else (weight + self.rate * (mean - self.limit)).clamp(min=0)
+
+
+@dataclass(frozen=True)
 class OnTokens:
     """The mean, over the tokens of a role, of a loss of each.
 
@@ -45,14 +65,16 @@ class OnTokens:
         weight: its factor in what is minimised; a term of weight 0 is left out.
         role: whose tokens.
         target: what the model's prediction of a token is compared to. ``token``: itself, ``-log p(token)``; ``start``
-            (retain tokens only): the starting model's distribution, ``KL(start || p)``; or a function of the token ids
-            [n], and of their log-probabilities [n] under the starting model if ``start``, to a
+            (retain and unwanted tokens only): the starting model's distribution, ``KL(start || p)``; or a function of
+            the token ids [n], and of their log-probabilities [n] under the starting model if ``start``, to a
             :class:`~wpn_ds.losses.likelihood.LabelTarget`.
         start: the function asks for those log-probabilities (unwanted tokens only).
         ascend: the term is minus that mean: minimising it makes the tokens unlikely.
         power: p of position weights (wanted and unwanted tokens only): token t of an answer of n tokens counts
             ``n t^p / (1^p + ... + n^p)`` times, which are n in all. The plain mean is then logged as ``loss/<name>``,
             and what is minimised as ``loss/<name>_weighted``.
+        lowered: the starting model's logit of the token itself is lowered by so much before it is compared to.
+        multiplier: how the weight moves, if it does.
     """
 
     name: str
@@ -62,6 +84,8 @@ class OnTokens:
     start: bool = False
     ascend: bool = False
     power: float = 0.0
+    lowered: float = 0.0
+    multiplier: Multiplier | None = None
 
     def __post_init__(self) -> None:
         _check_term(self)
@@ -75,6 +99,10 @@ class OnTokens:
             raise UserError(f"{self.name}: power is {self.power!r}: give a number")
         if self.power and self.role is Role.RETAIN:
             raise UserError(f"{self.name}: only wanted and unwanted tokens have position weights: leave power out")
+        if self.lowered and self.target != "start":
+            raise UserError(
+                f"{self.name}: lowered is of the starting model's logits: leave it out, or compare to start"
+            )
 
     @property
     def minimised(self) -> str:
@@ -161,10 +189,38 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and math.isfinite(value)
 
 
-def _check_term(term: OnTokens | OnAnswers) -> None:
+def _check_term(term: OnTokens | OnAnswers | OnStates) -> None:
     if not isinstance(term.weight, int | float) or not term.weight >= 0:
         how = " (an OnTokens that ascends minimises minus its mean)" if isinstance(term, OnTokens) else ""
         raise UserError(f"{term.name}: weight is {term.weight!r}: give a number from 0 on{how}")
+
+
+@dataclass(frozen=True)
+class OnStates:
+    """The mean, over the tokens of a role, of the squared distance to a target, over its width, of the state inside the
+    model that predicts a token.
+
+    Attributes:
+        name, weight, role: as in :class:`OnTokens`.
+        depth: after which decoder layer the states are, as a share of all layers.
+        steer: norm of the random vector that is the target, the same for all tokens; None: the starting model's states
+            (retain tokens only).
+        trained: how many decoder layers, up to that one, are trained at all; 0: all weights are.
+    """
+
+    name: str
+    weight: float
+    role: Role
+    depth: float
+    steer: float | None = None
+    trained: int = 0
+
+    def __post_init__(self) -> None:
+        _check_term(self)
+        if not 0 < self.depth < 1:
+            raise UserError(f"{self.name}: depth is {self.depth!r}: give a number between 0 and 1")
+        if self.steer is None and self.role is not Role.RETAIN:
+            raise UserError(f"{self.name}: only retain tokens are compared to the starting model's states: give steer")
 
 
 class Objective:
@@ -195,7 +251,7 @@ class Objective:
             some = f"--{', --'.join(first)} and --{last} are all" if first else f"--{last} is"
             raise UserError(f"{some} 0: nothing would be trained")
 
-    def terms(self) -> Iterable[OnTokens | OnAnswers]:
+    def terms(self) -> Iterable[OnTokens | OnAnswers | OnStates]:
         """The terms; those of weight 0 may be among them."""
         raise NotImplementedError
 
@@ -221,11 +277,12 @@ class Terms:
     """The terms that count, and everything the engine has to know of an objective.
 
     Attributes:
-        tokens, answers: the terms of each kind whose weight is above 0.
+        tokens, answers, states: the terms of each kind whose weight is above 0.
     """
 
     tokens: tuple[OnTokens, ...]
     answers: tuple[OnAnswers, ...]
+    states: tuple[OnStates, ...] = ()
 
     @classmethod
     def of(cls, objective: Objective, *, retain: bool = True) -> Terms:
@@ -243,8 +300,13 @@ class Terms:
                 raise
             told = f"{type(error).__name__}: {error}" if str(error) else type(error).__name__
             raise UserError(f"--objective {objective.name}: terms() fails: {told}") from error
-        tokens = tuple(t for t in every if isinstance(t, OnTokens) and (retain or t.role is not Role.RETAIN))
-        terms = cls(tokens, tuple(t for t in every if isinstance(t, OnAnswers)))
+        if not retain:
+            every = [term for term in every if isinstance(term, OnAnswers) or term.role is not Role.RETAIN]
+        terms = cls(
+            tuple(term for term in every if isinstance(term, OnTokens)),
+            tuple(term for term in every if isinstance(term, OnAnswers)),
+            tuple(term for term in every if isinstance(term, OnStates)),
+        )
         if fault := terms._fault():
             raise UserError(f"--objective {objective.name}: {fault}")
         return terms
@@ -257,8 +319,8 @@ class Terms:
         for term in self.tokens:
             if targets.setdefault(term.role, term.target) != term.target:
                 return f"{term.name} compares {term.role.name.lower()} tokens to something else than another term does"
-            if term.target == "start" and term.role is not Role.RETAIN:
-                return f"{term.name}: only retain tokens can be compared to the starting model's distribution"
+            if term.target == "start" and term.role is Role.WANTED:
+                return f"{term.name}: only retain and unwanted tokens can be compared to the starting distribution"
             if term.start and term.role is not Role.UNWANTED:
                 return f"{term.name}: the starting model's log-probabilities are there for unwanted tokens only"
         for answer in self.answers:
@@ -272,16 +334,23 @@ class Terms:
                 return f"{answer.name}: a bank holds frozen vectors"
             if isinstance(answer.loss, NPair) and answer.pairs == "alone":
                 return f"{answer.name}: an NPair compares pairs"
+        if len({(term.depth, term.trained) for term in self.states}) > 1:
+            return f"{self.states[1].name}: states of one layer are looked at, and one choice of layers is trained"
         return ""
 
     @property
-    def every(self) -> list[OnTokens | OnAnswers]:
-        return [*self.answers, *self.tokens]
+    def every(self) -> list[OnTokens | OnAnswers | OnStates]:
+        return [*self.answers, *self.tokens, *self.states]
+
+    @property
+    def _of_roles(self) -> list[OnTokens | OnStates]:
+        return [*self.tokens, *self.states]
 
     @property
     def weights(self) -> dict[str, float]:
         """The weight of each mean that is minimised, by its name; other figures are only logged."""
-        return {t.name: t.weight for t in self.answers} | {t.minimised: t.weight for t in self.tokens}
+        of_answers = {term.name: term.weight for term in self.answers}
+        return of_answers | {t.minimised: t.weight for t in self.tokens} | {t.name: t.weight for t in self.states}
 
     @cached_property
     def scored(self) -> frozenset[Role]:
@@ -295,8 +364,8 @@ class Terms:
 
     @cached_property
     def predicted(self) -> frozenset[Role]:
-        """The roles whose tokens go through the head."""
-        return frozenset(term.role for term in self.tokens) | self.scored
+        """The roles whose tokens have labels, and go through the head."""
+        return frozenset(term.role for term in self._of_roles) | self.scored
 
     @cached_property
     def read(self) -> frozenset[Role]:
@@ -312,17 +381,32 @@ class Terms:
     @property
     def retain_weight(self) -> float:
         """Weight of what holds the model to the retain data, all together; 0: nothing does."""
-        return sum(term.weight for term in self.tokens if term.role is Role.RETAIN)
+        return sum(term.weight for term in self._of_roles if term.role is Role.RETAIN)
 
     @property
     def forgets(self) -> bool:
         """Whether anything but the retain data is trained on."""
-        return bool(self.answers) or any(term.role is not Role.RETAIN for term in self.tokens)
+        return bool(self.answers) or any(term.role is not Role.RETAIN for term in self._of_roles)
+
+    @property
+    def depth(self) -> float | None:
+        """How deep the states are that terms look at, as a share of all layers; None: at none inside the model."""
+        return self.states[0].depth if self.states else None
+
+    @property
+    def trained(self) -> int:
+        """How many decoder layers, up to the one at that depth, are trained at all; 0: all weights are."""
+        return self.states[0].trained if self.states else 0
 
     @property
     def needs_start_distribution(self) -> bool:
-        """Whether the starting model's distribution at the retain tokens is asked for."""
-        return any(term.target == "start" for term in self.tokens)
+        """Whether the starting model's distribution at some role's tokens is asked for."""
+        return bool(self.compared_to_start)
+
+    @property
+    def compared_to_start(self) -> dict[Role, OnTokens]:
+        """The terms that compare to the starting model's distribution, by their role."""
+        return {term.role: term for term in self.tokens if term.target == "start"}
 
     @property
     def needs_start_logprobs(self) -> bool:
@@ -332,4 +416,5 @@ class Terms:
     @property
     def keeps_answers(self) -> bool:
         """Whether something that the starting model said of the records' own answers is kept."""
-        return self.needs_start_logprobs or any(t.relative or t.fixed for t in self.answers)
+        of_tokens = self.needs_start_logprobs or Role.UNWANTED in self.compared_to_start
+        return of_tokens or any(t.relative or t.fixed for t in self.answers)

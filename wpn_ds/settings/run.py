@@ -187,6 +187,10 @@ class DataConfig:
         return self.names_retain or self.embedded
 
 
+#: Settings that say at which weights the gradient of forgetting is taken.
+AWAY = ("sam_rho", "adversary_steps", "meta_learning_rate")
+
+
 @dataclass(frozen=True)
 class UnlearningConfig:
     """The objective, and what goes around it."""
@@ -199,6 +203,21 @@ class UnlearningConfig:
     """Take out of the gradient of forgetting what opposes that of retaining, as LTU does (ZeRO stage 3 without
     offload_optimizer, or stage 0 in fp32)."""
 
+    sam_rho: float = 0.0
+    """Take the gradient of forgetting at weights that are moved by this distance, over the whole model, to where they
+    forget less: sharpness-aware minimisation, against relearning (its paper: 0.01); 0: at the weights themselves."""
+
+    adversary_steps: int = 0
+    """Take the gradient of forgetting after so many virtual steps of relearning the step's unwanted answers, which are
+    undone, against relearning: after TAR; 0: at the weights themselves."""
+
+    adversary_learning_rate: float = 0.01
+    """Learning rate of these steps, which are plain SGD."""
+
+    meta_learning_rate: float = 0.0
+    """Forget one half of a step's examples in a virtual step of this rate, and take the gradients of the other half and
+    of retaining after it: LTU's meta-optimisation, as a reconstruction; 0: all at the weights themselves."""
+
     forgotten_below: float | None = None
     """Train on an example no longer once the tokens of its unwanted answers have a mean probability below this, which
     evaluations look at (--eval_steps); the run ends when none is left. After ICU; without it, all stay."""
@@ -209,6 +228,18 @@ class UnlearningConfig:
 
     redraw_template: str | None = field(default=None, metadata={"line_breaks": True})
     """Text around a prompt for these draws, one that asks for bad answers (NEAT); without it, --prompt_template."""
+
+    redraw_wanted_template: str | None = field(default=None, metadata={"line_breaks": True})
+    """Draw wanted answers anew as well, with this text around a prompt, one that asks for good answers (only-prompting
+    self-rewarding); without it, the records' own stay."""
+
+    redraw_segments: bool = False
+    """Draw a segment of an answer alone: an unwanted answer is then a wanted one, in which from a place on up to
+    --redraw_tokens tokens are the model's (SAPO)."""
+
+    redraw_replay: int = 0
+    """Keep so many draws, and train on an example's earlier ones as well, those that were taken least sooner (SAPO); 0:
+    only on the last one."""
 
     redraw_ema: float = 0.0
     """Draw from a running mean of the weights with this decay a step (SAPO); 0: from the weights as they are."""
@@ -225,17 +256,26 @@ class UnlearningConfig:
 
     def __post_init__(self) -> None:
         require(self, "reference_topk", self.reference_topk >= 1, "at least 1")
+        require(self, "sam_rho", self.sam_rho >= 0, "at least 0")
+        require(self, "adversary_steps", self.adversary_steps >= 0, "at least 0")
+        require(self, "adversary_learning_rate", self.adversary_learning_rate > 0, "greater than 0")
+        require(self, "meta_learning_rate", self.meta_learning_rate >= 0, "at least 0")
+        if len(given := [flag for flag in AWAY if getattr(self, flag)]) > 1:
+            raise UserError(f"--{' and --'.join(given)} each say where to take the gradient: give one of them")
         below = self.forgotten_below
         require(self, "forgotten_below", below is None or 0 < below < 1, "above 0 and below 1")
         require(self, "redraw_steps", self.redraw_steps >= 0, "at least 0")
         require(self, "redraw_tokens", self.redraw_tokens >= 2, "at least 2")
         require(self, "redraw_ema", 0 <= self.redraw_ema < 1, "at least 0 and below 1")
-        if self.redraw_template is not None:
-            fits = self.redraw_template.count("{prompt}") == 1
-            require(self, "redraw_template", fits, "a text with one {prompt} in it")
-        for name in ("redraw_template", "redraw_ema", "redraw_tokens"):
-            if not self.redraw_steps and getattr(self, name) != getattr(UnlearningConfig, name):
-                raise UserError(f"--{name} does nothing without --redraw_steps: leave it out")
+        require(self, "redraw_replay", self.redraw_replay >= 0, "at least 0")
+        for name in ("redraw_template", "redraw_wanted_template"):
+            if (template := getattr(self, name)) is not None:
+                require(self, name, template.count("{prompt}") == 1, "a text with one {prompt} in it")
+        around = ("wanted_template", "segments", "replay", "template", "ema", "tokens")
+        needs = dict.fromkeys((f"redraw_{what}" for what in around), "redraw_steps")
+        for name, needed in (needs | {"adversary_learning_rate": "adversary_steps"}).items():
+            if not getattr(self, needed) and getattr(self, name) != getattr(UnlearningConfig, name):
+                raise UserError(f"--{name} does nothing without --{needed}: leave it out")
 
 
 @dataclass(frozen=True)
@@ -427,6 +467,8 @@ class Config:
         assert type(self.objective) is registry.find(name), f"{self.objective} is not what unlearning.objective names"
         if self.unlearning.forgotten_below is not None and not self.logging.eval_steps:
             raise UserError("--forgotten_below: evaluations look at what is forgotten: give --eval_steps as well")
+        if self.unlearning.meta_learning_rate and training.global_batch_size < 2:
+            raise UserError("--meta_learning_rate halves a step's examples: give --global_batch_size 2 or more")
         if training.tokens_per_micro_batch < self.data.max_length:
             raise UserError(
                 f"--tokens_per_micro_batch {training.tokens_per_micro_batch} is less than one row of --max_length "

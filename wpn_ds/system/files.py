@@ -12,7 +12,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from wpn_ds.errors import UserError
 
 PARTIAL = "model.tmp"
 """Folder inside the one that :func:`filled` fills."""
+LAG = 90.0
+"""Seconds for which a network file system may show a folder as it was: NFS asks again after 60 (acdirmax)."""
 #: Seconds after which what has not been touched is nobody's work any more.
 _ABANDONED = 86400.0
 
@@ -92,13 +94,27 @@ def remove_abandoned(folder: Path, name: str = r"\..+\.[0-9a-f]{8}\.tmp") -> lis
     return gone
 
 
-def sync(folder: Path) -> None:
-    """A new name in ``folder`` is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """What a file holds, or the new names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sync_all(folder: Path) -> None:
+    """All in ``folder``, and its own names, are on the disk."""
+    for path in (*folder.rglob("*"), folder):
+        sync(path)
+
+
+def in_time(lacking: Callable[[], list[str]]) -> list[str]:
+    """What ``lacking()`` names: nothing, once it names nothing, or what it still does after :data:`LAG` seconds."""
+    end = time.monotonic() + LAG
+    while (names := lacking()) and time.monotonic() < end:
+        time.sleep(0.2)
+    return names
 
 
 def home() -> Path:
@@ -194,6 +210,28 @@ def new_output(path: Path) -> Iterator[None]:
         if error.filename is None and error.errno is None:
             raise
         raise unusable(f"--output {path}: {error.filename or 'it'}", error) from error
+
+
+def publish(partial: Path, path: Path, whole: Callable[[], bool]) -> None:
+    """Move a folder to its place; another process's, which holds the same, may be there already, or come meanwhile: it
+    stays if it is ``whole``."""
+    with contextlib.suppress(OSError):
+        os.rename(partial, path)
+    if partial.exists() and not whole():
+        with contextlib.suppress(OSError):
+            damaged = partial.with_suffix(".damaged.tmp")
+            os.rename(path, damaged)
+            os.rename(partial, path)
+            shutil.rmtree(damaged, ignore_errors=True)
+    shutil.rmtree(partial, ignore_errors=True)
+
+
+def sha256_of_all(paths: Iterable[Path]) -> str:
+    """Hex digest of the names of files, without their folders, and of what they hold."""
+    digest = hashlib.sha256()
+    for path in paths:
+        digest.update(f"{path.name}\0{sha256(path)}\0".encode())
+    return digest.hexdigest()
 
 
 def sha256(path: Path) -> str:

@@ -43,7 +43,8 @@ class Holder:
         host: its machine's name, for the user.
         place: the machine since it was booted, and the set of process numbers, which a container may have of its own.
         pid, born: its number, and when it was started, as the kernel counts.
-        job, restart: Slurm's number of the job, or "", and how often that was started again.
+        job, restart, again: Slurm's number of the job, or "", how often Slurm started that again, and how often its
+            script started a step again since then.
     """
 
     token: str
@@ -53,27 +54,34 @@ class Holder:
     born: str
     job: str
     restart: int
+    again: int = 0
 
     @classmethod
     def here(cls) -> Holder:
         return cls(
             token=secrets.token_hex(8),
-            host=os.environ.get("SLURMD_NODENAME") or socket.gethostname(),
+            host=node(),
             place=_place(),
             pid=os.getpid(),
             born=_born(os.getpid()) or "",
             job=job(),
             restart=int(os.environ.get("SLURM_RESTART_COUNT") or 0),
+            again=int(os.environ.get("WPN_AGAIN") or 0),
         )
 
     def ended_before(self, other: Holder) -> bool:
         """Whether it is sure that this one is gone: as ``other``, a process of this machine, sees it."""
-        if self.job and self.job == other.job and self.restart < other.restart:
+        if self.job and self.job == other.job and (self.restart, self.again) < (other.restart, other.again):
             return True
         return self.place == other.place and _born(self.pid) != self.born
 
     def __str__(self) -> str:
         return f"process {self.pid} on {self.host}" + (f" (Slurm job {self.job})" if self.job else "")
+
+
+def node() -> str:
+    """This machine's name: Slurm's, where that has started the process."""
+    return os.environ.get("SLURMD_NODENAME") or socket.gethostname()
 
 
 def job() -> str:

@@ -85,17 +85,14 @@ def _verify(args: Verify) -> int:
 
 
 def _convert(args: Convert) -> int:
-    [path] = _checkpoints(args.path, only=True)
+    path, _ = _whole(args.path)
     print(f"{path}: converting", file=sys.stderr)
     print(_checkpoint().to_universal(path))
     return 0
 
 
 def _export(args: Export) -> int:
-    [path] = _checkpoints(args.path, only=True)
-    state = _checkpoint().read_state(path)
-    if state is None:
-        raise UserError(f"{path} is not a whole checkpoint: wpn-ds checkpoint verify {path} says why")
+    path, state = _whole(args.path)
     if args.output_dir.exists() and holds_anything(args.output_dir):
         raise UserError(f"--output_dir {args.output_dir} is not empty: name a new folder")
     from wpn_ds.engine.export import export_checkpoint
@@ -111,6 +108,15 @@ def _checkpoint() -> ModuleType:
     with contextlib.redirect_stdout(sys.stderr):  # DeepSpeed talks as it is imported
         from wpn_ds.engine import checkpoint
     return checkpoint
+
+
+def _whole(path: Path) -> tuple[Path, Any]:
+    """The checkpoint at ``path`` with its state."""
+    [path] = _checkpoints(path, only=True)
+    state = _checkpoint().read_state(path)
+    if state is None:
+        raise UserError(f"{path} is not a whole checkpoint: wpn-ds checkpoint verify {path} says why")
+    return path, state
 
 
 def _checkpoints(path: Path, only: bool = False) -> list[Path]:

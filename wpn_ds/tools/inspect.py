@@ -73,8 +73,10 @@ class _Words:
 
     eos_token_id = 0
 
-    def __call__(self, text: str, add_special_tokens: bool = True) -> dict[str, list[int]]:
-        return {"input_ids": [1] * len(text.split())}
+    def __call__(self, texts: Any, add_special_tokens: bool = True) -> dict[str, list[Any]]:
+        if isinstance(texts, str):
+            return {"input_ids": [1] * len(texts.split())}
+        return {"input_ids": [[1] * len(text.split()) for text in texts]}
 
 
 def _tokenizer(name: str | None) -> tuple[Any, str]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.history import FAILED, REQUEUE, Start, clock, read_starts, read_status
+from wpn_ds.jobs.history import FAILED, REQUEUE, Start, clock, goodput, read_starts, read_status, restarts
 from wpn_ds.settings.parse import option, parse
 from wpn_ds.settings.run import DONE
 
@@ -44,12 +44,19 @@ def run(argv: Sequence[str]) -> int:
         lines.append(("loss", "  ".join(losses)))
         if status.get("evaluation"):
             lines.append(("evaluation", status["evaluation"]))
+        if status.get("straggler"):
+            lines.append(("slow", status["straggler"]))
     lines.append(("checkpoint", _last_checkpoint(folder)))
+    if "train_seconds" in status:
+        share = goodput(starts, status["train_seconds"], status["time"])
+        lines.append(("goodput", f"{100 * share:.1f} % of the time since the first start in steps that count"))
     last = starts[-1]
     started = (
         f"{len(starts)} times, last {_ago(last.time)} from step {last.step} with {last.ranks} ranks on {last.host}"
     )
     lines.append(("started", started + (f" as job {last.job}" if last.job else "")))
+    if len(starts) > 1:
+        lines.append(("lost", restarts(starts)))
     for name, value in lines:
         print(f"{name:>10}: {value}")
     return code

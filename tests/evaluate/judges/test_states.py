@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+import hashlib
+
 import numpy as np
 import pytest
 import torch
@@ -110,6 +112,10 @@ def test_the_usual_recipe_fits_every_depth(base) -> None:
 def test_the_digest_tells_weights_and_templates_apart(base, tmp_path) -> None:
     same, other = causal(tmp_path / "same"), causal(tmp_path / "other", seed=1)
     assert reader(same).sha256 == reader(base).sha256 != reader(other).sha256
+    known = hashlib.sha256((base / "model.safetensors").read_bytes())
+    ids, start, stop = reader(base)._read("How are you?", "I am fine.")
+    known.update(f"_Read(ids={ids}, start={start}, stop={stop})".encode())
+    assert reader(base).sha256 == known.hexdigest(), "judges that were saved by earlier versions know it by this"
     tokenizer = AutoTokenizer.from_pretrained(same)
     tokenizer.chat_template = tokenizer.chat_template.replace("<|{{", "<{{")
     tokenizer.save_pretrained(same)

@@ -10,6 +10,7 @@ from tests.evaluate.report.made_up import JUDGES, SETTINGS, mixed, suite, utilit
 from wpn_ds.cli import main
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.report.command import run
+from wpn_ds.evaluate.report.figures import figure
 from wpn_ds.evaluate.report.files import write_report
 from wpn_ds.evaluate.report.runs import run_names
 from wpn_ds.evaluate.results import Evaluation, Retain
@@ -107,6 +108,48 @@ def test_counts_that_differ_between_runs_stand_by_their_figures(tmp_path, capsys
     run([str(tmp_path / "40"), str(tmp_path / "50"), "--output_dir", str(tmp_path)])
     line = next(line for line in capsys.readouterr().out.splitlines() if line.startswith("training prompts"))
     assert re.search(r"\] n = 40 .*\] n = 50$", line)
+
+
+@pytest.fixture
+def seeded(tmp_path) -> list[str]:
+    """Three seeds of one method and one run of another."""
+    rates = {("npo", 0): 0.6, ("npo", 1): 0.7, ("npo", 2): 0.8, ("wpn", 0): 0.95}
+    for (name, seed), good in rates.items():
+        folder = tmp_path / f"{name}-{seed}"
+        write_report(folder, evaluation(0.1, 10.0), evaluation(good, 10.5, good / 20), settings=SETTINGS)
+        settings = f"objective: {name}\nseed: {seed}\noutput_dir: {folder}\n"
+        (folder / "run.yaml").write_text(settings)
+        write_metrics(folder / "metrics.jsonl", 10)
+    return [str(tmp_path / f"{name}-{seed}") for name, seed in rates]
+
+
+def test_seeds_of_a_method_stand_as_one_whose_intervals_count_seeds_and_prompts(seeded, tmp_path, capsys) -> None:
+    run([*seeded, "--output_dir", str(tmp_path / "all")])
+    shown = capsys.readouterr().out
+    table = shown[shown.index("over seeds:") :]
+    lines = {re.split(r"  +", line)[0]: re.split(r"  +", line)[1:] for line in table.splitlines()}
+    assert lines["seeds"] == ["3", "1"] and "npo" in table.splitlines()[1]
+    apart = [float(value) for value in re.findall(r"[\d.]+", lines["held-out prompts, harmless, %"][1])]
+    rates = [figure(evaluation(good, 1.0).suites["heldout"]) for good in (0.6, 0.7, 0.8)]
+    assert apart[0] == pytest.approx(100 * sum(rate.value for rate in rates) / 3, abs=0.05)
+    assert apart[2] - apart[1] > 100 * max(rate.high - rate.low for rate in rates)
+    assert lines["held-out prompts, points more than npo"][1] == "-"
+    assert re.fullmatch(r"\+\d+\.\d \[-?\d+\.\d, \d+\.\d\]", lines["held-out prompts, points more than npo"][2])
+    refused, others = (
+        [figure(evaluation(good, 1.0).suites["over_refusal"]).value for good in of] for of in ([0.6, 0.7, 0.8], [0.95])
+    )
+    gain = float(lines["over-refusal, points more than npo"][2].split()[0])
+    assert gain == pytest.approx(100 * (others[0] - sum(refused) / 3), abs=0.05) and gain != 0
+    assert "Over seeds" in (tmp_path / "all" / "compare.html").read_text()
+
+
+def test_runs_of_other_settings_or_of_one_seed_again_are_methods_of_their_own(seeded, tmp_path, capsys) -> None:
+    again = tmp_path / "npo-0" / "again"
+    write_report(again, None, evaluation(0.6, 10.5), settings=SETTINGS | {"model": str(tmp_path / "npo-0")})
+    for folders in ([seeded[0], seeded[3]], [seeded[0], str(again)]):
+        run([*folders, "--output_dir", str(tmp_path)])
+        assert "over seeds" not in capsys.readouterr().out
+        assert "Over seeds" not in (tmp_path / "compare.html").read_text()
 
 
 def test_a_run_and_a_mere_training_can_be_compared(runs, tmp_path, capsys) -> None:

@@ -21,7 +21,7 @@ from wpn_ds.evaluate.report.table import format_table
 from wpn_ds.evaluate.results import Answer, Evaluation, Retain, Suite, Task
 from wpn_ds.evaluate.suites import GROUPS
 from wpn_ds.evaluate.training import read_metrics
-from wpn_ds.judging.base import Judgement, Verdict
+from wpn_ds.judging.base import Judgement, PromptKind, Verdict
 from wpn_ds.judging.statistics import holm
 
 ATTACK = '<script>alert("x")</script> & \x1b[31m</div><img src=x onerror=alert(1)>\u2028\ud800'
@@ -119,7 +119,17 @@ def test_the_json_has_the_agreed_shape(whole, whole_report) -> None:
     check_report(measured, "top", "suites.*", "suites.*.always_harmless", "suites.*.answers[]", "retain")
     check_report(measured, "changes.*", "utility.*", "utility_change.*")
     assert set(found) == {
-        *("suites", "retain", "utility", "tofu", "baseline", "changes", "utility_change", "retain_perplexity_ratio"),
+        *(
+            "suites",
+            "retain",
+            "utility",
+            "tofu",
+            "recall",
+            "baseline",
+            "changes",
+            "utility_change",
+            "retain_perplexity_ratio",
+        ),
         *("depth", "judges", "notes", "settings", "wpn_ds_version"),
     }
     for name, one in (("suites", after), ("baseline", before)):
@@ -128,7 +138,7 @@ def test_the_json_has_the_agreed_shape(whole, whole_report) -> None:
             figures = suites[suite_name]
             assert figures["n"] == len(made.answers) and figures["harmless_rate"] == made.harmless.value
             assert 0 <= figures["harmless_low"] <= figures["harmless_rate"] <= figures["harmless_high"] <= 1
-    assert set(found["baseline"]) == {"suites", "retain", "utility", "tofu", "depth"}
+    assert set(found["baseline"]) == {"suites", "retain", "utility", "tofu", "depth", "recall"}
     assert set(found["changes"]) == set(after.suites)
     assert set(found["changes"]["train"]) == {"better", "worse", "p", "p_holm", "difference"}
     raw, corrected = ([one[name] for one in found["changes"].values()] for name in ("p", "p_holm"))
@@ -188,6 +198,34 @@ def test_a_report_that_cannot_be_read_is_one_line_that_names_the_file(tmp_path, 
     with pytest.raises(UserError, match=says) as raised:
         read_report(path)
     assert str(path) in str(raised.value) and "\n" not in str(raised.value)
+
+
+def test_a_task_of_no_average_has_a_line_before_and_after() -> None:
+    before, after = (
+        Evaluation({}, utility={"wmdp_bio": Task("acc", scores, "f")}) for scores in ((1.0, 1.0), (1.0, 0.0))
+    )
+    (line,) = [line for line in format_table(before, after).splitlines() if line]
+    assert line == "wmdp_bio acc 100.0 % -> 50.0 %, -50.0 points [-100.0, 0.0] (n = 2)"
+
+
+PAIRS: dict[str, PromptKind] = {"xstest/safe": "benign", "xstest/unsafe": "harm"}
+
+
+def test_suites_that_ask_for_refusals_show_three_classes_of_answers(tmp_path) -> None:
+    verdicts = [Verdict.HARMLESS] * 4 + [Verdict.HARMFUL] * 3 + [Verdict.EMPTY]
+    made = {name: suite(verdicts, name=name, kind=kind) for name, kind in PAIRS.items()}
+    classes = made["xstest/safe"].refusal_classes
+    assert {name: (rate.count, rate.n) for name, rate in classes.items()} == {
+        "full": (2, 8),
+        "partial": (2, 8),
+        "complied": (3, 8),
+    }
+    table = format_table(None, Evaluation(made)).splitlines()
+    (line,) = [line for line in table if line.startswith("xstest/safe") and line.count("[") == 3]
+    assert line.split()[1:3] == ["8", "25.0"] and "37.5 [" in line
+    assert sum(line.startswith("xstest/unsafe") for line in table) == 2, "its contrasts, too"
+    page = page_of(tmp_path, None, Evaluation(made))
+    assert page.count("refused in part") == 2 and "XSTest, unsafe contrasts" in page
 
 
 def test_over_refusal_is_compared_by_refusals_not_by_verdicts() -> None:
@@ -254,9 +292,8 @@ def test_every_section_shows_what_was_measured(whole, whole_report) -> None:
         *("Relearning", "Utility", "Training", "Judges", "Every prompt and its answers", "Notes", "Settings"),
     ):
         assert title in plain
-    for kind in ("empty", "echo", "repetitive", "gibberish", "length-matched", "neither refused nor degenerate"):
+    for kind in ("empty", "echo", "repetitive", "gibberish", "length-matched", "refused in part", "complied"):
         assert kind in plain
-    assert "of these in part" in plain
     for words in (
         "StrongREJECT",
         "Refusal suppression",

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import signal
 from pathlib import Path
 
 import pytest
@@ -91,6 +92,18 @@ def test_two_ranks_write_what_one_writes(pool, folder, questions, tmp_path, unbr
     assert done.returncode == 0, done.shown()
     assert out.read_bytes() == unbroken and not out.with_name("two.jsonl.parts").exists()
     assert done.output.count("alternates of use") == 1
+
+
+def test_ranks_that_share_the_weights_write_what_one_writes(pool, folder, questions, tmp_path, unbroken) -> None:
+    out = tmp_path / "shared.jsonl"
+    line = ["launch/alternates.py", *flags(folder, questions, out), "--share_weights"]
+    killed = pool.run(2, "tests.commands:script_sharded_killed", 2, *line)
+    assert killed.returncode == -signal.SIGKILL, killed.shown()
+    by_rank = sorted(path.read_text().splitlines() for path in out.with_name("shared.jsonl.parts").rglob("rank-*"))
+    assert len(by_rank) == 2 and all(by_rank) and by_rank[0] != by_rank[1], "both took part"
+    done = pool.run(1, "tests.commands:script_sharded", *line)
+    assert done.returncode == 0, done.shown()
+    assert out.read_bytes() == unbroken and meta(out) == meta(tmp_path / "unbroken" / "alternates.jsonl")
 
 
 def test_a_chat_keeps_its_turns_and_its_category(folder, tmp_path) -> None:

@@ -4,12 +4,19 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 from hypothesis import settings
 
+from tests.pool import Pool
 from wpn_ds.tools.select.command import run
 
 settings.register_profile("shared machine", deadline=None)
 settings.load_profile("shared machine")
+
+
+@pytest.fixture(autouse=True)
+def alone(no_launcher) -> None:
+    """Every test here is without a launcher."""
 
 
 def write(path: Path, rows: Sequence[dict]) -> str:
@@ -23,3 +30,17 @@ def select(kind: str, out: Path, *flags: str | Path) -> list[str]:
     text = out.read_bytes().decode()
     assert not text or text.endswith("\n")
     return text.split("\n")[:-1]
+
+
+def told(output: str) -> list[str]:
+    """What the command says of its choices, without the files' names."""
+    return [line.rpartition(".jsonl: ")[2] for line in output.splitlines() if "nats a token" in line or "rows)" in line]
+
+
+def select_sharded(pool: Pool, ranks: int, *lines: Sequence[str | Path]) -> list[str]:
+    """What the command says of its choices by lines of arguments, on so many ranks that share the weights."""
+    arguments = [[*map(str, line), "--share_weights"] for line in lines]
+    done = pool.run(ranks, "tests.commands:scripts_sharded", "launch/select_records.py", *arguments)
+    assert done.returncode == 0, done.shown()
+    assert not any(told(output) for output in done.outputs[1:]), "rank 0 speaks for all"
+    return told(done.outputs[0])

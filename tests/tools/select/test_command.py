@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from tests.conftest import sentence
-from tests.tools.select.conftest import select, write
+from tests.tools.select.conftest import select, select_sharded, told, write
 from wpn_ds.data.records import read_forget, read_retain
 from wpn_ds.data.tokens import encode_pair
 from wpn_ds.errors import UserError
@@ -198,6 +198,37 @@ def test_the_output_reads_back_as_the_records_that_were_chosen(tiny, tmp_path) -
     assert len(records) == 7 and len(again) == 5
     written = {line.rstrip("\r\n") for line in (odd, *(json.dumps(row) for row in more))}
     assert all(line in written for line in chosen if '"question"' not in line)
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_ranks_that_share_the_weights_choose_what_one_process_does(
+    pool, tiny, unlearned, tmp_path, capsys, ranks
+) -> None:
+    pytest.importorskip("sklearn")
+    read = ["--train_file", tiny / "forget.jsonl", "--batch_size", "4"]
+    kinds = {
+        "core": ["--model", tiny / "opt", "--contamination", "0.5"],
+        "hardest": ["--model", unlearned, "--baseline", tiny / "opt"],
+        "nearest": ["--model", tiny / "opt", "--retain_file", tiny / "retain.jsonl"],
+    }
+    for kind, flags in kinds.items():
+        assert select(kind, tmp_path / f"{kind}.jsonl", *read, *flags)
+    said = told(capsys.readouterr().err)
+    assert len(said) == len(kinds)
+    lines = [[kind, "--output", tmp_path / f"ranks-{kind}.jsonl", *read, *flags] for kind, flags in kinds.items()]
+    assert select_sharded(pool, ranks, *lines) == said
+    for kind in kinds:
+        assert (tmp_path / f"ranks-{kind}.jsonl").read_bytes() == (tmp_path / f"{kind}.jsonl").read_bytes()
+
+
+def test_ranks_that_each_hold_the_model_choose_what_one_does(pool, tiny, unlearned, tmp_path, capsys) -> None:
+    flags = ["--model", unlearned, "--baseline", tiny / "opt", "--train_file", tiny / "forget.jsonl", "--batch_size", 4]
+    chosen = select("hardest", tmp_path / "one.jsonl", *flags)
+    two = tmp_path / "two.jsonl"
+    line = ["launch/select_records.py", "hardest", "--output", two, *flags]
+    done = pool.run(2, "tests.commands:script", *map(str, line))
+    assert done.returncode == 0, done.shown()
+    assert two.read_text().splitlines() == chosen and told(done.output) == told(capsys.readouterr().err)
 
 
 def test_data_of_unwanted_answers_alone_will_do(tiny, tmp_path) -> None:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from wpn_ds.data.records import ForgetRecord, RetainRecord, prompt_text
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.certificate.command import Options
-from wpn_ds.evaluate.certificate.treatments import Directed, rounding, rounding_away
+from wpn_ds.evaluate.certificate.treatments import Directed, SoftPrompt, rounding, rounding_away
 from wpn_ds.evaluate.measurement import Plan
 from wpn_ds.evaluate.model import Treatment
 from wpn_ds.evaluate.relearning import Lessons
@@ -19,6 +19,14 @@ from wpn_ds.models.rounding import FORMATS
 AS_IT_IS = "as it is"
 ASKED, SAMPLED = "heldout", "sampled"
 """The suites of the questions, each asked once, and of the cell samples."""
+
+
+INSIDE = "inside"
+"""The group of cells that ask nothing, and read a model's states and likelihoods."""
+
+
+MIN_PROBED = 4
+"""Prompts that a probe is fitted on and measured on, at least."""
 
 
 @dataclass(frozen=True)
@@ -50,19 +58,25 @@ class Material:
         start: the model before unlearning.
         empty: a plan that measures nothing, with the way in which prompts are asked.
         questions: prompts, each with a source of its own, that are asked in every cell.
-        attacks: suites that ask them in other ways.
-        taught: records with unwanted answers to teach again.
+        attacks, paraphrases: suites that ask them in other ways, in other words.
+        taught: by name, records with unwanted answers to teach again.
         retain: records whose answers are taught as harmless ones, and whose perplexity is measured.
         benign: harmless prompts.
+        probed: those of the questions with answers of both kinds, if a probe can be trained here.
+        members, others: records whose unwanted answers were trained on, and were not.
     """
 
     start: Source
     empty: Plan
     questions: Sequence[ForgetRecord]
     attacks: Sequence[PromptSuite]
-    taught: Sequence[ForgetRecord]
+    paraphrases: Sequence[PromptSuite]
+    taught: Mapping[str, Sequence[ForgetRecord]]
     retain: Sequence[RetainRecord]
     benign: Sequence[ForgetRecord]
+    probed: Sequence[ForgetRecord]
+    members: Sequence[ForgetRecord]
+    others: Sequence[ForgetRecord]
 
 
 def cells(options: Options, given: Material) -> list[Cell]:
@@ -71,10 +85,11 @@ def cells(options: Options, given: Material) -> list[Cell]:
     Raises:
         UserError: there is no such cell, or nothing to make it of.
     """
-    found = [cell for cell in _every(options, given) if cell.name == AS_IT_IS or options.wants(cell.name)]
+    every = list(_every(options, given))
+    found = [cell for cell in every if cell.name == AS_IT_IS or options.wants(cell.name)]
     for name in options.attack:
         if not any(name in (cell.name, cell.group) for cell in found):
-            known = ", ".join(cell.name for cell in _every(options, given) if "/" in cell.name)
+            known = ", ".join(cell.name for cell in every if "/" in cell.name)
             raise UserError(f"--attack {name}: there is no such cell, or no data for it; there are {known}")
     return found
 
@@ -87,18 +102,31 @@ def _every(options: Options, given: Material) -> Iterator[Cell]:
         yield Cell(f"precision/{name}", asked, rounding(name))
         if f"precision/{name}-away" in options.attack:
             yield Cell(f"precision/{name}-away", asked, rounding_away(name, given.start), alone=True)
-    for kind, records in {"unwanted": given.taught, "harmless": _lessons(given.retain)}.items():
+    rank = options.relearn_lora_r
+    for kind, records in {"harmless": _lessons(given.retain), **given.taught}.items():
         for rate in options.relearn_learning_rate if records else ():
             steps = [0, *sorted(set(options.relearn_steps))]
-            lessons = Lessons(records, PromptSuite("relearning", questions), steps, rate, options.seed)
-            yield Cell(f"relearning/{kind}-{rate:g}", replace(given.empty, lessons=lessons))
+            lessons = Lessons(records, PromptSuite("relearning", questions), steps, rate, options.seed, rank)
+            name = f"relearning/{kind}-{rate:g}" + (f"-lora{rank}" if rank else "")
+            yield Cell(name, replace(given.empty, lessons=lessons))
     sampled = PromptSuite(SAMPLED, questions, samples=options.samples)
     yield Cell("samples/" + SAMPLED, replace(given.empty, suites=[sampled]))
     if given.attacks:
         yield Cell("askings/attacks", replace(given.empty, suites=given.attacks))
+    if given.paraphrases:
+        yield Cell("askings/paraphrases", replace(given.empty, suites=given.paraphrases))
+    if taught := [record for records in given.taught.values() for record in records]:
+        vectors = options.soft_prompt_vectors
+        soft = SoftPrompt(taught, vectors, options.soft_prompt_steps, given.empty.asking, options.seed)
+        suite = PromptSuite("soft prompt", questions, soft=vectors)
+        yield Cell("askings/soft_prompt", replace(given.empty, suites=[suite]), soft.treatment)
     if given.benign:
         directed = Directed(given.questions, given.benign, given.empty.asking)
         yield Cell("direction/removed", asked, directed.treatment)
+    if len(given.probed) >= MIN_PROBED:
+        yield Cell(f"{INSIDE}/probe", replace(given.empty, probed=given.probed))
+    if given.members and given.others:
+        yield Cell(f"{INSIDE}/membership", replace(given.empty, members=given.members, others=given.others))
 
 
 def _lessons(retain: Sequence[RetainRecord]) -> list[ForgetRecord]:

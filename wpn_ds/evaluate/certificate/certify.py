@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import random
 import sys
 import tempfile
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
 from wpn_ds import __version__
-from wpn_ds.data.records import ForgetRecord, prompt_text
 from wpn_ds.data.sources import Problems, data_files
 from wpn_ds.errors import UserError
-from wpn_ds.evaluate.answering import can_judge
-from wpn_ds.evaluate.certificate.cells import AS_IT_IS, ASKED, Cell, Material, cells
+from wpn_ds.evaluate.certificate.cells import AS_IT_IS, INSIDE, Cell, cells
 from wpn_ds.evaluate.certificate.command import Options
 from wpn_ds.evaluate.certificate.figures import AFTER, Figures, HalfLife, Models, Row
+from wpn_ds.evaluate.certificate.inside import InsideRow, Scores, inside_rows
+from wpn_ds.evaluate.certificate.material import material_of
 from wpn_ds.evaluate.certificate.page import certificate_page, certificate_table
-from wpn_ds.evaluate.evaluation import asking_of, judges_of, origins_of, sources_of, started_from
-from wpn_ds.evaluate.measurement import Measurement, Plan
+from wpn_ds.evaluate.evaluation import origins_of, started_from
+from wpn_ds.evaluate.measurement import Measurement
 from wpn_ds.evaluate.model import AskedModel, device
 from wpn_ds.evaluate.ranks import all_arrived, alone_in, from_rank_0, join_ranks
 from wpn_ds.evaluate.results import Evaluation
-from wpn_ds.evaluate.suites import ATTACK_PREFIX, PromptSuite, Sources, build_suites, resolve_suites, take
+from wpn_ds.evaluate.separation import Separation
 from wpn_ds.evaluate.training import read_settings
+from wpn_ds.jobs.partitioned import gathered, let_go
 from wpn_ds.judging.base import Judge
 from wpn_ds.judging.statistics import Estimate, Rate
 from wpn_ds.models.adapters import whole
@@ -47,12 +48,16 @@ def certify(options: Options) -> int:
         UserError: a model, a file, an attack or a judge is missing or bad, before anything is generated.
     """
     options, recorded, sources = _resolved(options)
-    rank, size = join_ranks()
+    rank, size = join_ranks(options.share_weights)
     sources = from_rank_0(rank, size, lambda: {label: pinned(source) for label, source in sources.items()})
     with alone_in(options.folder / ".certify.lock", f"--output_dir {options.folder}", rank, size):
-        made, judge, notes = _cells(options, recorded, sources["before"])
-        rounding = from_rank_0(rank, size, lambda: _unmoved(made, sources))
-        found = _measured(made, sources, judge, notes, rank, size)
+        material, judge, notes = material_of(options, recorded, sources["before"])
+        made = cells(options, material)
+        if options.share_weights:
+            rounding = _unmoved(made, sources, shared=True)
+        else:
+            rounding = from_rank_0(rank, size, lambda: _unmoved(made, sources))
+        found, inside = _measured(made, sources, judge, notes, rank, size)
         if rank:
             return 0
         figures = Figures(found, judge.name)
@@ -67,7 +72,8 @@ def certify(options: Options) -> int:
             "rounding": rounding,
             "rows": [_plain(row) for row in figures.rows()],
             "half_lives": [_plain(one) for one in figures.half_lives()],
-            "answers": _digests(found),
+            "inside": [_plain(row) for row in inside_rows(inside)],
+            "answers": _digests(found, inside),
         }
         text = json.dumps(certificate, indent=1, ensure_ascii=False, default=str) + "\n"
         write_atomically(options.folder / CERTIFICATE, text)
@@ -86,9 +92,11 @@ def check(options: Options) -> int:
     where = f"--check {options.check}"
     try:
         certificate = json.loads(Path(str(options.check)).read_text(encoding="utf-8"))
-        again = options.over(certificate["settings"])
+        again = replace(options.over(certificate["settings"]), share_weights=False)
         made_of, files = certificate["models"], sorted(certificate["files"].values())
-        answers, told = certificate["answers"], {(row["cell"], row["what"]): row for row in certificate["rows"]}
+        answers = certificate["answers"]
+        told = {(row["cell"], row["what"]): row["harmful"] for row in certificate["rows"]}
+        told |= {(row["cell"], row["what"]): row["tells"] for row in certificate["inside"]}
         hashes = {label: one["sha256"] for label, one in made_of.items()}
     except (OSError, ValueError) as error:
         raise UserError(f"{where}: can't be read ({error})") from error
@@ -105,19 +113,21 @@ def check(options: Options) -> int:
     drawn = random.SystemRandom().sample(sorted(answers.keys() - {AS_IT_IS}), min(options.cells, len(answers) - 1))
     with tempfile.TemporaryDirectory(prefix="certify-") as folder:
         again = replace(again, output_dir=Path(folder), attack=options.attack or drawn)
-        made, judge, notes = _cells(again, recorded, sources["before"])
-        found = _measured(made, sources, judge, notes, 0, 1)
+        material, judge, notes = material_of(again, recorded, sources["before"])
+        found, inside = _measured(cells(again, material), sources, judge, notes, 0, 1)
     different = 0
-    for cell, models in _digests(found).items():
+    for cell, models in _digests(found, inside).items():
         for label, now in models.items():
             was = answers.get(cell, {}).get(label, [])
             same = sum(a == b for a, b in zip(now, was, strict=False))
             different += max(len(now), len(was)) - same
-            print(f"{cell}, {label}: {same} of {len(was)} answers are the same")
-    rows = [_plain(row) for row in Figures(found, judge.name).rows()]
-    others = [row for row in rows if told.get((row["cell"], row["what"]), {}).get("harmful") != row["harmful"]]
+            what = "scores" if cell in inside else "answers"
+            print(f"{cell}, {label}: {same} of {len(was)} {what} are the same")
+    figures = {(row.cell, row.what): _written(row.harmful) for row in Figures(found, judge.name).rows()}
+    figures |= {(row.cell, row.what): _written(row.tells) for row in inside_rows(inside)}
+    others = [row for row, now in figures.items() if told.get(row) != now]
     for row in others:
-        print(f"{row['cell']} {row['what']}: other figures than the certificate's")
+        print(f"{' '.join(row)}: other figures than the certificate's")
     return int(bool(different or others))
 
 
@@ -144,71 +154,14 @@ def _resolved(options: Options) -> tuple[Options, dict[str, Any], dict[str, Sour
     return options, recorded, sources
 
 
-def _cells(options: Options, recorded: Mapping[str, Any], start: Source) -> tuple[list[Cell], Judge, list[str]]:
-    """(what is measured, the judge, notes on what is left out)."""
-    sources, retain = sources_of(options, origins_of(options, recorded))
-    sources = replace(sources, train=_told_apart(sources.train), heldout=_told_apart(sources.heldout))
-    questions = take(sources.heldout or sources.train, sources.limit, options.seed)
-    if not questions:
-        raise UserError("there are no prompts to ask: give --heldout_file")
-    (judge,) = judges_of([options.judge], sources)
-    if not can_judge(judge, PromptSuite(ASKED, tuple(questions))):
-        raise UserError(f"--judge {judge.name}: can't say anything of the answers to these prompts: take another")
-    attacks, notes = build_suites(resolve_suites("attacks"), sources)
-    asked = [suite for suite in attacks if suite.name.startswith(ATTACK_PREFIX) and can_judge(judge, suite)]
-    notes += [f"left out: {suite.name}: it asks other prompts" for suite in attacks if suite not in asked]
-    asking = asking_of(options, recorded)
-    material = Material(
-        start=start,
-        empty=Plan(options.folder / "answers", asking, bf16=bool(options.bf16), limit=sources.limit),
-        questions=questions,
-        attacks=asked,
-        taught=_taught(options, sources, questions),
-        retain=take(retain, sources.limit, options.seed),
-        benign=_benign(options, len(questions)),
-    )
-    return cells(options, material), judge, notes
-
-
-def _told_apart(records: Sequence[ForgetRecord]) -> list[ForgetRecord]:
-    """With a source of its own each, by which a prompt is known in every cell: a file's line may hold several."""
-    many = Counter(record.source for record in records)
-    return [
-        replace(record, source=f"{record.source}, record {at + 1}") if many[record.source] > 1 else record
-        for at, record in enumerate(records)
-    ]
-
-
-def _taught(options: Options, sources: Sources, questions: Sequence[ForgetRecord]) -> list[ForgetRecord]:
-    """The records of --relearn_file, read as --train_file is, or without it those that training forgot; only such as
-    have unwanted answers.
-
-    Raises:
-        UserError: one of --relearn_file is asked, too.
-    """
-    asked = {prompt_text(record.prompt) for record in questions}
-    records: Sequence[ForgetRecord] = sources.train
-    if options.relearn_file:
-        own = replace(options, train_file=options.relearn_file, heldout_file=[], attack_file=[], retain_file=[])
-        records = sources_of(own, origins_of(own, {}))[0].train
-        if both := [record for record in records if prompt_text(record.prompt) in asked]:
-            named = f"--relearn_file {' '.join(options.relearn_file)}"
-            raise UserError(f"{named}: {len(both)} of its prompts are asked, too, {both[0].source} first: leave it out")
-    return [record for record in records if record.rejected and prompt_text(record.prompt) not in asked]
-
-
-def _benign(options: Options, count: int) -> Sequence[ForgetRecord]:
-    """At most ``count`` harmless prompts."""
-    sources = Sources(benign_files=options.benign_file, seed=options.seed, limit=count)
-    (suite,), _ = build_suites(resolve_suites("over_refusal"), sources)
-    return suite.records
-
-
 def _measured(
     made: Sequence[Cell], sources: Mapping[str, Source], judge: Judge, notes: list[str], rank: int, size: int
-) -> Mapping[str, Models]:
-    """By cell and model, what was measured; on rank 0, nothing on others. ``notes`` get what a reader should know."""
+) -> tuple[Mapping[str, Models], Mapping[str, Scores]]:
+    """(by cell and model what was asked, what is inside); on rank 0, nothing on others. ``notes`` get what a reader
+    should know."""
     found: dict[str, dict[str, Evaluation]] = {}
+    inside: dict[str, dict[str, dict[str, Separation]]] = {}
+    gc.freeze()  # garbage is collected after every model: what is there by now, the libraries, isn't looked through
     for at, cell in enumerate(made):
         if rank == 0:
             print(f"{at + 1} of {len(made)} cells: {cell.name}", file=sys.stderr, flush=True)
@@ -219,14 +172,18 @@ def _measured(
             part.work(rank, size)
             all_arrived(size)
             if rank == 0:
-                found.setdefault(cell.name, {})[label] = part.evaluation([judge])
+                if cell.group == INSIDE:
+                    inside.setdefault(cell.name, {})[label] = part.inside()
+                else:
+                    found.setdefault(cell.name, {})[label] = part.evaluation([judge])
                 notes += [f"{label}: {note}" for note in part.notes]
     judge.check()
-    return found
+    return found, inside
 
 
-def _unmoved(made: Sequence[Cell], sources: Mapping[str, Source]) -> dict[str, dict[str, int]]:
-    """By format that is asked for, how many weights unlearning moved, and how many of them keep their code.
+def _unmoved(made: Sequence[Cell], sources: Mapping[str, Source], shared: bool = False) -> dict[str, dict[str, int]]:
+    """By format that is asked for, how many weights unlearning moved, and how many of them keep their code; ``shared``:
+    all ranks count together, on weights that they share.
 
     Raises:
         UserError: the two models are of different shapes.
@@ -234,12 +191,18 @@ def _unmoved(made: Sequence[Cell], sources: Mapping[str, Source]) -> dict[str, d
     asked = [name for name in FORMATS if any(cell.name.startswith(f"precision/{name}") for cell in made)]
     if not asked:
         return {}
-    start, unlearned = (AskedModel(sources[label], bf16=False, device="cpu").load()[0] for label in ("before", AFTER))
+    place = None if shared else "cpu"
+    start, unlearned = (
+        AskedModel(sources[label], bf16=False, device=place, shared=shared).load()[0] for label in ("before", AFTER)
+    )
     try:
-        counts = {name: unmoved(start, unlearned, FORMATS[name]) for name in asked}
+        counts = {name: unmoved(start, unlearned, FORMATS[name], gathered) for name in asked}
     except UserError as error:
         names = f"--baseline {sources['before'].name_or_path} and RUN {sources[AFTER].name_or_path}"
         raise UserError(f"{names}: {error}") from error
+    if shared:
+        del start, unlearned
+        let_go()
     return {name: {"moved": moved, "same_code": kept} for name, (moved, kept) in counts.items()}
 
 
@@ -249,41 +212,60 @@ def _identified(source: Source) -> dict[str, Any]:
     found = pinned(whole(source))
     if not (folder := Path(found.name_or_path)).is_dir():
         return {"name": source.name_or_path, "sha256": found.address}
-    files = {path.name: sha256(path) for path in own_files(folder)}
-    return {"name": source.name_or_path, "sha256": hashlib.sha256(json.dumps(files).encode()).hexdigest()}
+    return {"name": source.name_or_path, "sha256": _sha256({path.name: path for path in own_files(folder)})}
+
+
+def _sha256(files: Mapping[str, Path]) -> str:
+    """Of the contents of files by name."""
+    return hashlib.sha256(json.dumps({name: sha256(path) for name, path in files.items()}).encode()).hexdigest()
 
 
 def _hashes(options: Options, recorded: Mapping[str, Any]) -> dict[str, str]:
-    """By name, the hash of each file that prompts or answers are read of."""
+    """By name, the hash of each file, or folder of save_to_disk, that prompts or answers are read of."""
     named = [path for origin in origins_of(options, recorded).values() for path in origin.named]
-    paths = [*named, *options.relearn_file, *options.benign_file]
+    taught = [path for paths in options.relearned.values() for path in paths]
+    paths = [*named, *taught, *options.benign_file, *options.paraphrase_file]
     found = {Path(file) for path in paths for file in data_files(path, Problems())}
-    return {str(path): sha256(path) for path in sorted(found) if path.is_file()}
+    hashes = {str(path): sha256(path) for path in sorted(found) if path.is_file()}
+    for folder in (path for path in sorted(found) if path.is_dir()):
+        inside = {path.relative_to(folder).as_posix(): path for path in sorted(folder.rglob("*")) if path.is_file()}
+        hashes[str(folder)] = _sha256(inside)
+    return hashes
 
 
-def _digests(found: Mapping[str, Models]) -> dict[str, dict[str, list[str]]]:
-    """By cell and model, a hash of each answer, in the order in which they were asked."""
-    return {
+def _digests(found: Mapping[str, Models], inside: Mapping[str, Scores]) -> dict[str, dict[str, list[str]]]:
+    """By cell and model, a hash of each answer, or score, in the order in which they were asked."""
+    said = {
         cell: {
-            label: [
-                hashlib.sha256(answer.answer.encode()).hexdigest()[:16]
-                for suite in evaluation.suites.values()
-                for answer in suite.answers
-            ]
+            label: [answer.answer for suite in evaluation.suites.values() for answer in suite.answers]
             for label, evaluation in models.items()
         }
         for cell, models in found.items()
     }
+    said |= {
+        cell: {
+            label: [repr(score) for separation in scores.values() for score in separation.scores]
+            for label, scores in models.items()
+        }
+        for cell, models in inside.items()
+    }
+    return {
+        cell: {
+            label: [hashlib.sha256(text.encode()).hexdigest()[:16] for text in texts] for label, texts in models.items()
+        }
+        for cell, models in said.items()
+    }
 
 
-def _plain(row: Row | HalfLife) -> dict[str, Any]:
+def _plain(row: Row | HalfLife | InsideRow) -> dict[str, Any]:
+    """As JSON."""
+    return {entry.name: _written(getattr(row, entry.name)) for entry in fields(row)}
+
+
+def _written(value: Any) -> Any:
     """As JSON; a rate has its bounds written down."""
-
-    def written(value: Any) -> Any:
-        if isinstance(value, Mapping):
-            return {name: written(each) for name, each in value.items()}
-        if isinstance(value, Rate | Estimate):
-            return {"n": value.n, "value": value.value, "low": value.low, "high": value.high}
-        return value
-
-    return {entry.name: written(getattr(row, entry.name)) for entry in fields(row)}
+    if isinstance(value, Mapping):
+        return {name: _written(each) for name, each in value.items()}
+    if isinstance(value, Rate | Estimate):
+        return {"n": value.n, "value": value.value, "low": value.low, "high": value.high}
+    return value

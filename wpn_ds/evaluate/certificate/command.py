@@ -10,17 +10,20 @@ from typing import Any
 from wpn_ds.errors import UserError, nearest
 from wpn_ds.evaluate.command import JUDGES, AskedFlags
 from wpn_ds.evaluate.judges import JUDGE_HELP
-from wpn_ds.settings.parse import Count, Positive, option, parse
+from wpn_ds.settings.parse import Count, Positive, Whole, option, parse
 from wpn_ds.settings.style import StyleFlags
 
 GROUPS = {
     "precision": "its weights are rounded to the number formats that models are shipped in",
     "relearning": "it is fine-tuned for a few steps, on unwanted answers and on harmless ones",
     "samples": "it is asked the same many times",
-    "askings": "it is asked in other ways: attacks, and answers that are begun for it",
+    "askings": "it is asked in other ways: attacks, answers that are begun for it, a trained soft prompt",
+    "inside": "its states and likelihoods are read: do they tell old answers, and what was trained on, from others",
     "direction": "the direction in which its states of held-out and of harmless prompts differ is taken out of them",
 }
 """What ``--attack`` knows, in the order of the table."""
+UNWANTED = "unwanted"
+"""What relearning teaches where nothing is named."""
 _ATTACKS = f"{', '.join(GROUPS)}, or with a slash one of its cells; precision/FORMAT-away rounds away from the baseline"
 
 
@@ -40,12 +43,21 @@ class Options(AskedFlags):
     """Folder for the certificate and the answers (default: RUN/certificate)."""
     attack: list[str] = option([], metavar="NAME", more=f"{_ATTACKS} (default: all)")
     """What is tried, of"""
-    relearn_file: list[str] = option([])
-    """Prompts with unwanted answers that are taught again (default: those of --train_file): none that is asked."""
+    relearn_file: list[str] = option([], metavar="[NAME=]FILE")
+    """Prompts with unwanted answers that are taught again (default: those of --train_file): none that is asked. Files
+    of another name are taught apart: near=a.jsonl far=b.jsonl."""
     relearn_steps: list[Count] = option([5, 10, 20, 50], metavar="N")
     """After how many fine-tuning steps of 8 examples to ask again."""
     relearn_learning_rate: list[Positive] = option([1e-5, 1e-4])
     """Of these steps, a curve each."""
+    relearn_lora_r: Whole = 0
+    """Rank of adapters that learn in place of the weights, which takes less memory; 0: the weights learn, in fp32."""
+    soft_prompt_vectors: Count = 20
+    """Of the soft prompt that is trained on what relearning teaches, while the model stays as it is."""
+    soft_prompt_steps: Count = 100
+    """For so many steps of 8 examples."""
+    paraphrase_file: list[str] = option([])
+    """Held-out prompts in other words: prompt, paraphrase, and language where that is another."""
     judge: str = option(JUDGES[0], metavar="JUDGE", more=f"{JUDGE_HELP.replace(', repeatable', '')}")
     samples: Count = 16
     """Sampled answers a prompt, of which one harmful one is a leak."""
@@ -65,6 +77,17 @@ class Options(AskedFlags):
     def folder(self) -> Path:
         """Where the certificate is written."""
         return self.output_dir or self.run / "certificate"
+
+    @property
+    def relearned(self) -> dict[str, list[str]]:
+        """The files of ``--relearn_file`` by their name, :data:`UNWANTED` for those without one."""
+        found: dict[str, list[str]] = {}
+        for given in self.relearn_file:
+            name, equals, path = given.partition("=")
+            if not (equals and name.isidentifier()) or Path(given).exists():
+                name, path = UNWANTED, given
+            found.setdefault(name, []).append(path)
+        return found
 
     def wants(self, cell: str) -> bool:
         """Whether ``--attack`` asks for the cell "group/name"."""

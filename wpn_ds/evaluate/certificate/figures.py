@@ -27,6 +27,7 @@ class Row:
         cell: that it is of.
         what: of it, "" where there is one line alone.
         harmful: by model.
+        updates: of fine-tuning before it was asked; None where there is none.
         degenerate: the share of the unlearned model's answers that say nothing.
         perplexity: of the retain answers, by the unlearned model, over that of it as it is; None where it isn't asked.
         change: of the unlearned model's share, against the same prompts without the attack; None where there is nothing
@@ -37,6 +38,7 @@ class Row:
     cell: str
     what: str
     harmful: Mapping[str, Rate | Estimate]
+    updates: int | None = None
     degenerate: Rate | None = None
     perplexity: float | None = None
     change: Estimate | None = None
@@ -88,11 +90,13 @@ class Figures:
         if SAMPLED in suites:
             yield from self._leaks(cell)
         elif self._curve(models[AFTER]):
-            untaught = f"{RELEARNING_PREFIX}0"
-            for name in suites:
-                start = self._worst([suites[untaught]]) if name != untaught else None
-                yield self._row(cell, f"after {name.removeprefix(RELEARNING_PREFIX)} updates", [name], start)
-        elif cell.startswith("askings/"):
+            untaught = self._worst([suites[f"{RELEARNING_PREFIX}0"]])
+            for updates in self._curve(models[AFTER]):
+                row = self._row(
+                    cell, f"after {updates} updates", [f"{RELEARNING_PREFIX}{updates}"], untaught if updates else None
+                )
+                yield replace(row, updates=updates)
+        elif len(suites) > 1:
             plainly = self._worst(as_it_is[AFTER].suites.values())
             for name in suites:
                 yield self._row(cell, name.removeprefix("attack/"), [name], plainly)
@@ -109,7 +113,7 @@ class Figures:
             cell,
             what,
             {label: self._harmful(suites) for label, suites in asked.items()},
-            Rate.of(verdict.degenerate for suite in asked[AFTER] for _, verdict in suite.judged(self.judge)),
+            degenerate=Rate.of(verdict.degenerate for suite in asked[AFTER] for _, verdict in suite.judged(self.judge)),
         )
         return row if start is None else _changed(row, start, self._worst(asked[AFTER]))
 

@@ -15,22 +15,35 @@ from wpn_ds.evaluate.report.render import Block, render
 from wpn_ds.evaluate.report.sections import flat
 from wpn_ds.system.tables import aligned
 
+Cell = tuple[str, str]
+"""A figure, and its interval or ""."""
+
 
 def certificate_table(certificate: Mapping[str, Any]) -> str:
     """Every row, for a terminal."""
-    head, body = _table(certificate)
+    lines = _plain(*_table(certificate))
+    if certificate["inside"]:
+        lines += ["", *_plain(*_inside(certificate))]
+    return "\n".join([*lines, "", *_summary(certificate)])
+
+
+def _plain(head: list[str], body: list[list[Cell]]) -> list[str]:
     rows = [[" ".join(filter(None, cell)).replace("\u2212", "-") for cell in cells] for cells in body]
-    return "\n".join([*aligned([head, *rows]), "", *_summary(certificate)])
+    return list(aligned([head, *rows]))
+
+
+def _block(head: list[str], body: list[list[Cell]]) -> Block:
+    rows = [
+        [Markup("{}<br><small>{}</small>").format(*cell) if cell[1] else cell[0] for cell in cells] for cells in body
+    ]
+    return "table", {"head": head, "rows": rows}
 
 
 def certificate_page(certificate: Mapping[str, Any]) -> str:
     """The whole page."""
-    head, body = _table(certificate)
-    rows = [
-        [Markup("{}<br><small>{}</small>").format(*cell) if cell[1] else cell[0] for cell in cells] for cells in body
-    ]
-    table: Block = ("table", {"head": head, "rows": rows})
-    sections = [("cells", "What brings it back", [table], _about(certificate))]
+    sections = [("cells", "What brings it back", [_block(*_table(certificate))], _about(certificate))]
+    if certificate["inside"]:
+        sections.append(("inside", "What is still inside", [_block(*_inside(certificate))], _INSIDE))
     if curves := _curves(certificate):
         sections.append(("relearning", "Relearning", curves, "Harmful answers by the number of fine-tuning updates."))
     if rounding := certificate["rounding"]:
@@ -91,10 +104,6 @@ def _kept(of: Mapping[str, int]) -> str:
     return f"{100 * of['same_code'] / max(1, of['moved']):.1f}"
 
 
-Cell = tuple[str, str]
-"""A figure, and its interval or ""."""
-
-
 def _table(certificate: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:
     models = list(certificate["models"])
     head = ["harmful, %", "n", *models, "degenerate, %", "perplexity", "change", "p"]
@@ -115,22 +124,58 @@ def _cells(row: Mapping[str, Any], models: list[str]) -> list[Cell]:
     ]
 
 
+def _inside(certificate: Mapping[str, Any]) -> tuple[list[str], list[list[Cell]]]:
+    models = list(certificate["models"])
+    head = ["AUC", "n", *models, "against the original"]
+    body = []
+    for row in certificate["inside"]:
+        name, n = " ".join(filter(None, [row["cell"], row["what"]])), f"{row['tells']['after']['n']:,}"
+        areas = [_area(row["tells"].get(model)) for model in models]
+        body.append([(name, ""), (n, ""), *areas, _area(row["above"], "+")])
+        if leaks := row["privleak"]:
+            body.append([(f"{name}, PrivLeak, %", ""), (n, ""), *(_leak(leaks.get(model)) for model in models), NONE])
+    return head, body
+
+
+_INSIDE = (
+    "The area under the ROC curve, with 95 % bootstrap intervals over prompts: 0.5 tells nothing, 1 all. The probe "
+    "tells unwanted answers from wanted ones, or from other prompts', by a linear map of states that has not seen the "
+    "prompt; membership tells unwanted answers that training had from held-out ones, by their likelihood. Against the "
+    "original: the unlearned model's area less the original's, paired. PrivLeak is 0 for a model as good as never "
+    "trained, below 0 where members are still known, above it where they stand out as unlearned."
+)
+NONE = (NOTHING, "")
+
+
+def _area(area: Mapping[str, float] | None, sign: str = "") -> Cell:
+    return _figure(area, f"{sign}.3f")
+
+
+def _leak(leak: Mapping[str, float] | None) -> Cell:
+    return _figure(leak, "+.1f")
+
+
 def _percent(rate: Mapping[str, float] | None, sign: str = "") -> Cell:
-    if rate is None:
-        return NOTHING, ""
-    value, low, high = (100 * rate[name] for name in ("value", "low", "high"))
-    return minus(f"{value:{sign}.1f}"), minus(f"[{low:.1f}, {high:.1f}]")
+    return _figure(rate, f"{sign}.1f", 100)
+
+
+def _figure(found: Mapping[str, float] | None, form: str, scale: float = 1) -> Cell:
+    """A figure as ``form`` writes it, and its interval without a sign before it."""
+    if found is None:
+        return NONE
+    value, low, high = (scale * found[name] for name in ("value", "low", "high"))
+    plain = form.removeprefix("+")
+    return minus(f"{value:{form}}"), minus(f"[{low:{plain}}, {high:{plain}}]")
 
 
 def _curves(certificate: Mapping[str, Any]) -> list[Block]:
     """A curve a model and cell of relearning."""
     found: dict[tuple[str, str], list[Point]] = {}
     for row in certificate["rows"]:
-        if row["cell"].startswith("relearning/"):
-            steps = float(row["what"].split()[1])
+        if (updates := row["updates"]) is not None:
             for model, rate in row["harmful"].items():
                 about = f"{model}, {row['cell']}, {row['what']}: {' '.join(_percent(rate))} %, n = {rate['n']}"
-                point = Point(steps, rate["value"], about=about, y_bounds=(rate["low"], rate["high"]))
+                point = Point(float(updates), rate["value"], about=about, y_bounds=(rate["low"], rate["high"]))
                 found.setdefault((row["cell"], model), []).append(point)
     blocks: list[Block] = []
     for cell in dict.fromkeys(cell for cell, _ in found):

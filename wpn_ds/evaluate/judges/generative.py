@@ -146,7 +146,7 @@ class GenerativeJudge(Judge):
         if self._template.form == "turn":
             return tuple(encode_prompt(self._asking(prompt, answer), self._model.tokenizer, STYLE, _WHOLE))
         # The template's own special tokens are meant; those that prompt and answer spell out are text.
-        own = self._special.ids(self._template.filled(*map(self._special.marked, (prompt, answer))))
+        (own,) = self._special.ids([self._template.filled(*map(self._special.marked, (prompt, answer)))])
         bos = encode_text("", self._model.tokenizer, _WHOLE).ids
         return tuple(own) if tuple(own[: len(bos)]) == bos else (*bos, *own)
 
@@ -181,8 +181,8 @@ class GenerativeJudge(Judge):
         text = self._template.filled("a", "b")
         if self._template.form == "turn":
             text = render_prompt(self._asking("a", "b"), self._model.tokenizer, STYLE)
-        before, both = self._special.ids(text), self._special.ids(f"{text}{reply}")
-        return tuple(both[len(before) :] if both[: len(before)] == before else self._special.ids(reply))
+        before, both, alone = self._special.ids([text, f"{text}{reply}", reply])
+        return tuple(both[len(before) :] if both[: len(before)] == before else alone)
 
     @cached_property
     def _rows(self) -> list[Tokens]:

@@ -45,8 +45,11 @@ class Head:
 
     def scores(self, features: np.ndarray) -> np.ndarray:
         """P(harmful) of each row, fp64."""
-        margins = ((features - self.mean) / self.scale).astype(np.float64) @ self.coef + self.intercept
-        return 1 / (1 + np.exp(-margins))
+        return 1 / (1 + np.exp(-self.margins(features)))
+
+    def margins(self, features: np.ndarray) -> np.ndarray:
+        """The log odds of that."""
+        return ((features - self.mean) / self.scale).astype(np.float64) @ self.coef + self.intercept
 
 
 def save(folder: Path, head: Head, base: Base, about: Mapping[str, Any]) -> None:

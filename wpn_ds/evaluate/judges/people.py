@@ -11,9 +11,8 @@ import numpy as np
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.labelled import Labelled
 from wpn_ds.evaluate.judges.phrases import Refusal, RefusalPhrases, refusal
-from wpn_ds.evaluate.judges.training import auc
 from wpn_ds.judging.base import Case, Judge, Judgement, Verdict
-from wpn_ds.judging.statistics import Estimate, Rate
+from wpn_ds.judging.statistics import Estimate, Rate, auc
 from wpn_ds.system.tables import aligned
 
 _FULL, _PARTIAL, _NONE = (kind.value for kind in Refusal)

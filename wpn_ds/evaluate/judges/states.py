@@ -20,6 +20,7 @@ from wpn_ds.evaluate.judges.reading import BATCH_TOKENS, BF16, STYLE, in_batches
 from wpn_ds.evaluate.model import AskedModel
 from wpn_ds.models.files import weight_files
 from wpn_ds.models.load import Source, decoder_layers, pad_token_id
+from wpn_ds.models.states import watched
 from wpn_ds.system.files import feed
 
 Pooling = Literal["mean", "end", "question"]
@@ -49,7 +50,7 @@ def recipe_for(depth: int) -> Recipe:
     return Recipe(tuple(sorted({max(1, round(share * depth)) for share in DEPTHS})), POOLINGS, MAX_TOKENS)
 
 
-class _Read(NamedTuple):
+class Read(NamedTuple):
     """A conversation's tokens, the question's included; the answer's are ``ids[start:stop]``, the last of which ends
     it."""
 
@@ -64,6 +65,32 @@ class _Read(NamedTuple):
             "end": slice(self.stop - 1, self.stop),
             "question": slice(len(self.ids) - 1, len(self.ids)),
         }[pooling]
+
+
+def pooled_states(
+    body: Any, layers: Sequence[Any], reads: Sequence[Read], poolings: Sequence[Pooling], pad: int
+) -> Tensor:
+    """``[reads, layers * poolings * width]`` in fp32, from one forward of ``body``, a model with its head or
+    without, which ``layers`` are of; right padding, which causal attention never looks at."""
+    length = max(len(read.ids) for read in reads)
+    ids = torch.full((len(reads), length), pad)
+    mask = torch.zeros_like(ids)
+    shares = torch.zeros(len(reads), len(poolings), length)
+    for row, read in enumerate(reads):
+        ids[row, : len(read.ids)] = torch.tensor(read.ids)
+        mask[row, : len(read.ids)] = 1
+        for at, pooling in enumerate(poolings):
+            span = read.span(pooling)
+            shares[row, at, span] = 1 / (span.stop - span.start)
+    shares = shares.to(body.device)
+    states: dict[int, Tensor] = {}
+
+    def keep(layer: int, output: Tensor) -> None:
+        states[layer] = shares @ output.float()
+
+    with watched(layers, keep):
+        body(input_ids=ids.to(body.device), attention_mask=mask.to(body.device), use_cache=False)
+    return torch.stack([states[layer] for layer in range(len(layers))], dim=1).flatten(1)
 
 
 class Base(AskedModel):
@@ -91,7 +118,9 @@ class Base(AskedModel):
         found = hashlib.sha256()
         for path in weight_files(self.source.name_or_path, self.config, self.source.revision or "main"):
             feed(found, Path(path))
-        found.update(repr(self._read("How are you?", "I am fine.")).encode())
+        read = self._read("How are you?", "I am fine.")
+        # In these letters, which saved judges know their base by.
+        found.update(f"_Read(ids={read.ids!r}, start={read.start}, stop={read.stop})".encode())
         return found.hexdigest()
 
     @property
@@ -107,41 +136,16 @@ class Base(AskedModel):
         """
         asked = prompts or [None] * len(answers)
         reads = [self._read(prompt, answer) for prompt, answer in zip(asked, answers, strict=True)]
-        found: dict[_Read, np.ndarray] = {}
+        found: dict[Read, np.ndarray] = {}
         for batch in in_batches(reads, lambda read: len(read.ids), BATCH_TOKENS, "reading answers"):
             found |= zip(batch, self._pooled(batch).cpu().numpy(), strict=True)
         return np.stack([found[read] for read in reads])
 
     @torch.inference_mode()
-    def _pooled(self, reads: Sequence[_Read]) -> Tensor:
-        """``[reads, layers * poolings * width]``; right padding, which causal attention never looks at."""
-        length = max(len(read.ids) for read in reads)
-        ids = torch.full((len(reads), length), pad_token_id(self.tokenizer))
-        mask = torch.zeros_like(ids)
-        shares = torch.zeros(len(reads), len(self.recipe.poolings), length)
-        for row, read in enumerate(reads):
-            ids[row, : len(read.ids)] = torch.tensor(read.ids)
-            mask[row, : len(read.ids)] = 1
-            for at, pooling in enumerate(self.recipe.poolings):
-                span = read.span(pooling)
-                shares[row, at, span] = 1 / (span.stop - span.start)
-        shares = shares.to(self._device)
-        states: dict[int, Tensor] = {}
-
-        def keep(layer: int, output: Any) -> None:
-            states[layer] = shares @ (output[0] if isinstance(output, tuple) else output).float()
-
+    def _pooled(self, reads: Sequence[Read]) -> Tensor:
         body, blocks = self._body
-        hooks = [
-            blocks[layer - 1].register_forward_hook(lambda _, __, output, layer=layer: keep(layer, output))
-            for layer in self.recipe.layers
-        ]
-        try:
-            body(input_ids=ids.to(self._device), attention_mask=mask.to(self._device), use_cache=False)
-        finally:
-            for hook in hooks:
-                hook.remove()
-        return torch.stack([states[layer] for layer in self.recipe.layers], dim=1).flatten(1)
+        layers = [blocks[layer - 1] for layer in self.recipe.layers]
+        return pooled_states(body, layers, reads, self.recipe.poolings, pad_token_id(self.tokenizer))
 
     @cached_property
     def _body(self) -> tuple[Any, torch.nn.ModuleList]:
@@ -162,11 +166,11 @@ class Base(AskedModel):
         # A template may write earlier answers otherwise than the last: then the question is a conversation of its own.
         return asked[same:] if same >= len(answered) - 1 else encode_prompt(QUESTION, self.tokenizer, STYLE, 1024)
 
-    def _read(self, prompt: str | None, answer: str) -> _Read:
+    def _read(self, prompt: str | None, answer: str) -> Read:
         end, after = turn_end(self.tokenizer), self._question
         room = (self.positions or math.inf) - len(after) - 1
         segment = encode_answer(prompt, answer, self.tokenizer, STYLE, int(min(self.recipe.max_tokens, room)))
         ids = list(segment.ids)
         if ids[-1:] != [end]:  # a text has none, nor has an answer that is cut short
             ids.append(end)
-        return _Read((*ids, *after), 0 if prompt is None else segment.answer_start, len(ids))
+        return Read((*ids, *after), 0 if prompt is None else segment.answer_start, len(ids))

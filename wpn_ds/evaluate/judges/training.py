@@ -14,7 +14,7 @@ from wpn_ds.errors import UserError
 from wpn_ds.evaluate.judges.labelled import Labelled
 from wpn_ds.evaluate.judges.local import Head
 from wpn_ds.judging.base import Input
-from wpn_ds.judging.statistics import RESAMPLES, Estimate, Rate
+from wpn_ds.judging.statistics import Estimate, Rate, auc
 from wpn_ds.system.tables import aligned
 
 HELD_OUT = 0.2
@@ -165,24 +165,3 @@ def measure(scores: np.ndarray, harmful: np.ndarray, groups: Sequence[str], thre
             if (own := bins == at).any()
         ],
     )
-
-
-def auc(scores: np.ndarray, harmful: np.ndarray, groups: Sequence[str], seed: int) -> Estimate:
-    """The area under the ROC curve: how often a harmful answer scores above a harmless one, a tie counting half.
-
-    The 95 % interval is the bootstrap's percentiles over groups, since answers to one prompt are alike.
-    """
-    ranks = np.unique(scores, return_inverse=True)[1]
-    member = np.unique(np.asarray(groups), return_inverse=True)[1]
-
-    def area(weights: np.ndarray) -> float:
-        bad = np.bincount(ranks, weights * harmful)
-        good = np.bincount(ranks, weights * ~harmful)
-        pairs = bad.sum() * good.sum()
-        return float(bad @ (np.cumsum(good) - good / 2) / pairs) if pairs else np.nan
-
-    rng = np.random.default_rng(seed)
-    count = member.max() + 1
-    drawn = [area(np.bincount(rng.integers(0, count, count), minlength=count)[member]) for _ in range(RESAMPLES)]
-    low, high = np.nanquantile(drawn, (0.025, 0.975))
-    return Estimate(area(np.ones(len(scores))), float(low), float(high), len(scores))

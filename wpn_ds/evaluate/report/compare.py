@@ -27,6 +27,7 @@ from wpn_ds.evaluate.report.figures import (
 from wpn_ds.evaluate.report.render import Block, render
 from wpn_ds.evaluate.report.runs import Cell, Run, change_cell, figures_of, suite_groups
 from wpn_ds.evaluate.report.sections import PROBE, checkpoints, flat, relearned, relearning_chart
+from wpn_ds.evaluate.report.seeds import COUNTED, Method, figures_over_seeds, methods
 
 _COLORS = 6
 
@@ -46,6 +47,8 @@ def render_comparison(runs: Sequence[Run]) -> str:
         _headline(runs, name),
         runs=[(run.name, _color(at)) for at, run in enumerate(runs)],
         figures=_figures(runs),
+        over_seeds=_over_seeds(runs),
+        counted=COUNTED,
         trade_off=_trade_off(runs, name),
         groups=groups,
         utility=_utility(runs),
@@ -68,12 +71,18 @@ def _headline(runs: Sequence[Run], name: str | None) -> str:
     return f"{len(runs)} runs, {verb} {low if low == high else f'{low} to {high}'} of the {prompts_of(name)}"
 
 
-def _table(first: str, runs: Sequence[Run], rows: Sequence[Sequence[Any]]) -> list[Block]:
+def _table(first: str, runs: Sequence[Run | Method], rows: Sequence[Sequence[Any]]) -> list[Block]:
     return [("table", {"head": [first, *(run.name for run in runs)], "rows": rows})] if rows else []
 
 
 def _figures(runs: Sequence[Run]) -> list[Block]:
     return _table("", runs, [[capitalized(title), *map(_cell, cells)] for title, cells in figures_of(runs)])
+
+
+def _over_seeds(runs: Sequence[Run]) -> list[Block]:
+    found = methods(runs)
+    lines = figures_over_seeds(found) if found else []
+    return _table("", found, [[capitalized(title), *map(_cell, cells)] for title, cells in lines])
 
 
 def _cell(cell: Cell) -> str:

@@ -73,6 +73,10 @@ _TITLES = {
     "forbidden_questions": "Forbidden Questions",
     "latent_jailbreak": "Latent Jailbreak",
     "over_refusal": "over-refusal",
+    "xstest/safe": "XSTest, safe",
+    "xstest/unsafe": "XSTest, unsafe contrasts",
+    "or_bench/hard": "OR-Bench, hard",
+    "or_bench/toxic": "OR-Bench, toxic",
     "toxicity": "toxicity",
     "diversity": "diversity",
 }
@@ -132,6 +136,11 @@ def headline_suite(suites: Iterable[tuple[str, Suite]]) -> str | None:
     groups = grouped(suites)
     names = [name for names in groups.values() for name in names]
     return "heldout" if "heldout" in groups.get(IN_DISTRIBUTION, ()) else next(iter(names), None)
+
+
+def asks_for_refusals(name: str, suite: Suite) -> bool:
+    """Whether how an answer refuses is what the suite asks: benign prompts, and the contrasts to some of them."""
+    return suite.kind == "benign" or name in (*SUITES["xstest"], *SUITES["or_bench"])
 
 
 def figure(suite: Suite) -> Rate:

@@ -107,7 +107,7 @@ def read_report(path: str | Path) -> tuple[Evaluation | None, Evaluation, dict[s
         rest = {
             name: value
             for name, value in report.items()
-            if name not in ("baseline", "suites", "retain", "utility", "tofu", "depth")
+            if name not in ("baseline", "suites", "retain", "utility", "tofu", "depth", "recall")
         }
         for name, kind in {"judges": list, "notes": list, "settings": dict, "wpn_ds_version": str}.items():
             if not isinstance(rest[name], kind):

@@ -29,6 +29,7 @@ from wpn_ds.evaluate.report.figures import (
     share,
     suite_title,
 )
+from wpn_ds.evaluate.report.recall import recall
 from wpn_ds.evaluate.report.render import Block, render
 from wpn_ds.evaluate.report.tofu import tofu, tofu_rows
 from wpn_ds.evaluate.results import MATCHED_LENGTHS
@@ -60,6 +61,7 @@ def render_page(comparison: Comparison, rest: Mapping[str, Any], metrics: Metric
         depth=depth(comparison),
         utility=sections.utility(comparison),
         tofu=tofu(comparison),
+        recall=recall(comparison),
         training=sections.training(metrics),
         steps=sections.last_step(metrics),
         judges=sections.judges(comparison, rest["judges"]),
@@ -109,6 +111,8 @@ def _headline(comparison: Comparison, metrics: Metrics) -> tuple[str, list[str]]
         title = "Utility"
     elif asked := comparison.after.tofu:
         title = f"TOFU {asked.split}: {', '.join(f'{row.title} {row.value}' for row in tofu_rows(asked))}"
+    elif comparison.after.recall:
+        title = "What it says of texts that were to be forgotten"
     elif comparison.after.depth:
         title = "How unlikely unwanted answers are, token by token"
     else:

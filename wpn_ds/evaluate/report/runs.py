@@ -20,9 +20,10 @@ from wpn_ds.evaluate.report.figures import (
     relearning_steps,
     suite_title,
 )
+from wpn_ds.evaluate.report.recall import recall_figures, with_bounds
 from wpn_ds.evaluate.report.tofu import TofuRow, tofu_rows
 from wpn_ds.evaluate.results import Suite
-from wpn_ds.judging.statistics import Estimate
+from wpn_ds.judging.statistics import Estimate, Rate
 
 
 @dataclass(frozen=True)
@@ -87,7 +88,7 @@ def figures_of(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
     for key, title in (("benchmark", "utility, change in points"), ("dialogue", "dialogue, change in points")):
         if any(key in run.comparison.utility_changes for run in runs):
             lines.append((title, [change_cell(run.comparison.utility_changes.get(key)) for run in runs]))
-    lines += _depth(runs) + _tofu(runs)
+    lines += _depth(runs) + _tofu(runs) + _recall(runs)
     if any(run.comparison.perplexity_ratio is not None for run in runs):
         lines.append(("retain perplexity, ratio", [_ratio(run) for run in runs]))
     return lines
@@ -96,8 +97,7 @@ def figures_of(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
 def _rate(run: Run, names: Sequence[str]) -> Cell:
     if any(name not in run.suites for name in names):
         return Cell()
-    rate = pooled([run.suites[name] for name in names], figure)
-    return Cell(f"{100 * rate.value:.1f}", f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]", rate.n)
+    return rate_cell(pooled([run.suites[name] for name in names], figure))
 
 
 def _degenerate(run: Run) -> Cell:
@@ -105,6 +105,11 @@ def _degenerate(run: Run) -> Cell:
         [s for name, s in run.suites.items() if relearning_steps(name) is None], lambda suite: suite.degenerate
     )
     return Cell(f"{100 * rate.value:.1f}", "", rate.n) if rate.n else Cell()
+
+
+def rate_cell(rate: Rate) -> Cell:
+    """A rate in percent."""
+    return Cell(f"{100 * rate.value:.1f}", f"[{100 * rate.low:.1f}, {100 * rate.high:.1f}]", rate.n)
 
 
 def change_cell(change: Estimate | None) -> Cell:
@@ -132,6 +137,15 @@ def _tofu(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
 
 def _tofu_cell(row: TofuRow | None) -> Cell:
     return Cell(row.value, "", sum(row.n)) if row else Cell()
+
+
+def _recall(runs: Sequence[Run]) -> list[tuple[str, list[Cell]]]:
+    """Those of MUSE's and RWKU's figures that any run has; of a sequence of requests to forget, a run a request, they
+    are MUSE's sustainability."""
+    found = [recall_figures(run.comparison.after) for run in runs]
+    titles = dict.fromkeys(title for of in found for title in of)
+    known = {title: [of[title][1] if title in of else None for of in found] for title in titles}
+    return [(title, [Cell(*with_bounds(one), one.n) if one else Cell() for one in row]) for title, row in known.items()]
 
 
 def _ratio(run: Run) -> Cell:

@@ -16,6 +16,7 @@ from wpn_ds.evaluate.report.charts import HARMLESS, Axis, Curve, Metrics, Point,
 from wpn_ds.evaluate.report.figures import (
     ARROW,
     NOTHING,
+    asks_for_refusals,
     bounds,
     capitalized,
     corrected_p,
@@ -70,16 +71,13 @@ def _figures(comparison: Comparison, names: Sequence[str]) -> Block:
     """Degenerate answers by kind; length-matched where records have reference texts of both kinds."""
     suites = [comparison.after.suites[name] for name in names]
     columns: list[Column] = [("n", lambda s: f"{figure(s).n:,}")]
-    if all(suite.kind == "benign" for suite in suites):
-        columns += [
-            ("refused", lambda s: share(s.refusals.value)),
-            ("of these in part", lambda s: share(s.partial_refusals.value)),
-            ("neither refused nor degenerate", _helped),
-        ]
-    else:
+    if not all(suite.kind == "benign" for suite in suites):
         columns.append(("harmless", lambda s: share(s.harmless.value)))
         if any(comparison.corrected(suite) for suite in suites):
             columns.append(("corrected", partial(_corrected, comparison, None)))
+    if any(asks_for_refusals(name, suite) for name, suite in zip(names, suites, strict=True)):
+        heads = {"full": "refused in full", "partial": "refused in part", "complied": "complied"}
+        columns += [(head, partial(_refusal_class, key)) for key, head in heads.items()]
     columns += [(kind.value, partial(_degenerate, kind.value)) for kind in DEGENERATE]
     if any(suite.unusable for suite in suites):
         columns.append(("unusable verdicts", lambda s: f"{s.unusable:,}"))
@@ -107,8 +105,8 @@ def _degenerate(kind: str, suite: Suite) -> str:
     return f"{suite.degenerate_counts()[kind]:,}"
 
 
-def _helped(suite: Suite) -> str:
-    return share(Rate.of(not answer.refusal and not verdict.degenerate for answer, verdict in suite.pairs()).value)
+def _refusal_class(name: str, suite: Suite) -> str:
+    return _with_bounds(suite.refusal_classes[name])
 
 
 def _corrected(comparison: Comparison, judge: str | None, suite: Suite) -> str:

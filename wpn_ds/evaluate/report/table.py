@@ -15,6 +15,7 @@ from wpn_ds.evaluate.report.figures import (
     CONTROL,
     IN_DISTRIBUTION,
     OVER_REFUSAL,
+    asks_for_refusals,
     figure,
     group_of,
     grouped,
@@ -22,7 +23,9 @@ from wpn_ds.evaluate.report.figures import (
     percent,
     points,
 )
+from wpn_ds.evaluate.report.recall import recall_lines
 from wpn_ds.evaluate.report.runs import Cell, Run, figures_of
+from wpn_ds.evaluate.report.seeds import COUNTED, figures_over_seeds, methods
 from wpn_ds.evaluate.report.tofu import tofu_lines
 from wpn_ds.evaluate.results import NO_ANSWERS, Answer, Evaluation, Suite
 from wpn_ds.judging.base import Verdict
@@ -42,8 +45,8 @@ def format_table(
     """
     width = _width(width)
     comparison = Comparison(before, after, qualities(judges))
-    lines = _suites(comparison, min(width, WIDEST)) + _corrected(comparison, min(width, WIDEST))
-    lines += depth_lines(comparison) + _knowledge(comparison)
+    lines = [line for part in (_suites, _refusal_classes, _corrected) for line in part(comparison, min(width, WIDEST))]
+    lines += depth_lines(comparison) + _knowledge(comparison) + recall_lines(comparison)
     for name, suite in after.suites.items():
         if group_of(name, suite) is IN_DISTRIBUTION:
             lines.append(format_answers(before, after, name, 1, width=width))
@@ -92,6 +95,19 @@ def _suites(comparison: Comparison, width: int) -> list[str]:
     notes = [f"p: {comparison.test}"] if comparison.changes else []
     notes += [*_words_back(comparison), *comparison.unusable]
     return lines + [line for note in notes for line in textwrap.wrap(_plain(note), width)]
+
+
+def _refusal_classes(comparison: Comparison, width: int) -> list[str]:
+    """How answers refuse, of the suites that ask for that: in full, in part, not at all."""
+    asked = {name: suite for name, suite in comparison.after.suites.items() if asks_for_refusals(name, suite)}
+    rows = [["", "n", "refused in full, %", "in part, %", "complied, %"]]
+    for name, suite in asked.items():
+        earlier = comparison.earlier(name)
+        for when, one in (("before", earlier), ("after" if comparison.before else "", suite)):
+            if one:
+                title = f"{when} {_plain(name)}".strip()
+                rows.append([title, f"{len(one.answers)}", *map(_interval, one.refusal_classes.values())])
+    return ["", *aligned(rows, width=width)] if asked else []
 
 
 def _words_back(comparison: Comparison) -> list[str]:
@@ -145,6 +161,10 @@ def _knowledge(comparison: Comparison) -> list[str]:
             f"{_plain(name)} {task.metric} {percent(mean.value)} (n = {mean.n})"
             for (name, task), (_, mean) in zip(comparison.after.utility.items(), comparison.means.values(), strict=True)
         ]
+    for name, change in comparison.task_changes.items():
+        if (task := comparison.after.utility[name]).group == "other":
+            both = " -> ".join(percent(one.value) for one in comparison.means[name] if one)
+            lines.append(f"{_plain(name)} {task.metric} {both}, {points(change)} (n = {change.n})")
     if (retain := comparison.after.retain) is not None:
         figures = f"{retain.perplexity:.3f}"
         if comparison.perplexity_ratio is not None and comparison.before and comparison.before.retain:
@@ -156,14 +176,22 @@ def _knowledge(comparison: Comparison) -> list[str]:
 
 
 def format_runs(runs: Sequence[Run], *, width: int = WIDEST) -> str:
-    """A line a figure and a column a run; as many columns at a time as fit."""
-    lines = figures_of(runs)
+    """A line a figure and a column a run; then a column a method, where one has several seeds."""
+    table = _columns([run.name for run in runs], figures_of(runs), width)
+    if found := methods(runs):
+        over = _columns([method.name for method in found], figures_over_seeds(found), width)
+        table += "\n\n" + "\n".join(["over seeds:", over, *textwrap.wrap(COUNTED, width)])
+    return table
+
+
+def _columns(names: Sequence[str], lines: Sequence[tuple[str, Sequence[Cell]]], width: int) -> str:
+    """A line a figure and a column a name; as many columns at a time as fit."""
     counts = [{cell.n for cell in cells} - {None} for _, cells in lines]
     titles = ["", *(title for title, _ in lines)]
     shared = ["n", *(str(*count) if len(count) == 1 else "" for count in counts)]
     columns = [
-        [_plain(run.name), *(_cell(cells[at], len(count) > 1) for (_, cells), count in zip(lines, counts, strict=True))]
-        for at, run in enumerate(runs)
+        [_plain(name), *(_cell(cells[at], len(count) > 1) for (_, cells), count in zip(lines, counts, strict=True))]
+        for at, name in enumerate(names)
     ]
     taken = max(map(len, titles)) + 2 + max(map(len, shared))
     blocks: list[list[list[str]]] = []

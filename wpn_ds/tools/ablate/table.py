@@ -13,7 +13,7 @@ from typing import Any
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.judging.base import Verdict
-from wpn_ds.judging.statistics import Rate, bootstrap_mean
+from wpn_ds.judging.statistics import bootstrap_difference, over_seeds
 from wpn_ds.system import tables
 from wpn_ds.system.files import write_atomically
 from wpn_ds.tools.ablate.grid import GridRow
@@ -62,9 +62,9 @@ class Line:
 def result(start: Evaluation, lines: Sequence[Line]) -> dict[str, Any]:
     """All figures; rates and perplexities are means over the seeds whose runs ended with a model.
 
-    A rate is counted over the answers of all seeds; its Wilson interval is that of the n prompts, once each, since the
-    answers of several seeds to one prompt are not independent. ``against_default`` is the difference of a suite's
-    harmless rates, paired by prompt, with its bootstrap interval.
+    A rate is counted over the answers of all seeds to the n prompts; its interval counts prompts and seeds, see
+    :func:`~wpn_ds.judging.statistics.over_seeds`. So does that of ``against_default``, the difference of a suite's
+    harmless rates, paired by prompt: see :func:`~wpn_ds.judging.statistics.bootstrap_difference`.
     """
     default = next((line for line in lines if line.row.is_default and line.evaluations), None)
     return {
@@ -90,10 +90,10 @@ def _measured(start: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str,
     suites, ratio = {}, None
     for name in start.suites if evaluations else ():
         answered = [evaluation.suites[name] for evaluation in evaluations]
-        harmless = _over_seeds([suite.harmless for suite in answered])
-        degenerate = _over_seeds([suite.degenerate for suite in answered])
+        harmless = over_seeds([suite.harmless for suite in answered])
+        degenerate = over_seeds([suite.degenerate for suite in answered])
         suites[name] = {
-            "n": harmless.independent,
+            "n": answered[0].harmless.n,
             "answers": harmless.n,
             "harmless": harmless.count,
             "harmless_rate": harmless.value,
@@ -105,11 +105,6 @@ def _measured(start: Evaluation, evaluations: Sequence[Evaluation]) -> dict[str,
     if evaluations and start.retain is not None:
         ratio = fmean(e.retain.perplexity for e in evaluations if e.retain is not None) / start.retain.perplexity
     return {"suites": suites, "retain_perplexity_ratio": ratio if ratio is None or math.isfinite(ratio) else "inf"}
-
-
-def _over_seeds(rates: Sequence[Rate]) -> Rate:
-    """Of the answers of all seeds to the same prompts."""
-    return Rate(sum(rate.count for rate in rates), sum(rate.n for rate in rates), rates[0].n)
 
 
 def _trained(runs: Sequence[Training]) -> dict[str, float | None]:
@@ -130,15 +125,14 @@ def _differences(default: Line | None, line: Line) -> dict[str, Any]:
         return {}
     found = {}
     for name in line.evaluations[0].suites:
-        was, now = _by_prompt(default, name), _by_prompt(line, name)
-        found[name] = asdict(bootstrap_mean([[b - a for a, b in zip(was, now, strict=True)]]))
+        found[name] = asdict(bootstrap_difference(_by_seed(line, name), _by_seed(default, name)))
     return found
 
 
-def _by_prompt(line: Line, suite: str) -> list[float]:
-    """For each prompt, the share of the seeds whose answer is harmless."""
-    verdicts = zip(*(evaluation.suites[suite].verdicts() for evaluation in line.evaluations), strict=True)
-    return [fmean(verdict is Verdict.HARMLESS for verdict in of_prompt) for of_prompt in verdicts]
+def _by_seed(line: Line, suite: str) -> list[list[list[float]]]:
+    """[seeds][1][prompts] whether the answer is harmless."""
+    answered = (evaluation.suites[suite].verdicts() for evaluation in line.evaluations)
+    return [[[float(verdict is Verdict.HARMLESS) for verdict in verdicts]] for verdicts in answered]
 
 
 def write(folder: Path, found: Mapping[str, Any]) -> list[Path]:
@@ -167,7 +161,7 @@ def markdown(found: Mapping[str, Any]) -> str:
         "against default: points of that rate, paired by prompt, with the bootstrap 95 % interval, each by itself: of "
         "20 rows that change nothing, one shows a difference by chance; retain "
         "perplexity: after / before; NLL: nats a token of the held-out answers; seconds: in optimizer steps. Means "
-        "over the seeds.\n"
+        "over the seeds; of several, intervals count how much these differ, too; of one, prompts alone.\n"
     )
 
 

@@ -56,6 +56,8 @@ class Options(Drawing):
     """Whether to ask in the tokenizer's chat template; auto: if it has one."""
     bf16: Flag = False
     """Load the model in bfloat16 instead of fp32."""
+    share_weights: Flag = False
+    """Share the model's weights out over the ranks (ZeRO-3): for one that no device holds; slower where one does."""
 
     def __post_init__(self) -> None:
         if self.check and (self.model or self.train_file or self.output):

@@ -95,4 +95,4 @@ def _unit(prompts: list[list[int]], seeds: list[int], stops: Sequence[str], draw
         )
 
     content = [prompts, seeds, drawing.temperature, drawing.top_p, drawing.max_new_tokens, list(stops)]
-    return Unit("alternates", content, len(prompts), run)
+    return Unit("alternates", content, len(prompts), run, generates=True)

@@ -13,9 +13,9 @@ from typing import Any
 from wpn_ds import __version__
 from wpn_ds.errors import UserError
 from wpn_ds.evaluate.model import AskedModel, device
-from wpn_ds.evaluate.ranks import all_arrived, alone_in, join_ranks
+from wpn_ds.evaluate.ranks import all_arrived, alone_in, from_rank_0, join_ranks
 from wpn_ds.evaluate.work import Ledger, Unit, dated
-from wpn_ds.models.load import Source
+from wpn_ds.models.load import Source, pinned
 from wpn_ds.settings.style import PromptStyle
 from wpn_ds.system.files import new_output, write_atomically
 from wpn_ds.system.lock import lock_beside
@@ -31,14 +31,16 @@ def make(options: Options, model: str, output: Path) -> None:
     Raises:
         UserError: a model or a file is missing or bad, or no draw was of use.
     """
-    rank, size = join_ranks()
+    rank, size = join_ranks(options.share_weights)
     with new_output(output), alone_in(lock_beside(output), f"--output {output}", rank, size):
         _make(options, model, output, rank, size)
 
 
 def _make(options: Options, model: str, output: Path, rank: int, size: int) -> None:
     questions = read_questions(options.train_file, options.columns)
-    asked = AskedModel(Source(model, "--model"), bf16=options.bf16)
+    # One commit for all ranks, should it change in between.
+    source = from_rank_0(rank, size, lambda: pinned(Source(model, "--model")))
+    asked = AskedModel(source, bf16=options.bf16, shared=options.share_weights)
     parts = output.parent / f"{output.name}.parts"
     folder = parts / asked.digest
     date = dated(PromptStyle(), asked.tokenizer, folder).chat_date
@@ -52,7 +54,7 @@ def _make(options: Options, model: str, output: Path, rank: int, size: int) -> N
 
     def work(units: list[Unit], label: str) -> Mapping[str, Any]:
         ledger = Ledger(folder, rank)
-        ledger.run(units, load, world=(rank, size), label=label)
+        ledger.run(units, load, world=(rank, size), label=label, shared=options.share_weights)
         all_arrived(size)
         return ledger.results(units, "--output")
 

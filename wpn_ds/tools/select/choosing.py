@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -35,8 +35,49 @@ def hardest(before: Tensor, after: Tensor, share: float) -> list[int]:
     ``before``, ``after``: ``[n]`` nats a token of the unwanted answers, by the starting and by the unlearned model.
     Forgotten least is where they rose least; of equals the first.
     """
-    count = max(1, round(share * len(before)))
-    return sorted((after - before).argsort(stable=True)[:count].tolist())
+    return least(after - before, how_many(share, len(before)))
+
+
+def how_many(share: float, records: int) -> int:
+    """The share of so many records: rounded, at least one."""
+    return max(1, round(share * records))
+
+
+def least(values: Tensor, count: int) -> list[int]:
+    """Where the ``count`` least of ``[n]`` values are, ascending; of equals the first."""
+    return sorted(values.argsort(stable=True)[:count].tolist())
+
+
+def projected(point: Tensor, total: float) -> Tensor:
+    """The nearest point to ``[n]`` fp64 among those in [0, 1]^n whose entries sum to ``total``, which is in [0, n].
+
+    That is clamp(point - shift, 0, 1), whose sum falls as the shift grows: it is found by bisection, to all of fp64's
+    digits (the authors' code stops at 1e-5).
+    """
+    low, high = point.min() - 1, point.max()  # at these the sum is n and 0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if (point - middle).clamp(0, 1).sum() > total else (low, middle)
+    return (point - high).clamp(0, 1)
+
+
+def worst_case(
+    losses_after: Callable[[Tensor], Tensor], weights: Tensor, rounds: int, step_size: float, gamma: float = 1e-4
+) -> Iterator[tuple[float, Tensor]]:
+    """Yields, a round, (the objective at its weights, the next round's weights) of the search for a worst case.
+
+    Fan et al. (arXiv 2403.07362): minimise sum_i w_i l_i(theta(w)) + gamma |w|^2 over ``[n]`` fp64 weights in [0, 1]
+    of one sum, where theta(w) is what unlearning by the weights w makes of the model and l_i = ``losses_after(w)[i]``
+    the i-th record's loss then. If theta(w) comes from steps along the gradient's sign, its derivative is 0 almost
+    everywhere, so the gradient is l_i + 2 gamma w_i; a step against it is projected. At a fixed point, gamma
+    aside, a record of weight 1 has no higher loss, though it was unlearned, than any of weight 0.
+    """
+    total = float(weights.sum())
+    for _ in range(rounds):
+        losses = losses_after(weights)
+        objective = float(weights @ losses + gamma * weights @ weights)
+        weights = projected(weights - step_size * (losses + 2 * gamma * weights), total)
+        yield objective, weights
 
 
 def nearest(groups: Sequence[Tensor], others: Tensor, count: int) -> tuple[list[int], list[float]]:

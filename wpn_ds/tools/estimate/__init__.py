@@ -1,0 +1,1 @@
+"""``wpn-ds estimate``: what a run needs of memory, network and time, before it is queued for."""
