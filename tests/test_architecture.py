@@ -11,7 +11,12 @@ import pytest
 ROOT = Path(__file__).parent.parent
 OURS = ("wpn_ds", "launch", "tests", "benchmarks")
 FILES = sorted(path for folder in ("wpn_ds", "launch") for path in (ROOT / folder).rglob("*.py"))
-BESIDE = sorted(path for folder in ("tests", "benchmarks") for path in (ROOT / folder).rglob("*.py"))
+BESIDE = sorted(
+    path
+    for folder in ("tests", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+    if ".trl-venv" not in path.parts  # others' code, which make bench installs there
+)
 
 #: What each part, a folder or a module at the top, may import of the package besides itself.
 BELOW: dict[str, set[str]] = {"__init__": set(), "errors": set()}

@@ -87,13 +87,34 @@ def test_in_the_background_the_state_of_the_call_is_written(tmp_path, monkeypatc
     writer, weights = Writer(background=True), torch.zeros(3)
     nested = {"w": [weights], "history": [1]}
     writer.save(nested, tmp_path / "a.pt")
-    weights += 1  # the next step
     nested["history"].append(2)
+    writer.settle()
+    weights += 1  # the next update
     assert not writer.done()
     go.set()
     writer.collect()
     loaded = torch.load(tmp_path / "a.pt", weights_only=True)
     assert loaded["history"] == [1] and torch.equal(loaded["w"][0], torch.zeros(3))
+
+
+def test_what_may_change_is_copied_while_the_next_step_computes_and_an_update_waits_for_it(tmp_path, monkeypatch):
+    from wpn_ds.engine import writer as module
+
+    go, real = threading.Event(), module._copy
+    monkeypatch.setattr(module, "_copy", lambda later: (go.wait(10), real(later))[1])
+    writer, weights = Writer(background=True), torch.zeros(3)
+    writer.save({"w": weights}, tmp_path / "a.pt")
+    writer.save({"w": weights.double()}, tmp_path / "b.pt")
+    update = threading.Thread(target=lambda: (writer.settle(), weights.add_(1)))
+    update.start()
+    update.join(0.2)
+    assert update.is_alive() and not writer.done(), "nothing was copied yet"
+    go.set()
+    update.join(10)
+    writer.collect()
+    for name in ("a.pt", "b.pt"):
+        assert not torch.load(tmp_path / name, weights_only=True)["w"].any(), "the state of the call"
+    assert weights.all()
 
 
 def test_the_next_save_takes_the_memory_of_the_copies_and_none_that_is_still_to_be_written(tmp_path, monkeypatch):
@@ -116,6 +137,7 @@ def test_a_save_is_whole_and_old_ones_go(world, tmp_path, background) -> None:
     saver = saver_of(tmp_path, world, 2, background=background, engine=engine)
     for step in (1, 2, 3):
         saver.save(state(step))
+        saver.settle()
         engine.weights += 1
     saver.finish()
     assert [step for step, _ in complete(tmp_path)] == [2, 3]

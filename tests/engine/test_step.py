@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -26,6 +27,7 @@ from wpn_ds.engine.start import FrozenModel, Start
 from wpn_ds.engine.step import Step
 from wpn_ds.engine.tables import Tables
 from wpn_ds.engine.tabulate import Tabulator
+from wpn_ds.losses.answers import Mean
 from wpn_ds.models import attention
 from wpn_ds.objectives.registry import built_in
 from wpn_ds.objectives.terms import Role, Terms
@@ -149,13 +151,33 @@ def test_the_next_batch_is_collated_while_one_computes_and_each_has_its_beat_bef
     engine = Recording(before)
     start = start_of(terms, Reader(Engine(engine.module), layout, 0, world), Tables(tmp_path, {}), "states")
     monkeypatch.setattr(step_module, "collate", collating)
-    result = Step(engine, terms, world, layout, 0, start, beat=events.append)(plan)
+    settle = lambda: events.append(f"settled after {engine.updates} updates")  # noqa: E731
+    result = Step(engine, terms, world, layout, 0, start, beat=events.append, settle=settle)(plan)
     own = plan.micro_batches[0]
     assert collated == [own[k] for k in order]
-    assert events == [e for k in order for e in (f"micro-batch {k + 1} of {len(own)}", "forward")]
+    read = [e for k in order for e in (f"micro-batch {k + 1} of {len(own)}", "forward")]
+    assert events == [*read, "settled after 0 updates"], "weights that a save copies change after that only"
     for k, batch in zip(order, engine.batches, strict=True):
         assert torch.equal(batch.input_ids, collate(own[k], 0, roles=terms.predicted, flat=True).input_ids)
     assert engine.updates == 1 and not result.skipped and result.data_seconds > 0
+
+
+def test_weights_that_move_for_a_gradient_wait_for_a_save_that_copies_them(world, tmp_path) -> None:
+    layout, terms = Layout(48, 30, world_size=1, **FORMS["shared"]), Terms.of(WPN())
+    plan = plan_step(EXAMPLES, range(6), [2, 0, 1], layout, roles=terms.read)
+    events: list[str] = []
+
+    class Moving:
+        @contextlib.contextmanager
+        def moved(self, plan: Any, which: Any, gradient: Any) -> Iterator[dict[str, Mean]]:
+            events.append("moved")
+            gradient()
+            yield {}
+
+    engine = Engine(small_model().train())
+    start = start_of(terms, Reader(engine, layout, 0, world), Tables(tmp_path, {}), "states")
+    Step(engine, terms, world, layout, 0, start, away=Moving(), settle=lambda: events.append("settled"))(plan)
+    assert events[:2] == ["settled", "moved"]
 
 
 @pytest.mark.parametrize("at", [1, 3])

@@ -176,6 +176,12 @@ class Saver:
         finally:
             self._waited += time.perf_counter() - begun
 
+    def settle(self) -> None:
+        """Call it before weights or the optimizer's states change, after a :meth:`save` in the background: it waits
+        until they are copied."""
+        with self._waits():
+            self._writer.settle()
+
     def written(self) -> bool:
         """Whether a save is under way of which all ranks have written their part, so that :meth:`finish` doesn't wait
         for these; it still takes a disk several writes, which may be slow ones."""

@@ -164,6 +164,9 @@ def build_engine(
         )
     except (TypeError, ValueError, AssertionError) as error:  # a parameter that the optimizer or scheduler lacks
         raise UserError(f"the DeepSpeed JSON can't be used: {' '.join(str(error).split())[:300]}") from error
+    if engine.world_size == 1 and engine.zero_optimization_stage() == 0:
+        # A rank alone has nothing to add up: DeepSpeed would copy all gradients into one tensor, and back.
+        engine.enable_backward_allreduce = False
     return engine
 
 

@@ -73,14 +73,14 @@ class Run:
             away = Adversary(shards, reader, job.examples, steps, unlearning.adversary_learning_rate)
         if unlearning.meta_learning_rate:
             away = MetaStep(shards, unlearning.meta_learning_rate)
-        past_step = past.parts.get("step")
+        self.saver = checkpoint.Saver(self.engine, job.output_dir, self.world, config.logging, self.ema)
+        settle, past_step = self.saver.settle, past.parts.get("step")
         self.take = Step(
-            self.engine, job.terms, self.world, layout, job.pad_id, self.start, harmony, away, beat, past_step
+            self.engine, job.terms, self.world, layout, job.pad_id, self.start, harmony, away, beat, settle, past_step
         )
         self.validation = Validation(
             reader, job.held_out, job.probe, generation, config.logging, past.parts.get("validation")
         )
-        self.saver = checkpoint.Saver(self.engine, job.output_dir, self.world, config.logging, self.ema)
         if job.resume_from is not None:  # after what the starting weights say
             checkpoint.load(self.engine, job.resume_from, past, self.world, self.ema)
             announce(self.world, f"resumed from {job.resume_from} after step {past.step}")
@@ -134,6 +134,8 @@ class Run:
                     self._evaluate()
             while not self.over:
                 with self.progress.paused():
+                    if self.ema:  # whose weights take the model's place for a while
+                        self.saver.settle()
                     if figures := self.feed.refresh(self.step + 1):
                         telemetry.log(self.step + 1, figures)
                 self._take_step()

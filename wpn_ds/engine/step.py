@@ -104,12 +104,13 @@ class Step:
         harmony: Harmony | None = None,
         away: Away | None = None,
         beat: Callable[[str], None] = no_beat,
+        settle: Callable[[], None] = lambda: None,
         past: Mapping[str, Any] | None = None,
     ) -> None:
         """``start``: what the terms are compared to; ``harmony``: what mediates between forgetting and retaining, if
         anything does; ``away``: what moves the weights for the forget gradient; ``beat`` is called before every
-        micro-batch, and may raise to leave the step, which then has changed nothing; ``past``: what :meth:`state`
-        was."""
+        micro-batch, and may raise to leave the step, which then has changed nothing; ``settle`` before weights change;
+        ``past``: what :meth:`state` was."""
         past = past or {}
         self.engine = engine
         self.terms = terms
@@ -130,6 +131,7 @@ class Step:
         self.harmony = harmony
         self.away = away
         self.beat = beat
+        self.settle = settle
         self._data_seconds = 0.0
         self._collator = ThreadPoolExecutor(1, thread_name_prefix="collate")
 
@@ -142,6 +144,7 @@ class Step:
         if self.away is None:
             self.add_gradient(plan, every, sums, turn=retain)
         elif plan.support:
+            self.settle()
             # The retain ones first, so that the weights move once: the support half adds to what the query half leaves.
             support, others = every[: plan.support], [*every[retain:], *every[plan.support : retain]]
             with self.away.moved(plan, support, lambda: self.add_gradient(plan, support, Sums())) as figures:
@@ -149,6 +152,7 @@ class Step:
             sums.add(figures)
             self.add_gradient(plan, support, sums)
         else:
+            self.settle()
             forget, rng = every[:retain], rng_state(self.world.device)
             with self.away.moved(plan, forget, lambda: self.add_gradient(plan, forget, sums)) as figures:
                 set_rng_state(rng, self.world.device)  # dropout is the same where the weights have moved
@@ -158,6 +162,7 @@ class Step:
             self.add_gradient(plan, every[retain:], sums, turn=retain)
         if self.harmony is not None and retain < len(every):
             sums.add(self.harmony.harmonise(retain_first=plan.support > 0))
+        self.settle()
         result = self._update(sums)
         if self.multipliers and not result.skipped:
             self._move_multipliers(sums)

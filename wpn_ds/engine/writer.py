@@ -7,8 +7,9 @@ import hashlib
 import os
 import time
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -29,24 +30,40 @@ class Writer(TorchCheckpointEngine):
         super().__init__()
         self._background = background
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="checkpoint")
+        self._copying = ThreadPoolExecutor(1, thread_name_prefix="copy")
         self._files: dict[Path, Future[tuple[int, str]]] = {}
+        self._copies: list[Future[None]] = []
         self._host = _Host()
         self.ended = 0.0  # when the last file was written, by time.perf_counter
         self.left_out: frozenset[str] = frozenset()
         """Names of the model's weights that are not written."""
 
     def save(self, state_dict: Any, path: str | Path) -> None:
-        """Write ``state_dict``, or a copy of it in host memory later on."""
+        """Write ``state_dict``; in the background a copy of it, of which tensors in host memory must not change before
+        :meth:`settle`."""
         if self.left_out and "module" in state_dict:
             kept = {name: weight for name, weight in state_dict["module"].items() if name not in self.left_out}
             state_dict = {**state_dict, "module": kept}
-        state = tree_map(self._host.copy, state_dict) if self._background else state_dict
-        written = self._thread.submit(self._write, state, Path(path))
-        self._files[Path(path)] = written
+        path = Path(path)
         if not self._background:
-            written.exception()  # waits
+            self._files[path] = self._thread.submit(self._write, state_dict, path, None)
+            self._files[path].exception()  # waits
+            return
+        later: list[tuple[Tensor, Tensor]] = []
+        state = tree_map(partial(self._host.copy, later=later), state_dict)
+        copied = self._copying.submit(_copy, later)
+        self._copies.append(copied)
+        self._files[path] = self._thread.submit(self._write, state, path, copied)
 
-    def _write(self, state: Any, path: Path) -> tuple[int, str]:
+    def settle(self) -> None:
+        """Wait until nothing of the tensors that were given to :meth:`save` is still to be copied."""
+        copies, self._copies = self._copies, []
+        for copied in copies:
+            copied.result()
+
+    def _write(self, state: Any, path: Path, copied: Future[None] | None) -> tuple[int, str]:
+        if copied is not None:
+            copied.result()
         written = _write(state, path)
         self.ended = time.perf_counter()
         return written
@@ -59,6 +76,7 @@ class Writer(TorchCheckpointEngine):
 
     def close(self) -> None:
         """Wait until all is done, and free the copies' memory; nothing can be written after it."""
+        self._copying.shutdown()
         self._thread.shutdown()
         self._host = _Host()
 
@@ -80,17 +98,22 @@ class Writer(TorchCheckpointEngine):
 
 class _Host:
     """Copies in host memory, which the next ones overwrite: to fill memory that the system has just handed out takes
-    several times as long, and training waits."""
+    several times as long."""
 
     def __init__(self) -> None:
         self._free: defaultdict[tuple[torch.Size, torch.dtype], list[Tensor]] = defaultdict(list)
         self._used: list[Tensor] = []
 
-    def copy(self, value: Any) -> Any:
+    def copy(self, value: Any, later: list[tuple[Tensor, Tensor]]) -> Any:
+        """``value``'s copy. A tensor in host memory is left to :func:`_copy`, by (its copy, it) in ``later``: nothing
+        but an update changes weights and moments, and until then the next step computes."""
         if not isinstance(value, Tensor):
             return copy.deepcopy(value)
         free = self._free[value.shape, value.dtype]
         self._used.append(free.pop() if free else torch.empty(value.shape, dtype=value.dtype))
+        if value.device.type == "cpu":
+            later.append((self._used[-1], value.detach()))
+            return self._used[-1]
         return self._used[-1].copy_(value.detach())
 
     def free(self) -> None:
@@ -98,6 +121,11 @@ class _Host:
         for tensor in self._used:
             self._free[tensor.shape, tensor.dtype].append(tensor)
         self._used.clear()
+
+
+def _copy(later: Sequence[tuple[Tensor, Tensor]]) -> None:
+    for own, value in later:
+        own.copy_(value)
 
 
 def _write(state: Any, path: Path) -> tuple[int, str]:
