@@ -155,6 +155,23 @@ ROWS = (
         family="gpt_neo",
         rounds=2,
     ),
+    *(
+        Row(
+            f"plain_pku_135m{name}",
+            "plain",
+            f"the same, PKU triples, a Llama of SmolLM2-135M's shape{title}, micro-batches of 2",
+            {"ours": ours(*own), "plain": plain(2, *theirs)},
+            family="llama-135m",
+            rounds=2,
+            examples=8,
+            retain=8,
+            same_loss=not own,  # bf16 rounds by more than the losses may differ
+        )
+        for name, title, own, theirs in (
+            ("", "", (), ()),
+            ("_bf16", ", bf16", ("--bf16", "true"), ("--bf16",)),
+        )
+    ),
     Row(
         "plain_pku_max_length",
         "plain",

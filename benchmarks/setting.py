@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoConfig, OPTConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPTNeoConfig, LlamaConfig, OPTConfig
 
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.examples import ForgetExample, build_examples
@@ -25,8 +25,8 @@ from wpn_ds.settings.style import PromptStyle
 
 SEED = 42
 VOCABULARY, POSITIONS = 50_272, 2048
-#: width, layers, heads: 58, 34 and 3 million parameters
-SIZES = {"": (512, 10, 8), "small": (384, 8, 6), "tiny": (64, 2, 4)}
+#: width, layers, heads: 58, 34 and 3 million parameters, and SmolLM2-135M's
+SIZES = {"": (512, 10, 8), "small": (384, 8, 6), "tiny": (64, 2, 4), "135m": (576, 30, 9)}
 SHARED = Path(os.environ.get("WPN_DS_SHARED", Path(__file__).parents[2] / "shared")) / "data"
 
 #: name: file beside the checkout, if the real data are there
@@ -45,6 +45,7 @@ TOKENIZERS: dict[str, tuple[str, str, str, dict[str, Any]]] = {
         {"add_bos_token": True, "bos_token": "</s>", "eos_token": "</s>", "pad_token": "<pad>"},
     ),
     "gpt_neo": ("tokenizer_gpt2", "GPT2/encoder.json", "GPT2/vocab.bpe", {}),
+    "llama": ("tokenizer_gpt2", "GPT2/encoder.json", "GPT2/vocab.bpe", {}),
 }
 
 
@@ -98,6 +99,17 @@ def _config(family: str, width: int, layers: int, heads: int) -> Any:
             num_attention_heads=heads,
             max_position_embeddings=POSITIONS,
             dropout=0.0,
+        )
+    if family == "llama":
+        return LlamaConfig(
+            vocab_size=VOCABULARY,
+            hidden_size=width,
+            intermediate_size=8 * width // 3,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=max(1, heads // 3),
+            max_position_embeddings=POSITIONS,
+            tie_word_embeddings=True,
         )
     return GPTNeoConfig(
         vocab_size=VOCABULARY,

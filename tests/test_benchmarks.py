@@ -38,7 +38,7 @@ NAMED = [
 
 
 @pytest.mark.parametrize("micro_batch, pad_to", [(16, 0), (3, 0), (1, 0), (2, 60)])
-@pytest.mark.parametrize("family", ["opt", "gpt_neo"])
+@pytest.mark.parametrize("family", ["opt", "gpt_neo", "llama"])
 def test_the_plain_way_has_the_losses_and_the_gradient_of_the_method(family, micro_batch, pad_to, tmp_path):
     models = []
     for seed in (1, 2):
