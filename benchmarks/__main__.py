@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, scale
+from benchmarks import report, saves, scale
 from benchmarks.protocol import Failed, Way
 from benchmarks.rows import LEARNING_RATE, RATIOS, ROWS, Row, Spec
 from benchmarks.setting import SEED, make_data, make_model, write_steps
@@ -166,6 +166,7 @@ def main() -> int:
     wanted = {name for name in args.only.split(",") if name}
     if wanted == {"scale"}:
         scale.main(["--records", str(scale.RECORDS[0])] if args.quick else [])
+        saves.main(["--layers", "1", "--saves", "1"] if args.quick else [])
         return 0
     if "main" in wanted:
         wanted = wanted - {"main"} | {row for names, *_ in RATIOS.values() for row in names}

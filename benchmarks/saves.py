@@ -4,7 +4,8 @@ machine.
 The model has OPT-1.3b's shape and random weights in bf16, under ZeRO-3. Where memory doesn't hold all of its layers
 and the copy that is written, it has fewer. Seconds of a save until the slowest rank had written its files, its bytes,
 the seconds for which training waited and their share of the save; a step's seconds alone and while a save is written,
-which takes a core. They go to ``saves.json``.
+which takes a core. Then, with a failure of the job every so many hours, how often to save, and the share of the time
+that is left for steps that count. They go to ``saves.json``.
 """
 
 from __future__ import annotations
@@ -19,12 +20,15 @@ from pathlib import Path
 from benchmarks.protocol import Failed
 from benchmarks.scale import FEW, make_triples, on_ranks
 from benchmarks.setting import make_shape
+from wpn_ds.jobs.goodput import best_interval, expected_goodput
 from wpn_ds.models.sizes import KNOWN
 from wpn_ds.system.tables import aligned
 
 MODEL = "opt-1.3b"
 RESULTS = Path(__file__).parent / "saves.json"
 HEAD = ["save", "GB", "s", "waited, s", "share, %", "step alone, s", "meanwhile, s"]
+#: Hours between two failures of the job, and the seconds after one until it computes again.
+HOURS, RESTART = (1, 10, 100), 300.0
 #: Bytes a parameter: weights and their gradient in bf16, the gradient, master weights and moments in fp32, and the copy
 #: of the last three; and what the two processes take besides.
 STATES, BESIDE = 2 + 2 + 4 + 12 + 12, 4 << 30
@@ -44,6 +48,16 @@ def layers_that_fit() -> int:
     a_layer = 12 * known.hidden**2
     most = (1024 * int(free) - BESIDE) / STATES - (known.parameters - known.layers * a_layer)
     return max(1, min(known.layers, int(most / a_layer)))
+
+
+def left_for_steps(hours: float, waited: float, step: float) -> dict[str, float]:
+    """Daly's interval in steps of ``step`` seconds, and the goodput that it leaves."""
+    every = max(1, round(best_interval(waited, 3600 * hours) / step))
+    return {
+        "hours": hours,
+        "save_steps": every,
+        "goodput": expected_goodput(every * step, waited, 3600 * hours, RESTART),
+    }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -78,8 +92,11 @@ def main(argv: Sequence[str] | None = None) -> None:
         figures = (save["bytes"] / 1e9, save["seconds"], save["waited"], share)
         steps = (save["step_alone"], save["step_meanwhile"])
         rows.append([str(number), *(f"{figure:.2f}" for figure in figures), *(f"{seconds:.1f}" for seconds in steps)])
-    print(*aligned(rows), sep="\n", flush=True)
-    found = {"layers": layers, "parameters": parameters, "ranks": ranks}
+    goodput = [left_for_steps(hours, save["waited"], save["step_meanwhile"]) for hours in HOURS]
+    table = [["a failure every, h", "save every, steps", "goodput, %"]]
+    table += [[str(row["hours"]), str(row["save_steps"]), f"{100 * row['goodput']:.1f}"] for row in goodput]
+    print(*aligned(rows), "", *aligned(table), sep="\n", flush=True)
+    found = {"layers": layers, "parameters": parameters, "ranks": ranks, "goodput": goodput}
     RESULTS.write_text(json.dumps(found, indent=2) + "\n")
 
 

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from benchmarks import __main__ as driver
-from benchmarks import report
+from benchmarks import report, saves, scale
 from benchmarks.protocol import Failed, Way
 from benchmarks.rows import RATIOS, ROWS, Row, Spec
 from benchmarks.setting import FORGET, describe, make_data
@@ -175,6 +175,23 @@ def test_ways_take_turns_after_a_step_that_does_not_count(monkeypatch, tmp_path)
 def test_a_row_whose_ways_disagree_is_refused(monkeypatch, tmp_path):
     with pytest.raises(Failed, match="npair"):
         measured(monkeypatch, tmp_path, losses=(1.0, 1.1))
+
+
+@pytest.mark.parametrize("quick", [False, True])
+def test_scale_is_many_records_and_then_saves(monkeypatch, quick):
+    called: list[tuple[str, bool]] = []
+    monkeypatch.setattr(scale, "main", lambda argv: called.append(("scale", bool(argv))))
+    monkeypatch.setattr(saves, "main", lambda argv: called.append(("saves", bool(argv))))
+    monkeypatch.setattr(sys, "argv", ["bench", "--only", "scale", *["--quick"] * quick])
+    assert driver.main() == 0
+    assert called == [("scale", quick), ("saves", quick)], "a quick one is told to be small"
+
+
+def test_the_longer_between_failures_the_more_rarely_a_run_saves_and_the_more_is_left_for_steps():
+    rows = [saves.left_for_steps(hours, 0.2, 15.0) for hours in saves.HOURS]
+    assert sorted(rows, key=lambda row: (row["save_steps"], row["goodput"])) == rows
+    assert rows[0]["goodput"] == pytest.approx(1 - saves.RESTART / 3600, abs=0.02), "what a restart takes of an hour"
+    assert rows[-1]["goodput"] > 0.995
 
 
 def test_a_partial_run_never_writes_the_results_of_a_whole_one(monkeypatch, tmp_path, capsys):
