@@ -148,7 +148,8 @@ def bootstrap_difference(
     drawn = _drawn_means(arrays, rng, resamples)
     for side in sides:
         if (count := len(side[0])) > 1:
-            spread = np.mean([np.nanmean(group, axis=1) for group in side], axis=0).std(ddof=1)
+            means = np.mean([np.nanmean(group, axis=1) for group in side], axis=0)
+            spread = (means - means[0]).std(ddof=1)  # exactly 0 where all are alike, which their own mean may not be
             drawn += spread / math.sqrt(count) * rng.standard_t(count - 1, resamples)
     return _bounded(arrays, drawn.clip(-1, 1))
 
