@@ -20,7 +20,7 @@ from pathlib import Path
 from benchmarks.protocol import Failed
 from benchmarks.scale import FEW, make_triples, on_ranks
 from benchmarks.setting import make_shape
-from wpn_ds.jobs.goodput import best_interval, expected_goodput
+from wpn_ds.jobs.goodput import best_steps
 from wpn_ds.models.sizes import KNOWN
 from wpn_ds.system.tables import aligned
 
@@ -51,13 +51,9 @@ def layers_that_fit() -> int:
 
 
 def left_for_steps(hours: float, waited: float, step: float) -> dict[str, float]:
-    """Daly's interval in steps of ``step`` seconds, and the goodput that it leaves."""
-    every = max(1, round(best_interval(waited, 3600 * hours) / step))
-    return {
-        "hours": hours,
-        "save_steps": every,
-        "goodput": expected_goodput(every * step, waited, 3600 * hours, RESTART),
-    }
+    """How often to save, and the goodput that this leaves, with a failure every so many ``hours``."""
+    every, goodput = best_steps(step, waited, 3600 * hours, RESTART)
+    return {"hours": hours, "save_steps": every, "goodput": goodput}
 
 
 def main(argv: Sequence[str] | None = None) -> None:

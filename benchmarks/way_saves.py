@@ -8,11 +8,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import resource
 import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.protocol import peak_mib
 from benchmarks.way_ours import random_lm
 from wpn_ds.engine import policy, prepare, run
 from wpn_ds.engine.checkpoint import MANIFEST, path_of
@@ -60,8 +60,7 @@ def main() -> None:
                 "step_meanwhile": sum(meanwhile) / len(meanwhile),
             }
         )
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    own.report.write_text(json.dumps({"saves": saves, "peak_gib": peak}))
+    own.report.write_text(json.dumps({"saves": saves, "peak_gib": peak_mib() / 1024}))
     os._exit(0)  # process groups have nothing to save
 
 

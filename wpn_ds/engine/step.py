@@ -139,12 +139,13 @@ class Step:
         """Forward, backward and update."""
         sums, moved, every = Sums(), Sums(), range(len(plan.micro_batches[self.world.rank]))
         self._data_seconds = 0.0
+        if self.away is not None:  # the weights move before the update
+            self.settle()
         # Those with retain examples are the last ones.
         retain = next((k for k in every if Role.RETAIN in plan.roles(k)), len(every))
         if self.away is None:
             self.add_gradient(plan, every, sums, turn=retain)
         elif plan.support:
-            self.settle()
             # The retain ones first, so that the weights move once: the support half adds to what the query half leaves.
             support, others = every[: plan.support], [*every[retain:], *every[plan.support : retain]]
             with self.away.moved(plan, support, lambda: self.add_gradient(plan, support, Sums())) as figures:
@@ -152,7 +153,6 @@ class Step:
             sums.add(figures)
             self.add_gradient(plan, support, sums)
         else:
-            self.settle()
             forget, rng = every[:retain], rng_state(self.world.device)
             with self.away.moved(plan, forget, lambda: self.add_gradient(plan, forget, sums)) as figures:
                 set_rng_state(rng, self.world.device)  # dropout is the same where the weights have moved

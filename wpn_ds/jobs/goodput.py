@@ -26,3 +26,9 @@ def expected_goodput(interval: float, save: float, mtbf: float, restart: float) 
     around): tau / (M e^(R/M) (e^((tau + delta)/M) - 1))."""
     wall = mtbf * math.exp(restart / mtbf) * math.expm1((interval + save) / mtbf)
     return interval / wall
+
+
+def best_steps(step: float, save: float, mtbf: float, restart: float) -> tuple[int, float]:
+    """(:func:`best_interval` in whole steps of ``step`` seconds, at least one; the goodput that it leaves)."""
+    steps = max(1, round(best_interval(save, mtbf) / step))
+    return steps, expected_goodput(steps * step, save, mtbf, restart)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from wpn_ds.errors import UserError
-from wpn_ds.jobs.goodput import best_interval, expected_goodput
+from wpn_ds.jobs.goodput import best_steps
 from wpn_ds.models.sizes import KNOWN, architecture
 from wpn_ds.objectives.registry import find
 from wpn_ds.objectives.terms import Terms
@@ -193,9 +193,8 @@ def _saving(options: Options, nodes: int, step_seconds: float | None) -> dict[st
     """How often to save, and what that leaves; nothing where it isn't asked."""
     if options.mtbf_hours is None or step_seconds is None:
         return {}
-    mtbf, save = 3600 * options.mtbf_hours / nodes, options.save_seconds
-    steps = max(1, round(best_interval(save, mtbf) / step_seconds))
-    left = expected_goodput(steps * step_seconds, save, mtbf, options.restart_seconds)
+    mtbf = 3600 * options.mtbf_hours / nodes
+    steps, left = best_steps(step_seconds, options.save_seconds, mtbf, options.restart_seconds)
     return {"job_mtbf_seconds": mtbf, "save_steps": steps, "goodput": left}
 
 
