@@ -1,7 +1,8 @@
 """``python -m benchmarks [--only GROUP_OR_ROW,...] [--quick]``: measure, print, write the results.
 
 ``--only main``: the rows of the named ratios. A run that lacks some of them, or is quick, is a part, and its results
-go to ``results.partial.json``. ``--only scale``: no row, but starts on many records (:mod:`benchmarks.scale`).
+go to ``results.partial.json``. ``--only scale``: no row, but starts on many records (:mod:`benchmarks.scale`), what
+saves cost, and starts of many ranks.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks import report, saves, scale
+from benchmarks import report, saves, scale, starts
 from benchmarks.protocol import Failed, Way
 from benchmarks.rows import LEARNING_RATE, RATIOS, ROWS, Row, Spec
 from benchmarks.setting import SEED, make_data, make_model, write_steps
@@ -167,6 +168,7 @@ def main() -> int:
     if wanted == {"scale"}:
         scale.main(["--records", str(scale.RECORDS[0])] if args.quick else [])
         saves.main(["--layers", "1", "--saves", "1"] if args.quick else [])
+        starts.main(["--ranks", "2"] if args.quick else [])
         return 0
     if "main" in wanted:
         wanted = wanted - {"main"} | {row for names, *_ in RATIOS.values() for row in names}

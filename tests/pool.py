@@ -8,10 +8,8 @@ and nothing that it does is seen by a later call. What the processes that fork s
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import faulthandler
 import functools
-import gc
 import importlib
 import os
 import pickle
@@ -29,22 +27,10 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from tests.launching import ROOT, environment, free_port
+from wpn_ds.jobs.forks import LATER, end_with_parent, freeze
 
 #: Seconds between a rank's failure, at which the others get SIGTERM as from a launcher, and their end by force.
 PATIENCE = 10.0
-
-#: What else a training run imports: by the first engine, the first step, TensorBoard.
-_BY_A_RUN = (
-    "deepspeed.module_inject.auto_ep_layer",
-    "deepspeed.ops.op_builder.all_ops",
-    "deepspeed.runtime.superoffload.superoffload_stage3",
-    "functorch.compile",
-    "setuptools",
-    "torch._inductor.compile_fx",
-    "torch.utils.cpp_extension",
-    "torch.utils.tensorboard",
-    "tensorboard.plugins.hparams.api_pb2",
-)
 
 
 class RankFailed(AssertionError):
@@ -251,8 +237,7 @@ def serve(connection: Connection) -> NoReturn:
     """Fork the ranks of each call, and tell when they end. Ends them all, and itself, with the tests' process."""
     if not _on_gpu():
         _import_all()
-        gc.collect()
-        gc.freeze()  # or each rank would copy what its collections only look at
+        freeze()
     connection.send("ready")
     living: dict[int, int] = {}  # reading ends of pipes that close with a rank, and its process
     while True:
@@ -289,14 +274,11 @@ def _import_all() -> None:
 
     for module in pkgutil.walk_packages(wpn_ds.__path__, "wpn_ds."):
         importlib.import_module(module.name)
-    for name in _BY_A_RUN:
+    for name in LATER:
         importlib.import_module(name)
     transformers.conversion_mapping.get_checkpoint_conversion_mapping("")  # of all models, kept
     for name in ("AutoModelForCausalLM", "AutoTokenizer", "OPTForCausalLM", "GPTNeoForCausalLM", "GPT2Tokenizer"):
         getattr(transformers, name)
-    threads = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
-    threads = [name for name in threads if name != "jemalloc_bg_thd"]  # pyarrow's, which takes care of forks
-    assert len(threads) <= 1, "a fork of a process with threads may hang"
 
 
 def _load_compiled() -> None:
@@ -338,8 +320,7 @@ def _start_anew(rank: int, pipe: int, *call: Any) -> NoReturn:
 
 def _work(rank: int, place: str, arguments: tuple[Any, ...], shared: Mapping[str, str], folder: Path) -> int:
     """Call the function on this rank, leave what it returns or raises in a file; returns the exit code."""
-    with contextlib.suppress(OSError, AttributeError):  # where there is no Linux, ranks may outlive a killed server
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+    end_with_parent(signal.SIGKILL)
     output = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())

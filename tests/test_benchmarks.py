@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from benchmarks import __main__ as driver
-from benchmarks import report, saves, scale
+from benchmarks import report, saves, scale, starts
 from benchmarks.protocol import Failed, Way
 from benchmarks.rows import RATIOS, ROWS, Row, Spec
 from benchmarks.setting import FORGET, describe, make_data
@@ -178,13 +178,14 @@ def test_a_row_whose_ways_disagree_is_refused(monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize("quick", [False, True])
-def test_scale_is_many_records_and_then_saves(monkeypatch, quick):
+def test_scale_is_many_records_saves_and_starts(monkeypatch, quick):
     called: list[tuple[str, bool]] = []
-    monkeypatch.setattr(scale, "main", lambda argv: called.append(("scale", bool(argv))))
-    monkeypatch.setattr(saves, "main", lambda argv: called.append(("saves", bool(argv))))
+    for part in (scale, saves, starts):
+        monkeypatch.setattr(part, "main", lambda argv, name=part.__name__: called.append((name, bool(argv))))
     monkeypatch.setattr(sys, "argv", ["bench", "--only", "scale", *["--quick"] * quick])
     assert driver.main() == 0
-    assert called == [("scale", quick), ("saves", quick)], "a quick one is told to be small"
+    expected = [(f"benchmarks.{name}", quick) for name in ("scale", "saves", "starts")]
+    assert called == expected, "a quick one is told to be small"
 
 
 def test_the_longer_between_failures_the_more_rarely_a_run_saves_and_the_more_is_left_for_steps():

@@ -16,6 +16,7 @@ from wpn_ds.system.files import home, refusal
 
 _COMMANDS = {
     "train": "unlearn a model (under `deepspeed`: launch/train.py, the same flags)",
+    "ranks": "train or another command on several ranks of a machine without a GPU, which import once",
     "evaluate": "the proof: harmless rates on every suite, attacks, benchmarks, before and after",
     "certify": "does it stay forgotten: rounded, fine-tuned, sampled, attacked, on one page",
     "report": "report.html anew, or several runs side by side",
@@ -101,6 +102,23 @@ def train(argv: Sequence[str]) -> int:
     return run_guarded(lambda: train(config))
 
 
+def ranks(argv: Sequence[str]) -> int:
+    """``wpn-ds ranks N COMMAND ...``: the command on N ranks, forks of this process."""
+    commands = ", ".join(_ON_RANKS)
+    usage = f"wpn-ds ranks N COMMAND ...    with COMMAND one of {commands}, whose flags follow"
+    number, command, *_ = [*argv, "", ""]
+    if {"-h", "--help"} & set(argv):
+        if command in _ON_RANKS:
+            return main([command, "--help"])
+        print(f"usage: {usage} (--help after it shows them)\n\nFor machines without a GPU: imports are done once.")
+        return 0
+    if not (number.isdecimal() and int(number)) or command not in _ON_RANKS:
+        raise UserError(f"say what to do on how many ranks: {usage}")
+    from wpn_ds.jobs import forks
+
+    return forks.run(int(number), _ON_RANKS[command], lambda: main(argv[1:]))
+
+
 def _refuse_unreadable(argv: Sequence[str]) -> None:
     """Raises UserError where the locale can't read an argument: TensorBoard can't write to such a path."""
     for text in argv:
@@ -170,8 +188,18 @@ def _lazily(place: str) -> Callable[[Sequence[str]], int]:
     return _guarded(command)
 
 
+#: Commands that several ranks may do together, and the modules that each of them would import.
+_ON_RANKS = {
+    "train": ("wpn_ds.engine.train",),
+    "evaluate": ("wpn_ds.engine.train", "wpn_ds.evaluate.command"),
+    "certify": ("wpn_ds.engine.train", "wpn_ds.evaluate.certificate.command"),
+    "alternates": ("wpn_ds.engine.train", "wpn_ds.tools.alternates.command"),
+    "select": ("wpn_ds.engine.train", "wpn_ds.tools.select.command"),
+}
+
 _COMMAND_FUNCTIONS: dict[str, Callable[[Sequence[str]], int]] = {
     "train": train,
+    "ranks": _guarded(ranks),
     "evaluate": _lazily("wpn_ds.evaluate.command:run"),
     "certify": _lazily("wpn_ds.evaluate.certificate.command:run"),
     "report": _lazily("wpn_ds.evaluate.report.command:run"),

@@ -213,6 +213,18 @@ def test_kernels_without_dropout_say_so(kernel) -> None:
         kernel(*heads(4), ((0, 4, 0, 0),), 1.0, None, 0.1)
 
 
+def test_a_cpu_s_bf16_attention_is_that_of_fp32_but_for_what_comes_in_and_out() -> None:
+    inputs = [x.bfloat16().requires_grad_() for x in heads(9)]
+    pieces = ((0, 5, 0, 0), (5, 9, 0, 2))
+    out = per_segment_sdpa(*inputs, pieces, 0.5, None, 0.0)
+    wide = [x.detach().float().requires_grad_() for x in inputs]
+    expected = per_segment_sdpa(*wide, pieces, 0.5, None, 0.0)
+    assert torch.equal(out, expected.bfloat16())
+    seed = torch.randn_like(out)
+    got, plain = (torch.autograd.grad(o, i, seed.to(o)) for o, i in ((out, inputs), (expected, wide)))
+    assert all(torch.equal(mine, its.bfloat16()) for mine, its in zip(got, plain, strict=True))
+
+
 # ---- which kernel ----
 
 

@@ -1,4 +1,4 @@
-"""Who started this process: ``deepspeed``, ``torchrun``, ``srun``, ``mpirun``, or nobody.
+"""Who started this process: ``deepspeed``, ``torchrun``, ``srun``, ``mpirun``, ``wpn-ds ranks``, or nobody.
 
 All of them end in the same six variables (RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT),
 which is all that the rest of the program knows. Imports neither torch nor deepspeed, so that a rank knows which one it
@@ -30,6 +30,8 @@ _ALONE = {
     "MASTER_ADDR": "127.0.0.1",
     "MASTER_PORT": "0",
 }
+#: How many machines' processes have ranks of their own, each (:mod:`wpn_ds.jobs.forks`).
+NODES = "WPN_DS_NODES"
 #: Of an MPI launcher that is not Slurm itself: Open MPI, and hydra (MPICH, Intel MPI).
 _MPI = ("OMPI_COMM_WORLD_SIZE", "MPI_LOCALNRANKS")
 _LET_RANK_0_SPEAK = 5.0  # seconds
@@ -113,6 +115,8 @@ def _from_variables(env: Mapping[str, str]) -> tuple[str, dict[str, str]]:
         name, nodes = "torchrun", env.get("GROUP_WORLD_SIZE")
     elif "CROSS_SIZE" in env:
         name, nodes = "deepspeed", env["CROSS_SIZE"]
+    elif NODES in env:
+        name, nodes = "wpn-ds ranks", env[NODES]
     else:
         name, nodes = "environment", env["WORLD_SIZE"]  # one task is one rank
     tasks = int(env.get("SLURM_STEP_NUM_TASKS") or 1)

@@ -1,4 +1,4 @@
-"""A training job on this machine, started by another command: ``deepspeed launch/train.py``, as a user would."""
+"""A training job on this machine, started by another command as a user would start it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,12 @@ TRAIN = "launch/train.py"
 
 
 def command_line(flags: Sequence[str], ranks: int, port: int | None = None) -> list[str]:
-    """The command that trains with ``flags``; ``port``: for the ranks to meet, if not the launcher's own."""
+    """The command that trains with ``flags``, on as many devices or, without any, forks of one process. On devices the
+    ranks meet at ``port``, if not at the launcher's own."""
+    import torch
+
+    if not torch.accelerator.is_available():
+        return ["wpn-ds", "ranks", str(ranks), "train", *flags]
     where = [] if port is None else ["--master_port", str(port)]
     return ["deepspeed", *where, "--num_accelerators", str(ranks), shipped(TRAIN), *flags]
 

@@ -58,8 +58,14 @@ def per_segment_sdpa(
     dropout: float,
     extras: Extras = NOTHING,
 ) -> Tensor:
-    """One SDPA call a piece; the route of a CPU, where a call costs little and a masked-out score as much as any."""
+    """One SDPA call a piece; the route of a CPU, where a call costs little and a masked-out score as much as any.
+
+    There it is computed in fp32, whatever comes in: the backward of a CPU's kernel takes twice as long in bf16.
+    """
     attend = partial(_capped, extras=extras) if extras else F.scaled_dot_product_attention
+    given = query.dtype
+    if query.device.type == "cpu" and given == torch.bfloat16:
+        query, key, value = query.float(), key.float(), value.float()
     lengths = [stop - start for start, stop, _, _ in pieces]
     queries, keys, values = (list(x.split(lengths, dim=2)) for x in (query, key, value))
     number_at = {start: number for number, (start, _, _, _) in enumerate(pieces)}
@@ -72,7 +78,7 @@ def per_segment_sdpa(
             k = torch.cat([keys[holder][:, :, :prefix], k], dim=2)
             v = torch.cat([values[holder][:, :, :prefix], v], dim=2)
         outputs.append(_lower_right_causal(q, k, v, scale, window, dropout, attend).transpose(1, 2))
-    return torch.cat(outputs, dim=1)
+    return torch.cat(outputs, dim=1).to(given)
 
 
 def _lower_right_causal(

@@ -126,6 +126,9 @@ def segment_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
 
 #: Labels whose logits exist at the same time.
 CHUNK = 256
+#: Rows of the head's gradient that a CPU adds up at a time where the number formats differ: adding all of them at once
+#: takes it three times as long, for memory that it makes on the way.
+ROWS = 4096
 
 
 #: Runs of labels, one after the other from the first to the last, with what each is compared to.
@@ -252,7 +255,9 @@ def _chunks(
         elif wide == delta.dtype:
             of_weight.addmm_(delta.T, scaled)
         else:
-            of_weight += delta.T @ scaled
+            rows = ROWS if delta.device.type == "cpu" else len(of_weight)
+            for sums, some in zip(of_weight.split(rows), delta.split(rows, dim=1), strict=True):
+                sums += some.T @ scaled
         del delta
     found = torch.cat(losses)
     if coefficients is None:
