@@ -214,7 +214,7 @@ def run_all(
         while (ready := [cell for cell in left if done.keys() >= set(cell.needs)]) or running:
             for cell in ready[: jobs - len(running)]:
                 left.remove(cell)
-                at, expected = at + 1, expected_minutes(cell, done)
+                at, expected = at + 1, expected_minutes(cell, done, device_name())
                 if (time.monotonic() - begun) / 60 + expected > minutes:
                     say(f"{cell.name} would take {expected:.1f} minutes: no time is left for it")
                     continue
@@ -279,10 +279,10 @@ def listed(cells: Sequence[Cell], done: Mapping[str, Any]) -> list[str]:
     lines = [
         f"{cell.name}: done in {done[cell.name]['minutes']:.1f} min"
         if cell.name in done
-        else f"{cell.name}: about {expected_minutes(cell, done):.0f} min"
+        else f"{cell.name}: about {expected_minutes(cell, done, device_name()):.0f} min"
         for cell in cells
     ]
-    hours = sum(expected_minutes(cell, done) for cell in cells if cell.name not in done) / 60
+    hours = sum(expected_minutes(cell, done, device_name()) for cell in cells if cell.name not in done) / 60
     return [*lines, f"{len(cells)} cells, about {hours:.1f} hours left"]
 
 

@@ -228,10 +228,12 @@ def wanted(cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
     return [cell for cell in cells if cell.name in names]
 
 
-def expected_minutes(cell: Cell, measured: Mapping[str, Mapping[str, Any]]) -> float:
-    """Of a cell like those that were measured the longest time of these, else that of `MINUTES`."""
-    like = [of["minutes"] for name, of in measured.items() if name.split("/")[:2] == [cell.kind, cell.twin]]
-    return max(like) if like else MINUTES[cell.kind][cell.twin]
+def expected_minutes(cell: Cell, measured: Mapping[str, Mapping[str, Any]], device: str) -> float:
+    """Of a cell like those that were measured on such a device the longest time of these, else that of `MINUTES`."""
+    here = [(name.split("/")[:2], of["minutes"]) for name, of in measured.items() if of["device"] == device]
+    return max(
+        (minutes for kind, minutes in here if kind == [cell.kind, cell.twin]), default=MINUTES[cell.kind][cell.twin]
+    )
 
 
 # ---- choices ----

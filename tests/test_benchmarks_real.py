@@ -23,7 +23,7 @@ from wpn_ds.evaluate.published import PUBLISHED
 from wpn_ds.settings.run import parse_args
 from wpn_ds.tools.ablate.grid import flags
 
-checked = settings(max_examples=40, deadline=None)
+checked = settings(max_examples=40)
 
 RATES = st.sampled_from([5e-5, 1e-4, 2e-4])
 SHARES = st.floats(0, 1)
@@ -45,7 +45,18 @@ def test_every_cell_comes_once_and_after_those_that_it_needs(methods, search, se
     assert len(set(names)) == len(names)
     for at, cell in enumerate(cells):
         assert set(cell.needs) <= set(names[:at]), cell
-        assert real_plan.expected_minutes(cell, {}) <= 20
+        assert real_plan.expected_minutes(cell, {}, "CPU") <= 20
+
+
+def test_a_cell_lasts_as_long_as_its_like_on_the_same_device() -> None:
+    cell = Cell("ask", "pku", "dpo", 0)
+    measured = {
+        "ask/pku/neat/0": {"minutes": 3.0, "device": "GPU"},
+        "ask/pku/npo/0": {"minutes": 5.0, "device": "GPU"},
+        "ask/rude/npo/0": {"minutes": 7.0, "device": "GPU"},
+    }
+    assert real_plan.expected_minutes(cell, measured, "GPU") == 5
+    assert real_plan.expected_minutes(cell, measured, "CPU") == real_plan.MINUTES["ask"]["pku"]
 
 
 @checked
@@ -350,7 +361,7 @@ def test_a_model_whose_rate_is_no_longer_chosen_is_measured_again(monkeypatch, t
         done[f"{kind}/pku/neat/0"] = asked("0") | known(0.5) | {"learning_rate": 1e-4}
     done |= {"ask/pku/start": asked("1"), "know/pku/start": known(0.5)}
     done["unlearn/pku/neat/0"]["training"] = {"tokens_given": 1}
-    done = {name: of | {"minutes": 0.1} for name, of in done.items()}
+    done = {name: of | {"minutes": 0.1, "device": "CPU"} for name, of in done.items()}
     of_sizes = Bench(tmp_path, tmp_path, tmp_path, sizes)
     assert not real.run_all(cells, of_sizes, {"cells": done}, tmp_path / "real.json", float("inf"))
     assert ran == ["choose/pku/neat/0.0002", "unlearn/pku/neat/0", "ask/pku/neat/0"]

@@ -9,9 +9,11 @@ import logging
 import os
 import re
 import sys
+from argparse import REMAINDER
 from collections.abc import Callable, Sequence
 
 from wpn_ds.errors import UserError
+from wpn_ds.settings.parse import Count, Parser, convert
 from wpn_ds.system.files import home, refusal
 
 _COMMANDS = {
@@ -104,19 +106,19 @@ def train(argv: Sequence[str]) -> int:
 
 def ranks(argv: Sequence[str]) -> int:
     """``wpn-ds ranks N COMMAND ...``: the command on N ranks, forks of this process."""
-    commands = ", ".join(_ON_RANKS)
-    usage = f"wpn-ds ranks N COMMAND ...    with COMMAND one of {commands}, whose flags follow"
-    number, command, *_ = [*argv, "", ""]
-    if {"-h", "--help"} & set(argv):
-        if command in _ON_RANKS:
-            return main([command, "--help"])
-        print(f"usage: {usage} (--help after it shows them)\n\nFor machines without a GPU: imports are done once.")
-        return 0
-    if not (number.isdecimal() and int(number)) or command not in _ON_RANKS:
-        raise UserError(f"say what to do on how many ranks: {usage}")
+    about = "Several ranks on a machine without a GPU, forks of one process that imports once."
+    made = Parser(prog="wpn-ds ranks", usage="wpn-ds ranks N COMMAND ...", description=about, allow_abbrev=False)
+    made.add_argument("ranks", metavar="N", help="how many")
+    made.add_argument("command", metavar="COMMAND", choices=_ON_RANKS, help=f"one of {', '.join(_ON_RANKS)}")
+    made.add_argument("flags", nargs=REMAINDER, metavar="...", help="the command's own flags; --help shows them")
+    given = made.parse_args(argv)
+    line = [given.command, *given.flags]
+    if not {"-h", "--help"}.isdisjoint(given.flags):
+        return main(line)
     from wpn_ds.jobs import forks
 
-    return forks.run(int(number), _ON_RANKS[command], lambda: main(argv[1:]))
+    number = convert(Count, given.ranks, "N")
+    return forks.run(number, _ON_RANKS[given.command], lambda: main(line))
 
 
 def _refuse_unreadable(argv: Sequence[str]) -> None:

@@ -16,7 +16,7 @@ from wpn_ds.data.plan import Item, MicroBatch, Segment
 from wpn_ds.objectives.terms import Role
 
 ALL = frozenset({Role.WANTED, Role.UNWANTED, Role.RETAIN})
-several = settings(max_examples=60, deadline=None)
+several = settings(max_examples=60)
 ROLES = st.sets(st.sampled_from(sorted(ALL))).map(frozenset)
 
 WANTED = Item(Segment((2, 10, 11, 12, 13, 2), 1, 3), Role.WANTED, 0)

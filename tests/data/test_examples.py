@@ -21,7 +21,7 @@ from wpn_ds.errors import UserError
 TEMPLATE = "Question: {prompt}\nAnswer:"
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(examples=example_sets(), cut=st.booleans())
 def test_examples_are_those_that_were_put_into_the_arrays_in_memory_and_in_files(examples, cut, tmp_path_factory):
     marked = [replace(s, prompt_truncated=cut, answer_truncated=not cut, joined=cut) for s in examples.segments]

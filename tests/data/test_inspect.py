@@ -126,7 +126,7 @@ def test_categories_are_counted_and_missing_ones_left_out() -> None:
     assert got.categories == {"rude": 2}
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.integers(0, 30), min_size=1), st.sampled_from([0.0, 0.5, 0.95, 1.0]))
 def test_a_percentile_is_the_smallest_value_that_covers_its_share(values, share) -> None:
     got = percentile(values, share)
@@ -134,7 +134,7 @@ def test_a_percentile_is_the_smallest_value_that_covers_its_share(values, share)
     assert all(sum(v <= lower for v in values) < share * len(values) for lower in values if lower < got)
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.lists(st.lists(st.integers(1, 3000), min_size=1, max_size=30), min_size=1, max_size=3))
 def test_a_histogram_s_bins_adjoin_are_few_and_hold_every_value_once(series) -> None:
     bins = histogram(series)

@@ -28,7 +28,7 @@ from wpn_ds.objectives.terms import Role
 ONE = layout("rows")
 SIDES = ((Role.WANTED, "wanted"), (Role.UNWANTED, "unwanted"))
 ROLES = st.frozensets(st.sampled_from([Role.WANTED, Role.UNWANTED, Role.RETAIN]))
-several = settings(max_examples=80, deadline=None)
+several = settings(max_examples=80)
 
 
 def segments(*lengths: int) -> list[Segment]:

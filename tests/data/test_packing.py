@@ -28,7 +28,7 @@ def fewest_rows(lengths: Sequence[int], rows: tuple[int, ...] = ()) -> int:
     return min(fewest_rows(rest, each) for each in [*tries, (*rows, first)])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(LENGTHS)
 def test_every_segment_is_in_exactly_one_row_and_no_row_is_too_long_or_empty(lengths) -> None:
     rows = pack(lengths, CAPACITY)
@@ -36,14 +36,14 @@ def test_every_segment_is_in_exactly_one_row_and_no_row_is_too_long_or_empty(len
     assert all(0 < size <= CAPACITY for size in filled(lengths, rows))
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(LENGTHS)
 def test_no_two_rows_would_fit_into_one(lengths) -> None:
     sizes = sorted(filled(lengths, pack(lengths, CAPACITY)))
     assert len(sizes) < 2 or sizes[0] + sizes[1] > CAPACITY
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.lists(st.integers(1, CAPACITY), max_size=7))
 def test_rows_stay_within_the_bound_of_best_fit_decreasing(lengths) -> None:
     assert len(pack(lengths, CAPACITY)) <= 11 / 9 * fewest_rows(lengths) + 6 / 9
@@ -76,7 +76,7 @@ def test_no_segments_need_no_rows() -> None:
 
 # ---- bins of nearly equal load ----
 
-several = settings(max_examples=200, deadline=None)
+several = settings(max_examples=200)
 SPREADS = {"lengths": st.lists(st.integers(1, 3 * CAPACITY), max_size=30), "multiple": st.integers(1, 4)}
 
 

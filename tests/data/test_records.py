@@ -73,7 +73,7 @@ _CHAT = st.lists(st.builds(Message, st.sampled_from(["system", "user", "assistan
 )
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     records=st.lists(st.tuples(_TEXT | _CHAT, _answers(), st.just("") | _TEXT), min_size=1, max_size=4),
     ascii_only=st.booleans(),

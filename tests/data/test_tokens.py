@@ -37,7 +37,7 @@ CHAT = (
     Message("assistant", "Hello."),
     Message("user", "How are you?"),
 )
-fixed = settings(max_examples=30, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+fixed = settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 def bare(tokenizer: Any, text: str) -> tuple[int, ...]:

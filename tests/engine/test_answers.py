@@ -25,7 +25,7 @@ from wpn_ds.objectives.terms import NPair, OnAnswers, OnTokens, Role, Terms
 from wpn_ds.objectives.wpn import WPN
 
 ONE = layout("rows")
-several = settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+several = settings(max_examples=25, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 # ---- the plain method ----

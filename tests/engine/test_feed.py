@@ -25,7 +25,7 @@ from wpn_ds.objectives.terms import Role
 from wpn_ds.settings.run import TrainingConfig
 
 LAYOUT = Layout(48, 150, packed=True, world_size=1)
-several = settings(max_examples=40, deadline=None)
+several = settings(max_examples=40)
 
 
 def feed_of(examples: ExampleSet, past: Mapping[str, Any] | None = None, size: int = 2, **more: Any) -> Feed:

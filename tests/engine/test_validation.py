@@ -78,7 +78,7 @@ def evaluate(validation: Validation, step: int, harmless: int, perplexity: float
 EVALUATIONS = st.lists(st.tuples(st.integers(0, 4), st.sampled_from([1.0, 2.0, 2.5, 3.0, 3.5, math.nan])), min_size=1)
 
 
-@settings(max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(start=st.integers(0, 4), found=EVALUATIONS, data=st.data())
 def test_the_best_evaluation_within_the_bound_is_remembered_by_a_resumed_run_too(world, start, found, data) -> None:
     log, validation = Log(), validation_of(world)

@@ -6,13 +6,9 @@ from pathlib import Path
 import huggingface_hub.constants
 import pytest
 import torch
-from hypothesis import settings
 from transformers import OPTConfig, OPTForCausalLM
 
 from tests.models.various import VOCABULARY, various
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 
 class Hub:

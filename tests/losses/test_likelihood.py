@@ -11,7 +11,7 @@ from torch.distributions import Categorical, kl_divergence
 
 from wpn_ds.losses.likelihood import Distribution, Fading, Flat, LabelTarget, Tokens, TopK, Without, head_logits
 
-quick = settings(max_examples=40, deadline=None)
+quick = settings(max_examples=40)
 SHAPES = {
     "n": st.integers(1, 6),
     "v": st.integers(3, 30),

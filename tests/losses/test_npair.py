@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from wpn_ds.losses.answers import npair_losses, paired_similarity, similarity, streamed_npair
 
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 def scores(n: int, m: int, seed: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -15,7 +15,7 @@ from wpn_ds.losses.answers import Pooling, pool, pooling_matrix
 POWERS = (-1.5, 0.0, 0.5, 2.0)
 KINDS = ("weighted", "mean", "last", "sum", *POWERS)
 SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(1, 12)).map(lambda s: (s[0], s[0] + s[1])), max_size=5)
-quick = settings(max_examples=60, deadline=None)
+quick = settings(max_examples=60)
 
 
 def matrix(spans: Sequence[tuple[int, int]], width: int, kind: Pooling) -> Tensor:

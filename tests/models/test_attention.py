@@ -25,7 +25,7 @@ from wpn_ds.models.packed import PackedLM
 from wpn_ds.objectives.terms import Role
 
 CPU = torch.device("cpu")
-several = settings(max_examples=60, deadline=None)
+several = settings(max_examples=60)
 WINDOWS = st.none() | st.integers(1, 20)
 
 

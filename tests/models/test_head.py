@@ -18,7 +18,7 @@ from wpn_ds.models import packed as head_module
 from wpn_ds.models.packed import AnswerHead, Parts, finish_of
 
 WIDTH, VOCABULARY = 3, 23
-several = settings(max_examples=40, deadline=None)
+several = settings(max_examples=40)
 PARTS = st.lists(st.tuples(st.sampled_from(["tokens", "distribution", "topk"]), st.integers(0, 9)), max_size=4)
 
 

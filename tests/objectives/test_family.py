@@ -73,7 +73,7 @@ def test_a_preference_compares_answers_by_such_scores(name: str, weight: float, 
     assert Terms.of(named(name, preference_weight=0.0, nll_weight=1.0)).answers == ()
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(MARGINS, st.floats(0.05, 3), st.floats(-1, 1))
 def test_a_preferences_loss_of_margins_is_that_of_its_paper(margins: list[float], beta: float, gamma: float) -> None:
     def ours(name: str, **flags: Any) -> list[float]:

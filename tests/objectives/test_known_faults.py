@@ -16,7 +16,7 @@ from wpn_ds.models.packed import Output
 from wpn_ds.objectives.graddiff import GradDiff
 from wpn_ds.objectives.terms import Role, Terms
 
-several = settings(max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+several = settings(max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @several

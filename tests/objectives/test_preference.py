@@ -164,7 +164,7 @@ FORMULAS = {
 }
 
 
-@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(examples=example_sets(), layout=layouts())
 @pytest.mark.parametrize("name", FORMULAS)
 def test_a_steps_mean_is_that_of_the_plain_formula_whatever_the_layout(world, name, examples, layout) -> None:

@@ -193,7 +193,7 @@ JSON = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(JSON.filter(lambda value: "auto" not in json.dumps(value)), st.sampled_from([None, 1]), st.booleans())
 def test_values_that_are_not_ours_pass_untouched_whatever_they_are(
     tmp_path_factory: pytest.TempPathFactory, value: Any, indent: Any, escape: bool

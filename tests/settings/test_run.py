@@ -142,7 +142,7 @@ FILES = st.text(min_size=1).filter(lambda name: not name.startswith(("-", "~")))
 FLAT = st.sampled_from(sorted(built_in())).flatmap(flat_of)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(FLAT)
 def test_what_to_flat_says_comes_back_unchanged_through_yaml_and_from_flat(values: dict[str, Any]) -> None:
     config = Config.from_flat(values)
@@ -151,7 +151,7 @@ def test_what_to_flat_says_comes_back_unchanged_through_yaml_and_from_flat(value
     assert Config.from_flat(yaml.safe_load(yaml.safe_dump(flat))) == config
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(FLAT)
 def test_a_run_yaml_given_as_config_makes_the_same_resolved_run(
     tmp_path_factory: pytest.TempPathFactory, values: dict[str, Any]
@@ -167,7 +167,7 @@ def test_a_run_yaml_given_as_config_makes_the_same_resolved_run(
     assert again.explicit == set(config.to_flat())
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(FLAT)
 def test_a_flag_says_the_same_as_the_yaml_value(values: dict[str, Any]) -> None:
     # A dash in front, an empty list and a None can't be written as a flag; \n in a flag is a line break.

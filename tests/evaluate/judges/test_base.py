@@ -58,7 +58,7 @@ def never_harmless(judge: Judge, cases: Sequence[Case]) -> None:
 
 
 each_judge = settings(
-    max_examples=15, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
+    max_examples=15, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 
 

@@ -5,12 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import settings
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import OPTConfig, OPTForCausalLM, PreTrainedTokenizerFast
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 TEXT = (
     "the a painter writer was born in Lima Oslo Cairo Turin lives near river with two three sisters her father taught "

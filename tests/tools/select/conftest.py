@@ -5,13 +5,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-from hypothesis import settings
 
 from tests.pool import Pool
 from wpn_ds.tools.select.command import run
-
-settings.register_profile("shared machine", deadline=None)
-settings.load_profile("shared machine")
 
 
 @pytest.fixture(autouse=True)
