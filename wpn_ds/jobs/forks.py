@@ -17,7 +17,6 @@ import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
-from typing import NoReturn
 
 from wpn_ds.errors import UserError
 from wpn_ds.jobs import launchers, signals
@@ -108,18 +107,12 @@ def _fork(environment: Mapping[str, str], work: Callable[[], int]) -> int:
         os.environ |= environment
         signals.install()
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP)
-        _leave(work())
+        launchers.leave(work())
     except SystemExit as end:
-        _leave(int(end.code or 0))
+        launchers.leave(int(end.code or 0))
     except BaseException:
         traceback.print_exc()
-        _leave(1)
-
-
-def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+        launchers.leave(1)
 
 
 def _end_of(living: list[int]) -> int:
@@ -140,6 +133,8 @@ def _end_of(living: list[int]) -> int:
     failed = 0
     while living:
         pid, status = os.waitpid(-1, 0)
+        if pid not in living:  # of a library
+            continue
         living.remove(pid)
         code = os.waitstatus_to_exitcode(status)
         if code and not failed:

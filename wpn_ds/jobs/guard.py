@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import os
-import sys
 import traceback
 from collections.abc import Callable
 from typing import NoReturn
 
 from wpn_ds.errors import UserError
 from wpn_ds.jobs.distributed import shutdown
-from wpn_ds.jobs.launchers import tell
+from wpn_ds.jobs.launchers import leave, tell
 from wpn_ds.jobs.watchdog import let_it_end
 from wpn_ds.system.files import refusal
 
@@ -30,19 +29,13 @@ def run_guarded(work: Callable[[], None]) -> NoReturn:
         told = refusal(error) if isinstance(error, OSError) else error
         if told is None:
             traceback.print_exc()
-            _leave(1)
+            leave(1)
         tell(told, os.environ.get("RANK", "0"))
-        _leave(told.exit_code)
+        leave(told.exit_code)
     except KeyboardInterrupt:
-        _leave(130)
+        leave(130)
     except BaseException:
         traceback.print_exc()
-        _leave(1)
+        leave(1)
     shutdown()
-    _leave(0)  # gloo's threads sometimes abort a process that ends by itself, after all is done
-
-
-def _leave(code: int) -> NoReturn:
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(code)
+    leave(0)  # gloo's threads sometimes abort a process that ends by itself, after all is done
