@@ -47,7 +47,7 @@ from wpn_ds.evaluate.judges.labelled import read_labelled
 from wpn_ds.evaluate.report.files import REPORT_JSON
 from wpn_ds.evaluate.results import Evaluation, Suite
 from wpn_ds.evaluate.suites import ATTACK_PREFIX, GROUPS, PREFILLED
-from wpn_ds.jobs.local import TRAIN, command_line, free_port, launch, say
+from wpn_ds.jobs.local import TRAIN, command_line, launch, say
 from wpn_ds.judging.base import Verdict
 from wpn_ds.judging.statistics import Rate
 from wpn_ds.settings.run import DONE
@@ -314,7 +314,7 @@ def _trained(
         alone = ["python", TRAIN, *given]
         log = folder.with_name(f"{folder.name}.log")
         log.unlink(missing_ok=True)
-        code = launch(alone if bench.ranks == 1 else command_line(given, bench.ranks, free_port()), log)
+        code = launch(alone if bench.ranks == 1 else command_line(given, bench.ranks), log)
         if code not in (0, STOPPED) or (code == 0 and not (folder / DONE).exists()):
             raise UserError(f"training ended with exit code {code}: {log} has its words")
         folder.mkdir(exist_ok=True)

@@ -320,7 +320,7 @@ def _start_anew(rank: int, pipe: int, *call: Any) -> NoReturn:
 
 def _work(rank: int, place: str, arguments: tuple[Any, ...], shared: Mapping[str, str], folder: Path) -> int:
     """Call the function on this rank, leave what it returns or raises in a file; returns the exit code."""
-    end_with_parent(signal.SIGKILL)
+    end_with_parent(signal.SIGKILL, os.getppid())
     output = os.open(folder / f"{rank}.txt", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     for stream in (sys.stdout, sys.stderr):
         os.dup2(output, stream.fileno())

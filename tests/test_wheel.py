@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launching import ROOT, environment, free_port
+from tests.launching import ROOT, environment
 from wpn_ds.system.shipped import FOLDERS
 
 SHIPPED = {
@@ -24,14 +24,15 @@ SHIPPED = {
 LAUNCH = """
 import sys
 from wpn_ds.jobs.local import command_line, launch
-sys.exit(launch(command_line(sys.argv[2:], 2, sys.argv[1])))
+sys.exit(launch(command_line(sys.argv[1:], 2)))
 """
 DEMO = """
 import sys
 from wpn_ds.evaluate import command
+from wpn_ds.jobs import launchers
 from wpn_ds.tools import demo
 demo.ensure_planted = lambda: None
-command.run = lambda argv: 0
+command.run = lambda argv: launchers.join() and 0
 sys.exit(demo.run(["--small"]))
 """
 
@@ -106,7 +107,7 @@ def test_a_run_in_an_empty_folder_takes_the_files_of_the_package(installed, how,
     size = ["--max_steps", "1", "--global_batch_size", "4", "--max_length", "64", "--tokens_per_micro_batch", "64"]
     small = [*model, *data, *size, "--probe_prompts", "0", "--peak_tflops", "1"]
     flags = ["--deepspeed", "ds_configs/zero3.json", "--config", "launch/recipes/opt-125m.yaml", *small]
-    started = ["wpn-ds", "train"] if how == "wpn-ds train" else ["python", "-c", LAUNCH, str(free_port())]
+    started = ["wpn-ds", "train"] if how == "wpn-ds train" else ["python", "-c", LAUNCH]
     done = installed.run(tmp_path, *started, *flags)
     assert done.returncode == 0 and (tmp_path / "out" / "DONE").exists(), done.stderr
     shipped = installed.site / "wpn_ds" / "shipped"
@@ -115,15 +116,15 @@ def test_a_run_in_an_empty_folder_takes_the_files_of_the_package(installed, how,
 
 
 def test_the_demo_starts_the_packages_own_program(installed, tmp_path) -> None:
-    installed.program("deepspeed.kept", (installed.bin / "deepspeed").read_text())
-    installed.program("deepspeed", '#!/bin/sh\nprintf "%s\\n" "$@" >called\n')
+    kept = (installed.bin / "wpn-ds").read_text()
+    installed.program("wpn-ds", '#!/bin/sh\nprintf "%s\\n" "$@" >called\n')
     try:
         done = installed.run(tmp_path, "python", "-c", DEMO)
     finally:
-        (installed.bin / "deepspeed.kept").replace(installed.bin / "deepspeed")
+        installed.program("wpn-ds", kept)
     assert done.returncode == 0, done.stderr
     called = (tmp_path / "called").read_text().splitlines()
-    assert str(installed.site / "wpn_ds" / "shipped" / "launch" / "train.py") in called
+    assert called[:4] == ["ranks", "2", "train", "--deepspeed"]
 
 
 def test_slurm_scripts_are_a_clones_with_this_python_and_never_overwritten(installed, tmp_path) -> None:

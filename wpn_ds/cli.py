@@ -117,8 +117,9 @@ def ranks(argv: Sequence[str]) -> int:
         return main(line)
     from wpn_ds.jobs import forks
 
-    number = convert(Count, given.ranks, "N")
-    return forks.run(number, _ON_RANKS[given.command], lambda: main(line))
+    number, trains = convert(Count, given.ranks, "N"), given.command == "train"
+    modules = [_ON_RANKS[given.command], *(forks.LATER if trains else ())]
+    return forks.run(number, modules, lambda: main(line), heeds_requests=trains)
 
 
 def _refuse_unreadable(argv: Sequence[str]) -> None:
@@ -190,13 +191,13 @@ def _lazily(place: str) -> Callable[[Sequence[str]], int]:
     return _guarded(command)
 
 
-#: Commands that several ranks may do together, and the modules that each of them would import.
+#: Commands that several ranks may do together, and the module that each of them would import.
 _ON_RANKS = {
-    "train": ("wpn_ds.engine.train",),
-    "evaluate": ("wpn_ds.engine.train", "wpn_ds.evaluate.command"),
-    "certify": ("wpn_ds.engine.train", "wpn_ds.evaluate.certificate.command"),
-    "alternates": ("wpn_ds.engine.train", "wpn_ds.tools.alternates.command"),
-    "select": ("wpn_ds.engine.train", "wpn_ds.tools.select.command"),
+    "train": "wpn_ds.engine.train",
+    "evaluate": "wpn_ds.evaluate.evaluation",
+    "certify": "wpn_ds.evaluate.certificate.certify",
+    "alternates": "wpn_ds.tools.alternates.making",
+    "select": "wpn_ds.tools.select.methods",
 }
 
 _COMMAND_FUNCTIONS: dict[str, Callable[[Sequence[str]], int]] = {

@@ -36,45 +36,61 @@ LATER = (
     "torch.utils.tensorboard",
     "tensorboard.plugins.hparams.api_pb2",
 )
-"""What a training imports only when it has begun: with its first engine, its first step, TensorBoard."""
+"""What a training imports only when it has begun: with its first engine, its first step, TensorBoard. Some are private
+parts of a version: another that lacks them imports what it has in their place by itself."""
 
 
-def run(ranks: int, modules: Sequence[str], work: Callable[[], int]) -> int:
+def run(ranks: int, modules: Sequence[str], work: Callable[[], int], *, heeds_requests: bool) -> int:
     """Do ``work`` on so many ranks; returns the exit code of the first that failed (128 + N: signal N ended it), or 0.
 
-    The ranks get this process' requests to stop, and end with it. Where it is itself one task a node of a larger job,
-    each of its ranks is one of that job.
+    USR1 and TERM go on to the ranks, which ``heeds_requests`` to stop in good order, or end. They end with this
+    process, too. Where it is itself one task a node of a larger job, each of its ranks is one of that job.
+
+    Args:
+        modules: what ``work`` will import; those that aren't there are left to it.
 
     Raises:
         UserError: there is a GPU, or this process is one of several on its node.
     """
     signals.install()
-    environments = among(*launchers.discover(os.environ), ranks)
-    for name in (*modules, *LATER):
-        importlib.import_module(name)
+    launcher, found = launchers.discover(os.environ)
+    os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's would start threads when it is imported
     from deepspeed.accelerator import get_accelerator
 
     if (kind := get_accelerator().device_name()) != "cpu":
         raise UserError(f"ranks on {kind} can't be forks: deepspeed --num_accelerators {ranks} starts them (launch/)")
+    for name in modules:
+        with contextlib.suppress(ImportError):
+            importlib.import_module(name)
+    environments = among(launcher, os.environ | found, ranks)
     freeze()
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP)  # for none to find a rank half made
-    living = [_fork(environment, work) for environment in environments]
+    living: list[int] = []
+    try:
+        for environment in environments:
+            living.append(_fork(environment, work, heeds_requests))
+    except OSError:  # no room for another: those that are there would wait for it
+        _tell(living, signal.SIGKILL)
+        raise
     return _end_of(living)
 
 
 def among(launcher: str, found: Mapping[str, str], ranks: int) -> list[dict[str, str]]:
-    """The variables of each of ``ranks`` ranks of a process that has those of :func:`launchers.discover`.
+    """The variables of each of ``ranks`` ranks of a process whose own, as its launcher set them, are ``found``.
 
     Raises:
         UserError: it is one of several on its node.
     """
     if int(found["LOCAL_WORLD_SIZE"]) != 1:
         raise UserError(f"{launcher} started {found['LOCAL_WORLD_SIZE']} tasks on this node: one a node may have ranks")
-    nodes, node = int(found["WORLD_SIZE"]), int(found["RANK"])
-    meeting = {"MASTER_ADDR": found["MASTER_ADDR"], "MASTER_PORT": found["MASTER_PORT"]}
-    if launcher == "none" and meeting["MASTER_PORT"] == "0":  # any will do, but one for all
-        meeting["MASTER_PORT"] = str(free_port())
-    shared = meeting | {"WORLD_SIZE": str(nodes * ranks), "LOCAL_WORLD_SIZE": str(ranks), launchers.NODES: str(nodes)}
+    nodes, node, port = int(found["WORLD_SIZE"]), int(found["RANK"]), found["MASTER_PORT"]
+    shared = {
+        "WORLD_SIZE": str(nodes * ranks),
+        "LOCAL_WORLD_SIZE": str(ranks),
+        "MASTER_ADDR": found["MASTER_ADDR"],
+        "MASTER_PORT": str(free_port()) if nodes == 1 and port == "0" else port,  # any will do, but one for all
+        launchers.NODES: str(nodes),
+    }
     return [shared | {"RANK": str(node * ranks + at), "LOCAL_RANK": str(at)} for at in range(ranks)]
 
 
@@ -91,37 +107,55 @@ def freeze() -> None:
         raise RuntimeError(f"a process with threads can't be forked: {', '.join(names)}")
 
 
-def end_with_parent(number: signal.Signals) -> None:
-    """Get this signal when the process that forked this one ends, however it does."""
+def end_with_parent(number: signal.Signals, parent: int) -> None:
+    """Get this signal when the process ``parent``, which forked this one, ends, however it does."""
     with contextlib.suppress(OSError, AttributeError):  # where there is no Linux, it goes on alone
         ctypes.CDLL(None).prctl(1, number)  # PR_SET_PDEATHSIG
+    if os.getppid() != parent:  # it has ended before that
+        launchers.leave(1)
 
 
-def _fork(environment: Mapping[str, str], work: Callable[[], int]) -> int:
+def _fork(environment: Mapping[str, str], work: Callable[[], int], heeds_requests: bool) -> int:
+    """The rank's process; in it, nothing returns."""
     sys.stdout.flush()
     sys.stderr.flush()
+    parent = os.getpid()
     if pid := os.fork():
         return pid
     try:
-        end_with_parent(signal.SIGTERM)
+        end_with_parent(signal.SIGTERM, parent)
         os.environ |= environment
-        signals.install()
+        if not heeds_requests:
+            for number in signals.STOP:
+                signal.signal(number, signal.SIG_DFL)
         signal.pthread_sigmask(signal.SIG_UNBLOCK, signals.STOP)
         launchers.leave(work())
-    except SystemExit as end:
-        launchers.leave(int(end.code or 0))
-    except BaseException:
-        traceback.print_exc()
-        launchers.leave(1)
+    except BaseException as error:
+        launchers.leave(_code_of(error))
+
+
+def _code_of(error: BaseException) -> int:
+    """The exit code that Python would end with, and what it would say."""
+    if isinstance(error, SystemExit) and (error.code is None or isinstance(error.code, int)):
+        return error.code or 0
+    if isinstance(error, SystemExit):
+        print(error.code, file=sys.stderr)
+    else:
+        traceback.print_exception(error)
+    return 1
+
+
+def _tell(ranks: Sequence[int], number: int) -> None:
+    for pid in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, number)
 
 
 def _end_of(living: list[int]) -> int:
     """Wait for all, and end the others once one has failed; as :func:`run`."""
 
     def tell(number: int, frame: FrameType | None = None) -> None:
-        for pid in living:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, number)
+        _tell(living, number)
 
     for number in signals.STOP:
         signal.signal(number, tell)

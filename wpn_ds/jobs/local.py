@@ -16,15 +16,14 @@ from wpn_ds.system.shipped import shipped
 TRAIN = "launch/train.py"
 
 
-def command_line(flags: Sequence[str], ranks: int, port: int | None = None) -> list[str]:
-    """The command that trains with ``flags``, on as many devices or, without any, forks of one process. On devices the
-    ranks meet at ``port``, if not at the launcher's own."""
+def command_line(flags: Sequence[str], ranks: int) -> list[str]:
+    """The command that trains with ``flags``, on as many devices or, without any, forks of one process."""
     import torch
 
     if not torch.accelerator.is_available():
         return ["wpn-ds", "ranks", str(ranks), "train", *flags]
-    where = [] if port is None else ["--master_port", str(port)]
-    return ["deepspeed", *where, "--num_accelerators", str(ranks), shipped(TRAIN), *flags]
+    port = ["--master_port", str(free_port())]
+    return ["deepspeed", *port, "--num_accelerators", str(ranks), shipped(TRAIN), *flags]
 
 
 def say(line: str) -> None:

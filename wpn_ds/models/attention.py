@@ -60,7 +60,7 @@ def per_segment_sdpa(
 ) -> Tensor:
     """One SDPA call a piece; the route of a CPU, where a call costs little and a masked-out score as much as any.
 
-    There it is computed in fp32, whatever comes in: the backward of a CPU's kernel takes twice as long in bf16.
+    What comes in bf16 is computed in fp32 there: the backward of a CPU's kernel takes longer in bf16.
     """
     attend = partial(_capped, extras=extras) if extras else F.scaled_dot_product_attention
     given = query.dtype

@@ -127,7 +127,7 @@ def segment_mask(segment_ids: Tensor, dtype: torch.dtype) -> Tensor:
 #: Labels whose logits exist at the same time.
 CHUNK = 256
 #: Rows of the head's gradient that a CPU adds up at a time where the number formats differ: adding all of them at once
-#: takes it three times as long, for memory that it makes on the way.
+#: makes a copy of all on the way, which takes longer than the rest.
 ROWS = 4096
 
 

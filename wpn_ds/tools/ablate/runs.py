@@ -18,7 +18,7 @@ from wpn_ds.evaluate.results import Evaluation
 from wpn_ds.evaluate.suites import QUICK_LIMIT
 from wpn_ds.evaluate.work import dated
 from wpn_ds.jobs.history import clock
-from wpn_ds.jobs.local import command_line, free_port, launch, say
+from wpn_ds.jobs.local import command_line, launch, say
 from wpn_ds.models.load import Source, load_tokenizer, pinned
 from wpn_ds.models.planted import PLANTED, ensure_planted
 from wpn_ds.settings.run import DONE, Config
@@ -202,7 +202,7 @@ def _carry_out(run: Run, ranks: int, data: Data) -> Outcome:
     code = 0
     if not (run.output_dir / DONE).exists():
         run.output_dir.mkdir(parents=True, exist_ok=True)
-        code = launch(command_line(run.flags, ranks, free_port()), run.log)
+        code = launch(command_line(run.flags, ranks), run.log)
         if code == 0 and not (run.output_dir / DONE).exists():
             raise UserError(f"{run.row.name}, seed {run.seed}, was told to stop: call again to go on")
     training, folder = read_training(run.output_dir / "metrics.jsonl"), run.output_dir
