@@ -100,7 +100,9 @@ def test_an_evaluation_is_the_same_on_forked_ranks_and_ends_when_it_is_told_to(t
     found = []
     for ranks in (1, 2):
         out = tmp_path / str(ranks)
-        code, said = ended(begin(ranks, [*asked, "--output_dir", str(out), "--max_new_tokens", "4", "--batch_size", "2"], tiny))
+        code, said = ended(
+            begin(ranks, [*asked, "--output_dir", str(out), "--max_new_tokens", "4", "--batch_size", "2"], tiny)
+        )
         assert code == 0, said
         found.append(json.loads((out / "report.json").read_text())["suites"])
         assert len(list((out / "answers").rglob("rank-*"))) == ranks
