@@ -102,7 +102,7 @@ def freeze() -> None:
     """
     gc.collect()
     gc.freeze()
-    names = [task.read_text().strip() for task in Path("/proc/self/task").glob("*/comm")]
+    names = [task.read_text(encoding="utf-8").strip() for task in Path("/proc/self/task").glob("*/comm")]
     if len(names) - names.count("jemalloc_bg_thd") > 1:  # pyarrow's, which takes care of forks
         raise RuntimeError(f"a process with threads can't be forked: {', '.join(names)}")
 
