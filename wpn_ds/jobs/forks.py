@@ -50,20 +50,24 @@ def run(ranks: int, modules: Sequence[str], work: Callable[[], int], *, heeds_re
         modules: what ``work`` will import; those that aren't there are left to it.
 
     Raises:
-        UserError: there is a GPU, or this process is one of several on its node.
+        UserError: there is a GPU, this process is one of several on its node, or it has threads.
     """
     signals.install()
     launcher, found = launchers.discover(os.environ)
     os.environ["OPENBLAS_NUM_THREADS"] = "1"  # numpy's would start threads when it is imported
     from deepspeed.accelerator import get_accelerator
 
+    instead = f"deepspeed --num_accelerators {ranks} starts them (launch/)"
     if (kind := get_accelerator().device_name()) != "cpu":
-        raise UserError(f"ranks on {kind} can't be forks: deepspeed --num_accelerators {ranks} starts them (launch/)")
+        raise UserError(f"ranks on {kind} can't be forks: {instead}")
     for name in modules:
         with contextlib.suppress(ImportError):
             importlib.import_module(name)
     environments = among(launcher, os.environ | found, ranks)
-    freeze()
+    try:
+        freeze()
+    except RuntimeError as error:  # of a build of theirs that isn't known here
+        raise UserError(f"a library has started threads, so ranks can't be forks: {instead}") from error
     signal.pthread_sigmask(signal.SIG_BLOCK, signals.STOP)  # for none to find a rank half made
     living: list[int] = []
     try:
