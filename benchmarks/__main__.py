@@ -25,6 +25,7 @@ from benchmarks.protocol import Failed, Way
 from benchmarks.rows import LEARNING_RATE, RATIOS, ROWS, Row, Spec
 from benchmarks.setting import SEED, make_data, make_model, write_steps
 from wpn_ds.system.tables import aligned
+from wpn_ds.tools.ablate.grid import flags
 
 TRL_PYTHON = Path(__file__).parent / ".trl-venv" / "bin" / "python"
 PROFILED = ("peak_flops", "peak_mib", "device_busy", "operators")
@@ -112,22 +113,21 @@ def _command(row: Row, label: str, spec: Spec, folder: Path) -> tuple[list[str],
         command += ["--profile", str(steps)]
     data = make_data(row.data, examples * steps, shared, row.alternates)
     if spec.module == "way_ours":
-        flags = {
-            "--deepspeed": "ds_configs/zero0.json",  # one process: there is nothing to shard
-            "--model_name_or_path": model,
-            "--train_file": data.forget,
-            "--output_dir": folder / f"{label}-output",
-            "--overwrite_output_dir": "true",  # of the same way, when it is loaded again
-            "--global_batch_size": examples,
-            "--retain_batch_size": row.retain,
-            "--max_length": row.max_length,
-            "--tokens_per_micro_batch": row.max_length,
-            "--learning_rate": LEARNING_RATE,
-            "--lr_scheduler_type": "constant",
-            "--seed": SEED,
-        } | ({"--retain_file": data.retain} if row.retain else {})
-        command += [str(word) for pair in flags.items() for word in pair]
-        return [*command, *spec.args], {"WPN_DS_CACHE": str(folder / f"{label}-cache")}, data.source
+        settings = {
+            "deepspeed": "ds_configs/zero0.json",  # one process: there is nothing to shard
+            "model_name_or_path": model,
+            "train_file": data.forget,
+            "output_dir": folder / f"{label}-output",
+            "overwrite_output_dir": "true",  # of the same way, when it is loaded again
+            "global_batch_size": examples,
+            "retain_batch_size": row.retain,
+            "max_length": row.max_length,
+            "tokens_per_micro_batch": row.max_length,
+            "learning_rate": LEARNING_RATE,
+            "lr_scheduler_type": "constant",
+            "seed": SEED,
+        } | ({"retain_file": data.retain} if row.retain else {})
+        return [*command, *flags(settings), *spec.args], {"WPN_DS_CACHE": str(folder / f"{label}-cache")}, data.source
     path = folder / f"{label}.jsonl"
     write_steps(data, model, row.max_length, examples, row.retain, steps, path)
     command += ["--model", str(model), "--steps", str(path), "--learning_rate", LEARNING_RATE]

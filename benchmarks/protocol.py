@@ -25,6 +25,14 @@ class Failed(RuntimeError):
     """A way ended before it was asked to."""
 
 
+def as_program(main: Callable[[], None]) -> None:
+    """A benchmark as a command of its own: a failure is one line, and exit code 1."""
+    try:
+        main()
+    except Failed as error:
+        sys.exit(f"error: {error}")
+
+
 def tell(**values: Any) -> None:
     """Answer the driver, on a line of its own whatever a library has left unfinished."""
     print("\n" + MARK + json.dumps(values), flush=True)

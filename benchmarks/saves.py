@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
 
-from benchmarks.protocol import Failed
+from benchmarks.protocol import as_program
 from benchmarks.scale import FEW, make_triples, on_ranks
 from benchmarks.setting import make_shape
 from wpn_ds.jobs.goodput import best_steps
@@ -64,24 +63,24 @@ def main(argv: Sequence[str] | None = None) -> None:
     print(f"{MODEL} with {layers} of {known.layers} layers: {parameters / 1e9:.2f} billion parameters", flush=True)
     with tempfile.TemporaryDirectory(prefix="wpn-saves-") as name:
         folder = Path(name)
-        flags = {
-            "--deepspeed": "ds_configs/zero3.json",
-            "--model_name_or_path": make_shape(MODEL, folder / "model", layers),
-            "--train_file": make_triples(FEW, folder / "triples.jsonl"),
-            "--objective": "ga",
-            "--output_dir": folder / "output",
-            "--global_batch_size": 2,
-            "--max_length": 32,
-            "--packing": "false",  # its check against single texts would take longer than the steps
-            "--attention": "sdpa",
-            "--bf16": "true",
-            "--peak_tflops": 1,
-            "--probe_prompts": 0,
-            "--async_save": "true",
-            "--save_total_limit": 1,
-            "--saves": options.saves,
+        settings = {
+            "deepspeed": "ds_configs/zero3.json",
+            "model_name_or_path": make_shape(MODEL, folder / "model", layers),
+            "train_file": make_triples(FEW, folder / "triples.jsonl"),
+            "objective": "ga",
+            "output_dir": folder / "output",
+            "global_batch_size": 2,
+            "max_length": 32,
+            "packing": "false",  # its check against single texts would take longer than the steps
+            "attention": "sdpa",
+            "bf16": "true",
+            "peak_tflops": 1,
+            "probe_prompts": 0,
+            "async_save": "true",
+            "save_total_limit": 1,
+            "saves": options.saves,
         }
-        ranks = on_ranks("benchmarks.way_saves", flags, folder)
+        ranks = on_ranks("benchmarks.way_saves", settings, folder)
     rows = [HEAD]
     for number, save in enumerate(ranks[0]["saves"], 1):
         share = 100 * save["waited"] / save["seconds"]
@@ -97,7 +96,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Failed as error:
-        sys.exit(f"error: {error}")
+    as_program(main)

@@ -19,12 +19,13 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.protocol import ROOT, Failed
+from benchmarks.protocol import ROOT, Failed, as_program
 from benchmarks.setting import SEED, make_model
 from wpn_ds.data.embedded import embedded_file
 from wpn_ds.data.records import read_forget
 from wpn_ds.jobs.local import free_port
 from wpn_ds.system.tables import aligned
+from wpn_ds.tools.ablate.grid import flags
 
 RECORDS = (10_000, 100_000, 1_000_000)
 FEW = 1_000
@@ -60,17 +61,17 @@ def make_triples(n: int, path: Path) -> Path:
 
 def start(data: Path, model: Path, folder: Path) -> dict[str, Any]:
     """One start of a job: of the ranks the slowest, and the one with most memory."""
-    flags = {
-        "--deepspeed": "ds_configs/zero0.json",
-        "--model_name_or_path": model,
-        "--train_file": data,
-        "--objective": "wpn",
-        "--output_dir": folder / "output",
-        "--global_batch_size": 64,
-        "--max_length": 512,
-        "--overwrite_output_dir": "true",
+    settings = {
+        "deepspeed": "ds_configs/zero0.json",
+        "model_name_or_path": model,
+        "train_file": data,
+        "objective": "wpn",
+        "output_dir": folder / "output",
+        "global_batch_size": 64,
+        "max_length": 512,
+        "overwrite_output_dir": "true",
     }
-    ranks = on_ranks("benchmarks.way_scale", flags, folder)
+    ranks = on_ranks("benchmarks.way_scale", settings, folder)
     laps = [rank["laps"] for rank in ranks]
     return {
         "seconds": max(sum(lap.values()) for lap in laps),
@@ -82,19 +83,18 @@ def start(data: Path, model: Path, folder: Path) -> dict[str, Any]:
     }
 
 
-def on_ranks(module: str, flags: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
+def on_ranks(module: str, settings: Mapping[str, Any], folder: Path) -> list[dict[str, Any]]:
     """What the ranks of a job, each a process of ``module``, report.
 
     Raises:
         Failed: one ended with an error.
     """
     port, reports = str(free_port()), [folder / f"rank-{rank}.json" for rank in range(RANKS)]
-    line = [str(word) for pair in flags.items() for word in pair]
     env = os.environ | {"WPN_DS_CACHE": str(folder / "cache"), "HF_HUB_OFFLINE": "1", "MASTER_ADDR": "127.0.0.1"}
     env |= {"WORLD_SIZE": str(RANKS), "LOCAL_WORLD_SIZE": str(RANKS), "MASTER_PORT": port}
     jobs = [
         subprocess.Popen(
-            [sys.executable, "-m", module, "--report", str(report), *line],
+            [sys.executable, "-m", module, "--report", str(report), *flags(settings)],
             cwd=ROOT,
             env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
         )
@@ -158,7 +158,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Failed as error:
-        sys.exit(f"error: {error}")
+    as_program(main)

@@ -20,11 +20,12 @@ from pathlib import Path
 
 import psutil
 
-from benchmarks.protocol import ROOT, Failed
+from benchmarks.protocol import ROOT, Failed, as_program
 from benchmarks.scale import make_triples
 from benchmarks.setting import make_model
 from wpn_ds.jobs.local import free_port
 from wpn_ds.system.tables import aligned
+from wpn_ds.tools.ablate.grid import flags
 
 RANKS = (2, 16)
 RESULTS = Path(__file__).parent / "starts.json"
@@ -91,21 +92,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     found, rows = [], [HEAD]
     with tempfile.TemporaryDirectory(prefix="wpn-starts-") as name:
         folder = Path(name)
-        flags = {
-            "--deepspeed": "ds_configs/zero3.json",
-            "--model_name_or_path": make_model("opt-tiny", folder / "model"),
-            "--train_file": make_triples(max(options.ranks), folder / "triples.jsonl"),
-            "--output_dir": folder / "output",
-            "--global_batch_size": max(options.ranks),
-            "--max_length": 64,
-            "--max_steps": 1,
-            "--save_steps": 0,
-            "--probe_prompts": 0,
+        settings = {
+            "deepspeed": "ds_configs/zero3.json",
+            "model_name_or_path": make_model("opt-tiny", folder / "model"),
+            "train_file": make_triples(max(options.ranks), folder / "triples.jsonl"),
+            "output_dir": folder / "output",
+            "global_batch_size": max(options.ranks),
+            "max_length": 64,
+            "max_steps": 1,
+            "save_steps": 0,
+            "probe_prompts": 0,
         }
-        line = [str(word) for pair in flags.items() for word in pair]
         for ranks in options.ranks:
             for by, command in launchers(ranks).items():
-                took = start([*command, *line], folder / "log.txt")
+                took = start([*command, *flags(settings)], folder / "log.txt")
                 shutil.rmtree(folder / "output")
                 found.append({"ranks": ranks, "by": by, **took})
                 rows.append([str(ranks), by, *(f"{took[key]:,.0f}" for key in ("seconds", "cpu_seconds", "mib"))])
@@ -114,7 +114,4 @@ def main(argv: Sequence[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except Failed as error:
-        sys.exit(f"error: {error}")
+    as_program(main)
